@@ -1,0 +1,20 @@
+"""Fast multimodal ops for PyTorch, and the building blocks of multimodal language models on top of them.
+
+``import mmfast`` needs torch alone. The ops are ``mmfast.vq_nearest`` and its relatives (``mmfast.ops``), the modules built on them
+``mmfast.nn``; ``mmfast.models``, ``mmfast.data`` and the trainers load their libraries when they are imported.
+"""
+
+from mmfast import ops
+from mmfast.ops import *  # noqa: F403
+from mmfast.ops.library import build_info
+
+__version__ = build_info()["version"]
+__all__ = ["build_info", "ops", *ops.__all__]
+
+
+def __getattr__(name: str):  # mmfast.nn without its own import line, and without its cost for those who want an op
+    if name == "nn":
+        import importlib
+
+        return importlib.import_module("mmfast.nn")
+    raise AttributeError(f"module 'mmfast' has no attribute {name!r}")
