@@ -36,7 +36,8 @@ namespace mmfast {
 namespace {
 
 constexpr int64_t kRowBlock = 8192;             // rows whose lanes are alive at a time: 1.5 MB
-constexpr int64_t kPackBytes = int64_t{2} << 20;  // packed codes alive at a time; stays in the last-level cache
+constexpr int64_t kPackBytes = int64_t{4} << 20;     // packed codes alive at a time; stays in the last-level cache
+constexpr int64_t kFallbackBytes = int64_t{1} << 20;  // the same for the few rows that a second stage sees
 constexpr double kUnit = 0x1p-24;               // rounding unit of fp32
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
@@ -146,9 +147,9 @@ class Codebook {
 // A run of codes in the screen's layout: [panels][depth][panel width] words of -2 e^, a word being an fp32 or two bf16 along D.
 class Panels {
  public:
-  Panels(const VqNearestArgs& a, const VqCpuKernels& k, const Codebook& codes, bool bf16)
+  Panels(const VqNearestArgs& a, const VqCpuKernels& k, const Codebook& codes, bool bf16, int64_t bytes)
       : bf16(bf16), depth(bf16 ? (a.x.D + 1) / 2 : a.x.D), width(k.panel_width), total((a.K + width - 1) / width),
-        capacity(std::clamp<int64_t>(kPackBytes / (depth * width * 4), 1, total)), words(capacity * depth * width),
+        capacity(std::clamp<int64_t>(bytes / (depth * width * 4), 1, total)), words(capacity * depth * width),
         norms(capacity * width), radius_a(total), radius_b(total), radius_c(total), a_(a), k_(k), codes_(codes) {}
 
   // Packs panels [first_panel, first_panel + panel_count), at most `capacity`.
@@ -210,7 +211,7 @@ class Search {
     codes_.prepare();
     const int64_t N = a_.x.rows();
     std::unique_ptr<Panels> bf16, fp32;
-    if (k_.screen_bf16) bf16 = std::make_unique<Panels>(a_, k_, codes_, true);
+    if (k_.screen_bf16) bf16 = std::make_unique<Panels>(a_, k_, codes_, true, kPackBytes / 2);
     std::vector<int64_t> rows;
     double error = 0;
     int64_t valid = 0;
@@ -228,7 +229,7 @@ class Search {
         if (int64_t(rows.size()) * 2 > count) bf16.reset();
       }
       if (!rows.empty()) {
-        if (!fp32) fp32 = std::make_unique<Panels>(a_, k_, codes_, false);
+        if (!fp32) fp32 = std::make_unique<Panels>(a_, k_, codes_, false, bf16 ? kFallbackBytes : kPackBytes);
         rows = screen(*fp32, rows);
       }
       if (!rows.empty())
