@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
-def interleaved(providers: dict[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 3, device: str = "cpu") -> dict:
+def interleaved(
+    providers: dict[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 3, device: str = "cpu"
+) -> dict:
     """Milliseconds ``{name: (median, p20, p80)}``; one round runs every provider once, so drift of the machine hits all alike.
 
     On CUDA each sample is timed by events around the call, with the L2 cache flushed before it.
@@ -44,7 +46,9 @@ def interleaved(providers: dict[str, Callable[[], object]], *, repeats: int = 15
         for name, call in providers.items():
             samples[name].append(sample(call))
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-    return {n: tuple(torch.quantile(torch.tensor(s, dtype=torch.float64), quantiles).tolist()) for n, s in samples.items()}
+    return {
+        n: tuple(torch.quantile(torch.tensor(s, dtype=torch.float64), quantiles).tolist()) for n, s in samples.items()
+    }
 
 
 def peak_memory_mb(call: Callable[[], object], device: str = "cpu") -> float:
@@ -121,7 +125,8 @@ def environment(device: str = "cpu") -> dict:
         "mmfast": mmfast.__version__,
         "build": mmfast.build_info(),
         "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "csrc", "mmfast") else ""),
+        "commit": git("rev-parse", "--short", "HEAD")
+        + ("+changes" if git("status", "--porcelain", "csrc", "mmfast") else ""),
         "date": datetime.date.today().isoformat(),
     }
     if device == "cuda":
@@ -138,7 +143,20 @@ def device_folder(device: str = "cpu") -> Path:
     return folder
 
 
-COLUMNS = ["op", "provider", "mode", "shape", "dtype", "median_ms", "p20_ms", "p80_ms", "peak_mb", "ratio_vs_eager", "max_err", "version"]
+COLUMNS = [
+    "op",
+    "provider",
+    "mode",
+    "shape",
+    "dtype",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "peak_mb",
+    "ratio_vs_eager",
+    "max_err",
+    "version",
+]
 
 
 def write_rows(op: str, rows: list[dict], device: str = "cpu") -> Path:

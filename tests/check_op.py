@@ -15,10 +15,14 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return difference / (truth.double().norm().item() or 1.0)
 
 
-def check_close(value: Tensor, truth: Tensor, plain: Tensor | None = None, floor: float | None = None, what: str = "value") -> None:
+def check_close(
+    value: Tensor, truth: Tensor, plain: Tensor | None = None, floor: float | None = None, what: str = "value"
+) -> None:
     """The error against the float64 ``truth`` may be twice that of ``plain`` PyTorch in the same type, plus one rounding."""
     assert value.shape == truth.shape, f"{what}: shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
-    allowed = (floor if floor is not None else UNIT[value.dtype]) + (2 * relative_error(plain, truth) if plain is not None else 0.0)
+    allowed = (floor if floor is not None else UNIT[value.dtype]) + (
+        2 * relative_error(plain, truth) if plain is not None else 0.0
+    )
     error = relative_error(value, truth)
     assert error <= allowed, f"{what}: relative error {error:.2e} over the allowed {allowed:.2e}"
 
@@ -34,8 +38,10 @@ def check_gradients(op: Callable, ref: Callable, inputs: list[Tensor], floor: fl
         weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.device) for o in outputs]
         scalar = sum((o.double() * w).sum() for o, w in zip(outputs, weights, strict=True))
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        return [g if g is not None else torch.zeros_like(t) for g, t in zip(
-            torch.autograd.grad(scalar, wanted, allow_unused=True), wanted, strict=True)]
+        return [
+            g if g is not None else torch.zeros_like(t)
+            for g, t in zip(torch.autograd.grad(scalar, wanted, allow_unused=True), wanted, strict=True)
+        ]
 
     got = run(op, inputs)
     truth = run(ref, [t.double() if t.is_floating_point() else t for t in inputs])

@@ -91,7 +91,9 @@ def test_search(shape, benchmark):
     calls = providers(x, codebook)
     for name, call in calls.items():
         wrong = (call() != truth).float().mean().item()
-        assert wrong == 0 if name.startswith("mmfast") else wrong < 0.01, f"{name}: {wrong:.2%} of the indices are wrong"
+        assert wrong == 0 if name.startswith("mmfast") else wrong < 0.01, (
+            f"{name}: {wrong:.2%} of the indices are wrong"
+        )
     record("search", shape, "float32", timing.interleaved(calls, device=DEVICE))
     mmfast.ops.library.force_cpu_isa("auto")
     benchmark(lambda: mmfast.vq_nearest(x, codebook))
@@ -113,7 +115,9 @@ def test_cost_grows_linearly(axis, benchmark):
 
 def test_training_step(benchmark):
     """Search, straight-through output, commitment loss, backward, EMA: one step of VectorQuantize (N=1024, K=8192, D=256)."""
-    upstream = pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed: nothing to compare with")
+    upstream = pytest.importorskip(
+        "vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed: nothing to compare with"
+    )
     from importlib.metadata import version
 
     torch.manual_seed(0)
@@ -132,6 +136,13 @@ def test_training_step(benchmark):
     calls = {"vector-quantize-pytorch": lambda: step(theirs), "mmfast": lambda: step(ours)}
     peaks = {name: timing.peak_memory_mb(call, DEVICE) for name, call in calls.items()}
     versions = {"vector-quantize-pytorch": version("vector-quantize-pytorch"), "mmfast": mmfast.__version__}
-    record("training step", (1024, 8192, 256), "float32", timing.interleaved(calls, repeats=9, device=DEVICE), peaks, versions)
+    record(
+        "training step",
+        (1024, 8192, 256),
+        "float32",
+        timing.interleaved(calls, repeats=9, device=DEVICE),
+        peaks,
+        versions,
+    )
     print(f"  extra peak memory: {peaks['mmfast'] / peaks['vector-quantize-pytorch']:.1%} of vector-quantize-pytorch's")
     benchmark(lambda: step(ours))

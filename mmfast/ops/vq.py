@@ -56,14 +56,24 @@ def vq_nearest_ref(
     rows, codes = x.movedim(channel_dim, -1).double(), codebook.double()
     flat = rows.reshape(-1, rows.shape[-1])
     if number == 0:
-        cost = torch.stack([(row - codes).square().sum(-1) for row in flat]) if len(flat) else flat.new_empty(0, len(codes))
+        cost = (
+            torch.stack([(row - codes).square().sum(-1) for row in flat])
+            if len(flat)
+            else flat.new_empty(0, len(codes))
+        )
     else:
         if number == 1:
-            flat, codes = (v / v.norm(dim=-1, keepdim=True).where(v.norm(dim=-1, keepdim=True) > 0, 1.0) for v in (flat, codes))
+            flat, codes = (
+                v / v.norm(dim=-1, keepdim=True).where(v.norm(dim=-1, keepdim=True) > 0, 1.0) for v in (flat, codes)
+            )
         cost = (1.0 if number == 1 else 0.0) - flat @ codes.T
     distance, indices = cost.min(-1) if len(flat) else (cost.new_empty(0), cost.new_empty(0, dtype=torch.long))
     indices, distance = indices.view(rows.shape[:-1]), distance.view(rows.shape[:-1])
-    return (indices, distance.to(torch.float64 if x.dtype == torch.float64 else torch.float32)) if return_distance else indices
+    return (
+        (indices, distance.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
+        if return_distance
+        else indices
+    )
 
 
 @torch.library.register_fake("mmfast::vq_nearest")
@@ -166,7 +176,11 @@ def _rotate(x: Tensor, e: Tensor) -> Tensor:
 
 @torch.library.register_fake("mmfast::vq_quantize")
 def _(x, codebook, mask, channel_dim, gradient, commit_share, code_share):
-    return torch.empty_like(x), x.new_empty(_row_sizes(x, channel_dim), dtype=torch.long), x.new_empty([], dtype=_wide(x))
+    return (
+        torch.empty_like(x),
+        x.new_empty(_row_sizes(x, channel_dim), dtype=torch.long),
+        x.new_empty([], dtype=_wide(x)),
+    )
 
 
 @torch.library.register_fake("mmfast::vq_quantize_backward")
@@ -198,7 +212,17 @@ def _quantize_backward(ctx, grad_q, _, grad_mse):
         if len(codes) == 0:
             return grad_q, None, None, None, None, None, None
     grad_x, grad_codebook = torch.ops.mmfast.vq_quantize_backward(
-        grad_q, grad_mse, x, codes, indices, ctx.commit_share, ctx.code_share, ctx.gradient, ctx.channel_dim, need_x, need_codebook
+        grad_q,
+        grad_mse,
+        x,
+        codes,
+        indices,
+        ctx.commit_share,
+        ctx.code_share,
+        ctx.gradient,
+        ctx.channel_dim,
+        need_x,
+        need_codebook,
     )
     return grad_x if need_x else None, grad_codebook if need_codebook else None, None, None, None, None, None
 
@@ -303,7 +327,9 @@ def vq_ema_update_(
 
     On the CPU the ``[K, D]`` sums never exist.
     """
-    torch.ops.mmfast.vq_ema_update_(cluster_size, embed_avg, codebook, x, indices, weight, channel_dim, decay, eps, normalize)
+    torch.ops.mmfast.vq_ema_update_(
+        cluster_size, embed_avg, codebook, x, indices, weight, channel_dim, decay, eps, normalize
+    )
 
 
 @torch.library.register_fake("mmfast::vq_ema_update_")

@@ -10,7 +10,17 @@ from mmfast.ops import vq
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 METRICS = ["l2", "cosine", "ip"]
 # N, K, D: one of everything, odd sizes, sizes just past a tile or a panel, widths with and without a ragged end.
-SIZES = [(1, 1, 1), (7, 5, 3), (13, 33, 8), (97, 129, 257), (50, 1000, 64), (25, 31, 16), (200, 3, 2), (12, 64, 1), (33, 8, 31)]
+SIZES = [
+    (1, 1, 1),
+    (7, 5, 3),
+    (13, 33, 8),
+    (97, 129, 257),
+    (50, 1000, 64),
+    (25, 31, 16),
+    (200, 3, 2),
+    (12, 64, 1),
+    (33, 8, 31),
+]
 
 
 def assert_nearest(x, codebook, indices, metric="l2", channel_dim=-1, expected=None):
@@ -145,7 +155,10 @@ def test_more_rows_and_codes_than_a_block(device):
     x, codebook = torch.randn(20000, 4).to(device), torch.randn(5000, 4).to(device)
     expected = torch.cdist(x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(-1)
     assert_nearest(x, codebook, mmfast.vq_nearest(x, codebook), expected=expected)
-    x, codebook = torch.randn(30, 700).to(device), torch.randn(4000, 700).to(device)  # several packed runs of the codebook
+    x, codebook = (
+        torch.randn(30, 700).to(device),
+        torch.randn(4000, 700).to(device),
+    )  # several packed runs of the codebook
     assert_nearest(x, codebook, mmfast.vq_nearest(x, codebook))
 
 
@@ -233,7 +246,9 @@ def test_quantize_values_and_gradients(device, dtype, legacy, gradient, channel_
         check_close(quantized, expected, floor=1e-15)  # the code itself, no arithmetic
         check_close(loss, expected_loss, floor=1e-6)
         check_gradients(
-            lambda a, b: mmfast.vq_quantize(a, b, **options), lambda a, b: vq.vq_quantize_ref(a, b, **options), [x, codebook]
+            lambda a, b: mmfast.vq_quantize(a, b, **options),
+            lambda a, b: vq.vq_quantize_ref(a, b, **options),
+            [x, codebook],
         )
 
 
@@ -293,7 +308,9 @@ def test_rotation_edge_cases():
     assert quantized.tolist() == [[0.0, 2.0]]
     (grad,) = torch.autograd.grad(quantized.sum(), x)
     assert torch.isfinite(grad).all()
-    assert grad.norm().item() == pytest.approx((2**0.5) * 2 / 5, rel=1e-6)  # a rotation keeps the length, the ratio scales it
+    assert grad.norm().item() == pytest.approx(
+        (2**0.5) * 2 / 5, rel=1e-6
+    )  # a rotation keeps the length, the ratio scales it
     for a, b in (([[0.0, 0.0]], [[1.0, 1.0]]), ([[1.0, 1.0]], [[0.0, 0.0]]), ([[1.0, 2.0]], [[-1.0, -2.0]])):
         x = torch.tensor(a, requires_grad=True)
         (grad,) = torch.autograd.grad(mmfast.vq_quantize(x, torch.tensor(b), gradient="rotation")[0].sum(), x)
@@ -347,7 +364,13 @@ def test_ema_worked_example(device):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_ema_step(device, dtype, normalize):
     k, d = 37, 19
-    state = [torch.rand(k), torch.randn(k, d), torch.randn(k, d), torch.randint(0, 4, (k,)).to(torch.float32), torch.randn(k, d)]
+    state = [
+        torch.rand(k),
+        torch.randn(k, d),
+        torch.randn(k, d),
+        torch.randint(0, 4, (k,)).to(torch.float32),
+        torch.randn(k, d),
+    ]
     state = [t.to(device, dtype) for t in state]
     truth = [t.double() for t in state]
     options = dict(decay=0.8, eps=1e-3, normalize=normalize)
@@ -385,7 +408,9 @@ def test_ema_without_any_row_keeps_the_codes(device):
     codebook = torch.randn(4, 3, device=device)
     before = codebook.clone()
     zero = torch.zeros(4, device=device)
-    mmfast.vq_ema_step_(zero.clone(), torch.zeros(4, 3, device=device), codebook, zero, torch.zeros(4, 3, device=device), decay=0.9)
+    mmfast.vq_ema_step_(
+        zero.clone(), torch.zeros(4, 3, device=device), codebook, zero, torch.zeros(4, 3, device=device), decay=0.9
+    )
     assert torch.equal(codebook, before)
 
 
@@ -404,7 +429,8 @@ def test_registration(device):
     grad_q, grad_mse = torch.randn_like(x), torch.ones([], device=device)
     for need in ((True, True), (True, False), (False, True)):
         check_registration(
-            ops.vq_quantize_backward.default, (grad_q, grad_mse, x.detach(), codebook.detach(), indices, 0.8, 0.2, 1, 1, *need)
+            ops.vq_quantize_backward.default,
+            (grad_q, grad_mse, x.detach(), codebook.detach(), indices, 0.8, 0.2, 1, 1, *need),
         )
     check_registration(ops.vq_code_stats.default, (x.detach(), indices, 9, torch.rand(2, 4, 5, device=device), 1))
     state = [torch.rand(9), torch.randn(9, 6), torch.randn(9, 6), torch.rand(9), torch.randn(9, 6)]
@@ -452,13 +478,28 @@ def test_autocast():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: mmfast.vq_nearest(torch.randn(4, 8), torch.randn(3, 4)), r"expected codebook \[K, D=8\] like x \[4, 8\].* got \[3, 4\]"),
+        (
+            lambda: mmfast.vq_nearest(torch.randn(4, 8), torch.randn(3, 4)),
+            r"expected codebook \[K, D=8\] like x \[4, 8\].* got \[3, 4\]",
+        ),
         (lambda: mmfast.vq_nearest(torch.randn(4, 8), torch.randn(8)), r"expected codebook \[K, D=8\]"),
         (lambda: mmfast.vq_nearest(torch.randn(4, 8), torch.randn(0, 8)), r"at least one code"),
-        (lambda: mmfast.vq_nearest(torch.randn(4, 8), torch.randn(3, 8), channel_dim=2), r"channel_dim 2 does not exist"),
-        (lambda: mmfast.vq_nearest(torch.ones(4, 8, dtype=torch.int32), torch.randn(3, 8)), r"expected x of type float32.* got Int"),
-        (lambda: mmfast.vq_quantize(torch.randn(4, 8), torch.randn(3, 8), mask=torch.ones(5, dtype=torch.bool)), r"bool mask \[4\]"),
-        (lambda: mmfast.vq_code_stats(torch.randn(4, 8), torch.tensor([0, 1, 2, 3]), 3), r"index 3 of row 3 is outside \[-1, K=3\)"),
+        (
+            lambda: mmfast.vq_nearest(torch.randn(4, 8), torch.randn(3, 8), channel_dim=2),
+            r"channel_dim 2 does not exist",
+        ),
+        (
+            lambda: mmfast.vq_nearest(torch.ones(4, 8, dtype=torch.int32), torch.randn(3, 8)),
+            r"expected x of type float32.* got Int",
+        ),
+        (
+            lambda: mmfast.vq_quantize(torch.randn(4, 8), torch.randn(3, 8), mask=torch.ones(5, dtype=torch.bool)),
+            r"bool mask \[4\]",
+        ),
+        (
+            lambda: mmfast.vq_code_stats(torch.randn(4, 8), torch.tensor([0, 1, 2, 3]), 3),
+            r"index 3 of row 3 is outside \[-1, K=3\)",
+        ),
         (lambda: mmfast.vq_code_stats(torch.randn(4, 8), torch.zeros(4), 3), r"indices of type int64"),
     ],
 )

@@ -1,0 +1,30 @@
+"""MMHal-Bench's scores (arXiv:2309.14525) from ratings 0 to 6: 3 .. 6 no hallucination with informativeness 0 .. 3, 0 .. 2 hallucination."""
+
+import re
+from collections.abc import Sequence
+
+from mmfast.eval.chair import NAN
+
+
+def mmhal(ratings: Sequence[int]) -> dict[str, float]:
+    """Mean rating, share of hallucinated answers (rating < 3), and informativeness over its maximum of 3."""
+    if not ratings:
+        return {"mmhal_score": NAN, "mmhal_hallucination": NAN, "mmhal_informativeness": NAN}
+    n = len(ratings)
+    return {
+        "mmhal_score": sum(ratings) / n,
+        "mmhal_hallucination": sum(r < 3 for r in ratings) / n,
+        "mmhal_informativeness": sum(r - 3 if r >= 3 else r for r in ratings) / n / 3,
+    }
+
+
+def read_rating(reply: str) -> int:
+    """The rating in a judge's reply, as the benchmark's script reads it: exactly one of "rating: 0" .. "rating: 6", else 0."""
+    found = {int(d) for d in re.findall(r"rating: ([0-6])", reply.lower())}
+    return found.pop() if len(found) == 1 else 0
+
+
+def oracle_rating(false_claims: int, facts: int, facts_told: int) -> int:
+    """What a perfect judge of the shapes world gives: 3 + level without a false claim, else min(level, 2); level = round(3 recall)."""
+    level = int(3 * facts_told / facts + 0.5) if facts else 0
+    return 3 + level if false_claims == 0 else min(level, 2)
