@@ -1,0 +1,184 @@
+"""What a supervised stage reads: pictures in memory and encoded conversations about them, behind one interface for every origin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfast.data import chat, images
+from mmfast.data.synthetic import COLOURS, PROMPT, SHAPES, World
+
+# encode(turns) -> ids, labels: chat.encode with the tokenizer, template and picture size filled in.
+Encode = Callable[[Sequence[tuple[str, str | None]]], tuple[list[int], list[int]]]
+
+
+class Source:
+    """Items, each a picture and one row of every column of conversations.
+
+    Each column's loss is a mean over its own answer tokens and the columns' losses add up, so that long captions do not drown short answers.
+    """
+
+    def __init__(self, pictures: np.ndarray, columns: Sequence[chat.Rows], pad_token: int, picture_of: Sequence[int] | None = None):
+        self.pictures = torch.from_numpy(pictures)  # uint8 [M, H, W, 3]
+        self.columns, self.pad_token = columns, pad_token
+        self.picture_of = torch.arange(len(pictures)) if picture_of is None else torch.tensor(picture_of)
+
+    def __len__(self) -> int:
+        return len(self.picture_of)
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        """``input_ids``, ``labels``, ``token_weights`` of the items' rows, column after column, and ``image_rows``: the item of each row."""
+        ids, labels = chat.stack([column.batch(index) for column in self.columns], self.pad_token)
+        supervised = (labels[:, 1:] != chat.IGNORE).view(len(self.columns), -1)
+        weights = 1.0 / supervised.sum(1).clamp_min(1).repeat_interleave(len(index)).unsqueeze(1)
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "token_weights": weights.expand(labels.shape),
+            "image_rows": torch.arange(len(index)).repeat(len(self.columns)),
+        }
+
+
+class Shapes(Source):
+    """The shapes world: a planted caption and four packed yes/no turns a scene."""
+
+    def __init__(self, world: World, encode: Encode, pad_token: int, *, split: str = "train", count: int = 10_000, turns: int = 4):
+        self.world, self.scenes = world, world.scenes(split, count)
+        captions = [encode([(f"<image> {PROMPT}", world.caption(s, planted=True).text)]) for s in self.scenes]
+        questions = []
+        for scene in self.scenes:
+            asked = world.turns(scene, turns, planted=True)
+            questions.append(encode([(f"<image> {asked[0][0]}", asked[0][1]), *asked[1:]]))
+        super().__init__(world.render(self.scenes), [chat.Rows(captions, pad_token), chat.Rows(questions, pad_token)], pad_token)
+
+    def words(self) -> tuple[list[str], Tensor, Tensor]:
+        """Colour, shape and position words, whether each is true of a picture ``[M, W]``, and the classes in it ``[M, C]``."""
+        c = self.world.config
+        names = [n for n, _ in COLOURS[: c.colours]] + [s[0] for s in SHAPES[: c.shapes]] + "top middle bottom left centre right".split()
+        true, classes = torch.zeros(len(self.scenes), len(names)), torch.zeros(len(self.scenes), c.classes)
+        for i, scene in enumerate(self.scenes):
+            for o in scene.objects:
+                place = c.colours + c.shapes
+                hit = [o.colour, c.colours + o.shape, place + self.world.third(o.row), place + 3 + self.world.third(o.col)]
+                true[i, hit] = 1
+            classes[i, self.world.class_ids(scene)] = 1
+        return names, true, classes
+
+
+class EasyVQA(Source):
+    """The ``easy-vqa`` package (MIT): 64 x 64 pictures of one coloured shape, with questions and one-word answers; an item is a question."""
+
+    def __init__(self, encode: Encode, pad_token: int, *, train: bool = True):
+        root, part = easy_vqa_folder(), "train" if train else "test"
+        self.records = [tuple(r) for r in json.loads((root / part / "questions.json").read_text())]
+        count = 1 + max(picture for _, _, picture in self.records)
+        pictures = np.stack([images.load(root / part / "images" / f"{i}.png", 64) for i in range(count)])
+        rows = chat.Rows([encode([(f"<image> {question}", answer)]) for question, answer, _ in self.records], pad_token)
+        super().__init__(pictures, [rows], pad_token, [picture for _, _, picture in self.records])
+
+    @staticmethod
+    def vocabulary() -> tuple[str, ...]:
+        """Every word of both parts, lower and upper case as they stand; the special tokens first."""
+        import re
+
+        words: dict[str, None] = dict.fromkeys(("<pad>", "<bos>", "<eos>", "<unk>", "<image>"))
+        for part in ("train", "test"):
+            for question, answer, _ in json.loads((easy_vqa_folder() / part / "questions.json").read_text()):
+                words.update(dict.fromkeys(re.findall(r"\w+|[^\w\s]+", f"{question} {answer}")))
+        return tuple(words)
+
+    def words(self) -> tuple[list[str], Tensor, Tensor]:
+        """The words that answers to what-questions give, whether each is such an answer of a picture, and the same as classes."""
+        told: list[set[str]] = [set() for _ in self.pictures]
+        for _, answer, picture in self.records:
+            if answer not in ("yes", "no"):
+                told[picture].add(answer)
+        names = sorted(set().union(*told))
+        true = torch.tensor([[float(n in t) for n in names] for t in told])
+        return names, true, true
+
+
+def easy_vqa_folder() -> Path:
+    try:
+        import easy_vqa
+    except ImportError:
+        raise ValueError("the easy-vqa data is a package of its own: pip install easy-vqa") from None
+    return Path(easy_vqa.__file__).parent / "data"
+
+
+class Records(Source):
+    """LLaVA-style records: JSON or JSONL of ``{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}``.
+
+    Everything is checked before training: all faulty records are listed at once. ``on_bad_record="skip"`` drops them and says how many.
+    """
+
+    def __init__(self, path: str, folder: str | None, encode: Encode, pad_token: int, *, size: int, on_bad_record: str = "fail"):
+        records, root = read_records(path), Path(folder) if folder else Path(path).parent
+        pictures, rows, faults = [], [], []
+        for i, record in enumerate(records):
+            try:
+                turns = conversation(record)
+                picture = images.load(root / record["image"], size) if "image" in record else None
+                if picture is None:
+                    raise ValueError("has no image; text-only records are not supported here yet")
+                ids, labels = encode(turns)
+                if all(label == chat.IGNORE for label in labels):
+                    raise ValueError("has nothing to learn: every label is masked")
+            except ValueError as error:
+                faults.append(f"record {i} ({record.get('id', 'no id') if isinstance(record, dict) else 'not an object'}): {error}")
+                continue
+            pictures.append(picture)
+            rows.append((ids, labels))
+        self.skipped = faults
+        report_faults(path, faults, len(records), on_bad_record)
+        super().__init__(np.stack(pictures), [chat.Rows(rows, pad_token)], pad_token)
+
+
+def report_faults(path: str, faults: list[str], total: int, on_bad_record: str) -> None:
+    """Raises, or under "skip" prints, the list of faulty records."""
+    if not faults:
+        return
+    listed = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
+    if on_bad_record != "skip" or len(faults) == total:
+        raise ValueError(f"{path}: {len(faults)} of {total} records are faulty (on_bad_record=skip leaves them out):\n  {listed}")
+    print(f"{path}: left out {len(faults)} of {total} records:\n  {listed}")
+
+
+def read_records(path: str) -> list[Any]:
+    """All records of a JSON array or a JSONL file."""
+    try:
+        text = Path(path).read_text()
+    except FileNotFoundError:
+        raise ValueError(f"data file {path} does not exist") from None
+    try:
+        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"data file {path} is not valid JSON or JSONL: {error}") from None
+    if not records:
+        raise ValueError(f"data file {path} holds no record")
+    return records
+
+
+def conversation(record: dict) -> list[tuple[str, str]]:
+    """(question, answer) turns of a record; exactly one <image> place, moved to the front of the first question as LLaVA does."""
+    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
+        raise ValueError('expected an object with "conversations"')
+    said = [(turn.get("from"), turn.get("value")) for turn in record["conversations"] if isinstance(turn, dict)]
+    if said and said[0][0] == "gpt":
+        said = said[1:]
+    if not said or len(said) % 2 or [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2):
+        raise ValueError("conversation turns must alternate human, gpt")
+    if any(not isinstance(value, str) for _, value in said):
+        raise ValueError('every turn needs a text "value"')
+    turns = [(said[i][1], said[i + 1][1]) for i in range(0, len(said), 2)]
+    places = sum(question.count("<image>") for question, _ in turns)
+    if places > 1 or (places == 1 and "image" not in record):
+        raise ValueError(f"{places} <image> places but {int('image' in record)} pictures")
+    turns = [(question.replace("<image>", "").strip(), answer) for question, answer in turns]
+    return [("<image>\n" + turns[0][0], turns[0][1]), *turns[1:]] if "image" in record else turns

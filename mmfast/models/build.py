@@ -1,0 +1,236 @@
+"""From a ``System`` to a module: the place where the six choices meet.
+
+Letters: B batch rows, T tokens, M images, N tokens an image, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+
+from mmfast import spec
+from mmfast.losses.lm import token_cross_entropy
+from mmfast.models.fusion import PrefixFusion
+from mmfast.nn.projector import Projector
+
+
+@dataclass
+class Output:
+    logits: Tensor  # [B, T, V]
+    loss: Tensor | None = None
+
+
+class ClipTower(nn.Module):
+    """One hidden state of a CLIP tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``."""
+
+    def __init__(self, vision: nn.Module, *, layer: int, keep_class_token: bool):
+        super().__init__()
+        self.vision, self.layer, self.keep_class_token = vision, layer, keep_class_token
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer]
+        return states if self.keep_class_token else states[:, 1:]
+
+    def unread(self) -> Iterator[nn.Parameter]:
+        """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
+        tower = getattr(self.vision, "vision_model", self.vision)
+        read = self.layer % (len(tower.encoder.layers) + 1)  # hidden state 0 is what block 0 reads
+        for block in tower.encoder.layers[read:]:
+            yield from block.parameters()
+        yield from tower.post_layernorm.parameters()
+
+
+def _clip(choice: spec.Clip) -> ClipTower:
+    if choice.weights:
+        vision = CLIPVisionModel.from_pretrained(choice.weights)
+    else:
+        config = CLIPVisionConfig(
+            hidden_size=choice.width,
+            num_hidden_layers=choice.depth,
+            num_attention_heads=choice.heads,
+            intermediate_size=choice.ffn,
+            patch_size=choice.patch,
+            image_size=choice.size,
+        )
+        vision = CLIPVisionModel(config)
+    return ClipTower(vision, layer=choice.layer, keep_class_token=choice.keep_class_token)
+
+
+def _language(choice: spec.LanguageModel, tokenizer) -> nn.Module:
+    vocab = choice.vocab if tokenizer is None else len(tokenizer)
+    if choice.weights:
+        model = AutoModelForCausalLM.from_pretrained(choice.weights)
+        if model.get_input_embeddings().num_embeddings < vocab:
+            model.resize_token_embeddings(vocab)  # new rows start at the mean of the old ones
+        return model
+    config = AutoConfig.for_model(
+        choice.family,
+        vocab_size=vocab,
+        hidden_size=choice.width,
+        num_hidden_layers=choice.depth,
+        num_attention_heads=choice.heads,
+        num_key_value_heads=choice.kv_heads,
+        intermediate_size=choice.ffn,
+        max_position_embeddings=choice.context,
+        rms_norm_eps=choice.norm_eps,
+        tie_word_embeddings=choice.tied,
+        initializer_range=choice.init,
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
+        bos_token_id=getattr(tokenizer, "bos_token_id", None),
+        eos_token_id=getattr(tokenizer, "eos_token_id", None),
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+# What builds each kind of choice; a new kind is a class in mmfast.spec and a line here.
+ENCODERS = {spec.Clip: _clip}
+CONNECTORS = {
+    spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
+    spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
+}
+FUSIONS = {spec.Prefix: PrefixFusion}
+
+
+class MultimodalModel(nn.Module):
+    """A system's parts and the way through them.
+
+    The batch is that of the published processors: ``input_ids`` holds one placeholder id for each image token, ``pixel_values`` the images in
+    reading order. A frozen tower's states may come in place of pixels (``image_states``), or the connector's output when that is frozen too
+    (``image_embeds``): both are worth computing once. Rows that show the same image share it through ``image_rows``.
+    """
+
+    def __init__(self, system: spec.System, encoder: nn.Module, connector: nn.Module, language: nn.Module, *, image_token: int):
+        super().__init__()
+        self.system, self.image_token = system, image_token
+        self.encoder, self.connector, self.language = encoder, connector, language
+        self.fusion = FUSIONS[type(system.fusion)]()
+        self._trained: tuple[str, ...] = ()
+        self.train_only(())
+
+    # -- which parts learn
+
+    def part(self, name: str) -> nn.Module:
+        parts = {
+            "encoder": self.encoder,
+            "connector": self.connector,
+            "language": self.language,
+            "embeddings": self.language.get_input_embeddings(),
+        }
+        if name not in parts:
+            raise ValueError(f"{self.system.name}: unknown part {name!r}{spec.nearest(name, parts)}, expected some of {', '.join(parts)}")
+        return parts[name]
+
+    def train_only(self, parts: Sequence[str]) -> list[nn.Parameter]:
+        """Let exactly these parts learn and return their parameters; the others are frozen and stay in evaluation mode.
+
+        ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them.
+        """
+        modules = [self.part(name) for name in parts]
+        self.requires_grad_(False)
+        for module in modules:
+            module.requires_grad_(True)
+        for parameter in self.encoder.unread():
+            parameter.requires_grad_(False)
+        self._trained = tuple(parts)
+        self.train(self.training)
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def train(self, mode: bool = True) -> MultimodalModel:
+        super().train(False)  # dropout in a frozen part would blur what the others learn from
+        self.training = mode
+        for name in self._trained:
+            self.part(name).train(mode)
+        return self
+
+    # -- forward
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """pixels [M, 3, H, W] -> the tower's states [M, N, D_tower], without a graph when the tower is frozen."""
+        with nullcontext() if "encoder" in self._trained else torch.no_grad():
+            return self.encoder(pixel_values)
+
+    def embed_images(
+        self,
+        pixel_values: Tensor | None = None,
+        image_states: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_rows: Tensor | None = None,
+    ) -> Tensor | None:
+        """Whichever form the images come in -> what the language model sees, [M, N, D]; ``image_rows`` [R] picks and repeats: [R, N, D]."""
+        if image_embeds is None:
+            if image_states is None and pixel_values is not None:
+                image_states = self.encode(pixel_values)
+            if image_states is not None:
+                image_embeds = self.connector(image_states)
+        return image_embeds if image_rows is None or image_embeds is None else image_embeds[image_rows]
+
+    def hidden(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, **images: Tensor | None) -> Tensor:
+        """Last hidden states [B, T, D]; ``images`` as for ``embed_images``.
+
+        Without ``attention_mask`` padding must be on the right: under the causal mask no real token sees it, so no mask is needed.
+        """
+        masks = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return self.fusion(self.language, input_ids, self.embed_images(**images), self.image_token, use_cache=False, **masks)[0]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        token_weights: Tensor | None = None,
+        total: Tensor | float | None = None,
+        **images: Tensor | None,
+    ) -> Output:
+        """input_ids, attention_mask, labels, token_weights [B, T]; pixel_values [M, 3, H, W], or one of ``embed_images``' other forms.
+
+        The loss is the weighted mean over scored tokens, labels shifted inside (``mmfast.losses.token_cross_entropy``).
+        """
+        hidden = self.hidden(input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **images)
+        logits = self.language.get_output_embeddings()(hidden)
+        loss = None if labels is None else token_cross_entropy(logits, labels, token_weights=token_weights, total=total)
+        return Output(logits, loss)
+
+    def generate(self, input_ids: Tensor, **kwargs) -> Tensor:
+        """See ``mmfast.models.generate``."""
+        from mmfast.models.generate import generate
+
+        return generate(self, input_ids, **kwargs)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` as the published class of transformers names them."""
+        from mmfast.models.weights import save_pretrained
+
+        save_pretrained(self, path)
+
+
+def build(system: spec.System, *, tokenizer=None, tiny: bool = False) -> MultimodalModel:
+    """The module of a system, all parts frozen.
+
+    Args:
+        tokenizer: decides the vocabulary's size and the id of ``<image>``, which must be among its tokens. Without one the vocabulary is the
+            recipe's and its last id the placeholder.
+        tiny: shrink the system first (``mmfast.models.tiny``).
+    """
+    if tiny:
+        from mmfast.models.tiny import tiny as shrink
+
+        system = shrink(system)
+    for table, choice in ((ENCODERS, system.encoder), (CONNECTORS, system.connector), (FUSIONS, system.fusion)):
+        if type(choice) not in table:
+            known = ", ".join(kind.__name__ for kind in table)
+            raise ValueError(f"{system.name}: nothing builds a {type(choice).__name__}, expected one of {known}")
+    if system.image.size != system.encoder.size:
+        raise ValueError(f"{system.name}: image.size {system.image.size} and encoder.size {system.encoder.size} must agree")
+    image_token = system.language.vocab - 1 if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
+    encoder, language = ENCODERS[type(system.encoder)](system.encoder), _language(system.language, tokenizer)
+    widths = encoder.vision.config.hidden_size, language.get_input_embeddings().embedding_dim
+    connector = CONNECTORS[type(system.connector)](system.connector, *widths)
+    return MultimodalModel(system, encoder, connector, language, image_token=image_token)

@@ -1,0 +1,31 @@
+"""How image tokens reach the language model.
+
+A fusion turns token ids and image embeddings into the language model's last hidden states. Letters: B batch, T tokens, M images,
+N tokens an image, D width.
+"""
+
+from torch import Tensor, nn
+
+
+class PrefixFusion(nn.Module):
+    """The i-th placeholder of the batch, read row by row, becomes the i-th image vector; then the language model runs as always."""
+
+    def forward(
+        self, language: nn.Module, input_ids: Tensor, image_embeds: Tensor | None, image_token: int, **kwargs
+    ) -> tuple[Tensor, object]:
+        """input_ids [B, T], image_embeds [M, N, D] or None -> (hidden [B, T, D], key/value cache or None).
+
+        ``kwargs`` go to the decoder: attention_mask, position_ids, past_key_values, use_cache.
+        """
+        embeds = language.get_input_embeddings()(input_ids)
+        if image_embeds is not None:
+            slots = input_ids == image_token
+            found, given = int(slots.sum()), image_embeds.shape[0] * image_embeds.shape[1]
+            if found != given:
+                raise ValueError(
+                    f"the batch has {found} image placeholders, but its {image_embeds.shape[0]} images have {given} tokens "
+                    f"({image_embeds.shape[1]} each)"
+                )
+            embeds = embeds.masked_scatter(slots[..., None], image_embeds.to(embeds.dtype))
+        out = language.get_decoder()(inputs_embeds=embeds, **kwargs)
+        return out.last_hidden_state, out.past_key_values

@@ -1,0 +1,63 @@
+"""``tiny(recipe)``: the same system at a size that two CPU cores train in minutes, on the shapes world.
+
+Widths, depths, batch sizes and step counts shrink and the data becomes the shapes world; every structural choice stays. Because nothing
+pre-trained exists at that size, the stages are preceded by one that gives the tower its words, and the stage that trains the language model
+starts it from random weights. Numbers: AdamW with a high learning rate and beta2 .98 suits a model of a quarter million parameters;
+some 1,200 steps of the last stage are where captions settle.
+"""
+
+from dataclasses import replace
+
+from mmfast.spec import Alignment, Data, Optim, Stage, System
+
+_FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
+_WORDS = Stage(
+    "words",
+    train=("encoder", "connector", "embeddings"),
+    data=Data("shapes"),
+    objective="words",
+    template="bare",
+    optim=Optim(lr=2e-3, steps=300, batch=64, warmup=30, floor=0.02, **_FAST),
+)
+
+
+def tiny(recipe: System | Alignment) -> System | Alignment:
+    """The tiny form of a recipe."""
+    return tiny_alignment(recipe) if isinstance(recipe, Alignment) else tiny_system(recipe)
+
+
+def tiny_system(system: System) -> System:
+    encoder, language = system.encoder, system.language
+    align, instruct = system.stages[0], system.stages[-1]
+    return replace(
+        system,
+        # Two layers below the hidden state that the recipe reads.
+        encoder=replace(encoder, weights=None, width=64, depth=1 - encoder.layer if encoder.layer < -1 else 2, heads=4, ffn=128, patch=16, size=64),
+        language=replace(language, weights=None, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05),
+        # The shapes world's background becomes 0.
+        image=replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
+        stages=(
+            _WORDS,
+            replace(
+                align, data=Data("shapes"), template="bare", optim=Optim(lr=4e-3, steps=50, batch=32, warmup=10, schedule="constant", **_FAST)
+            ),
+            replace(
+                instruct,
+                data=Data("shapes"),
+                template="bare",
+                optim=Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST),
+            ),
+        ),
+    )
+
+
+def tiny_alignment(alignment: Alignment) -> Alignment:
+    return replace(
+        alignment,
+        policy=tiny_system(alignment.policy),
+        data=replace(alignment.data, name="shapes_own", path=None),
+        template="bare",
+        optim=Optim(lr=1.5e-5, steps=100, batch=32, warmup=0.1, betas=(0.9, 0.98), clip=1.0),
+    )
+
+

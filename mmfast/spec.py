@@ -1,0 +1,227 @@
+"""The vocabulary recipes are written in: frozen dataclasses, nothing else.
+
+A ``System`` is six choices (encoder, connector, fusion, language model, image plan, regions) and its training stages. An ``Alignment`` is
+views and terms over a system: a view is a text scored under an image, a term a pure function of the views' log-probabilities.
+A choice's kind is its class, so what a kind does not have cannot be set. ``weights`` names what the published system starts from; the sizes are
+those of these weights, and what a model without weights is built with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# The parts of a model that a stage may train.
+PARTS = ("encoder", "connector", "language", "embeddings")
+Part = Literal["encoder", "connector", "language", "embeddings"]
+
+# ------------------------------------------------------------------------------------------ the six choices, a class a kind
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP vision tower. ``layer`` picks the hidden state that is passed on (-2: the last but one)."""
+
+    weights: str | None = "openai/clip-vit-large-patch14"
+    width: int = 1024
+    depth: int = 24
+    heads: int = 16
+    ffn: int = 4096
+    patch: int = 14
+    size: int = 224
+    layer: int = -2
+    keep_class_token: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Sequence positions that one picture takes."""
+        return (self.size // self.patch) ** 2 + self.keep_class_token
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One affine map from the tower's width to the language model's."""
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """``depth`` affine maps with GELU between."""
+
+    depth: int = 2
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Image tokens take the places of the <image> placeholders in the language model's sequence."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model; ``family`` is its transformers model type."""
+
+    family: str = "llama"
+    weights: str | None = "lmsys/vicuna-7b-v1.1"
+    vocab: int = 32000
+    width: int = 4096
+    depth: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    ffn: int = 11008
+    context: int = 2048
+    tied: bool = False
+    norm_eps: float = 1e-6
+    init: float = 0.02
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One square of ``size`` pixels: shorter side resized, centre cropped, values 0 .. 1 less mean over std (CLIP's by default)."""
+
+    size: int = 224
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a stage reads. ``name`` is a built-in set ("shapes", "shapes_single", "easy_vqa"), or a published one, whose records the user
+    supplies as ``path`` (JSON or JSONL of LLaVA conversations) and ``images`` (their folder)."""
+
+    name: str
+    path: str | None = None
+    images: str | None = None
+    on_bad_record: Literal["fail", "skip"] = "fail"
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and its schedule. Warm-up is linear; then ``hold`` of all steps at the peak; then cosine to ``floor`` of it, or constant."""
+
+    lr: float
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 128
+    accumulate: int = 1
+    warmup: float = 0.03  # a share of all steps below 1, else steps
+    hold: float = 0.0
+    floor: float = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the loop: which parts train, on what, with which objective.
+
+    lm: cross-entropy of the answer tokens. words: the bag-of-words warm-up of a tower that starts from nothing (every word that is true of
+    the picture must be found among the patches, by the language model's own embeddings); it stands in for CLIP's pre-training.
+    """
+
+    name: str
+    train: tuple[Part, ...]
+    data: Data
+    optim: Optim
+    objective: Literal["lm", "words"] = "lm"
+    template: str = "vicuna_v1"
+    max_length: int = 2048
+
+
+@dataclass(frozen=True)
+class System:
+    """A multimodal model and how it is trained."""
+
+    name: str
+    paper: str = ""
+    encoder: Clip = Clip()
+    connector: Linear | Mlp = Linear()
+    fusion: Prefix = Prefix()
+    language: LanguageModel = LanguageModel()
+    image: Fixed = Fixed()
+    stages: tuple[Stage, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------------------- alignment
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preference pairs. "shapes_own": the policy's captions of fresh shapes-world scenes that hold a false claim, each against a clean
+    caption. Otherwise TRL-style records in ``path`` (JSON or JSONL: image, prompt, chosen, rejected). ``shuffled`` gives every pair another
+    pair's rejected text: the control that keeps the texts and removes what is wrong with them."""
+
+    name: str
+    path: str | None = None
+    images: str | None = None
+    scenes: int = 6000
+    shuffled: bool = False
+    on_bad_record: Literal["fail", "skip"] = "fail"
+
+
+@dataclass(frozen=True)
+class View:
+    """A text scored under an image."""
+
+    text: Literal["chosen", "rejected"]
+    image: Literal["clean"] = "clean"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """-log sigmoid(beta (logratio(better) - logratio(worse))) over sequence log-probabilities (DPO, arXiv:2305.18290)."""
+
+    better: str
+    worse: str
+    weight: float = 1.0
+    loss_type: Literal["sigmoid"] = "sigmoid"
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Negative log-probability of a view, per token."""
+
+    view: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """A preference method over a policy."""
+
+    name: str
+    paper: str
+    policy: System
+    data: Pairs
+    terms: tuple[Contrast | Likelihood, ...]
+    optim: Optim
+    beta: float = 0.1
+    views: dict[str, View] = field(default_factory=lambda: {"chosen": View("chosen"), "rejected": View("rejected")})
+    train: tuple[Part, ...] = ("language", "embeddings")
+    reference: Literal["frozen"] = "frozen"  # a copy of the policy's start; its log-probabilities are computed once
+    template: str = "vicuna_v1"
+    max_length: int = 2048
+
+
+# -------------------------------------------------------------------------------------------------------- reading, naming
+
+
+def nearest(name: str, known: Any) -> str:
+    """`` (did you mean 'x'?)`` for an error sentence, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def to_dict(spec: Any) -> Any:
+    """Plain data of a spec, for JSON; every dataclass carries its class name."""
+    if dataclasses.is_dataclass(spec) and not isinstance(spec, type):
+        return {"kind": type(spec).__name__, **{f.name: to_dict(getattr(spec, f.name)) for f in dataclasses.fields(spec)}}
+    if isinstance(spec, dict):
+        return {k: to_dict(v) for k, v in spec.items()}
+    return [to_dict(v) for v in spec] if isinstance(spec, tuple | list) else spec
