@@ -28,13 +28,13 @@ def load(path: str | Path, size: int) -> np.ndarray:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"image {path} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
             picture = picture.convert("RGB")
-            scale = size / min(picture.size)
-            picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Pillow.Resampling.BICUBIC)
+            # Rounded down, as the published processors do.
+            picture = picture.resize([side * size // min(picture.size) for side in picture.size], Pillow.Resampling.BICUBIC)
             left, top = ((side - size) // 2 for side in picture.size)
-            return np.asarray(picture.crop((left, top, left + size, top + size)))
+            return np.array(picture.crop((left, top, left + size, top + size)))
     except FileNotFoundError:
         raise ValueError(f"image {path} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Pillow.DecompressionBombError, OSError, SyntaxError) as error:
         raise ValueError(f"image {path} cannot be read: {error}") from None
 
 

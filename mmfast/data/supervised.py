@@ -124,9 +124,9 @@ class Records(Source):
         for i, record in enumerate(records):
             try:
                 turns = conversation(record)
-                picture = images.load(root / record["image"], size) if "image" in record else None
-                if picture is None:
-                    raise ValueError("has no image; text-only records are not supported here yet")
+                if not isinstance(record.get("image"), str):
+                    raise ValueError('needs "image", a file name; text-only records are not supported yet')
+                picture = images.load(root / record["image"], size)
                 ids, labels = encode(turns)
                 if all(label == chat.IGNORE for label in labels):
                     raise ValueError("has nothing to learn: every label is masked")
@@ -153,9 +153,11 @@ def report_faults(path: str, faults: list[str], total: int, on_bad_record: str) 
 def read_records(path: str) -> list[Any]:
     """All records of a JSON array or a JSONL file."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"data file {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data file {path} is not valid UTF-8: {error}") from None
     try:
         records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
@@ -177,6 +179,8 @@ def conversation(record: dict) -> list[tuple[str, str]]:
     if any(not isinstance(value, str) for _, value in said):
         raise ValueError('every turn needs a text "value"')
     turns = [(said[i][1], said[i + 1][1]) for i in range(0, len(said), 2)]
+    if any("<image>" in answer for _, answer in turns):
+        raise ValueError("an answer holds <image>; only questions may")
     places = sum(question.count("<image>") for question, _ in turns)
     if places > 1 or (places == 1 and "image" not in record):
         raise ValueError(f"{places} <image> places but {int('image' in record)} pictures")

@@ -1,0 +1,87 @@
+"""Token ids and labels of conversations, checked on a tokenizer that spells: its ids are code points, so every expectation can be read."""
+
+import pytest
+import torch
+
+from mmfast.data import chat
+
+BOS, EOS, IMAGE = 1, 2, 3
+
+
+class Speller:
+    bos_token_id, eos_token_id = BOS, EOS
+
+    def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def encode(template, turns, tokens=2, **kwargs):
+    return chat.encode(Speller(), template, turns, image_tokens=tokens, image_token=IMAGE, **kwargs)
+
+
+def read(ids):
+    return "".join({BOS: "<s>", EOS: "</s>", IMAGE: "@"}.get(i) or chr(i) for i in ids)
+
+
+def scored(ids, labels):
+    assert all(label in (i, -100) for i, label in zip(ids, labels, strict=True))
+    return read([i for i, label in zip(ids, labels, strict=True) if label != -100])
+
+
+TURNS = [("<image>\nHi", "Hello"), ("Who?", "Me.")]
+
+
+def test_vicuna_v1_as_published():
+    ids, labels = encode("vicuna_v1", TURNS)
+    assert read(ids) == (
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to "
+        "the user's questions. USER: @@\nHi ASSISTANT: Hello</s>USER: Who? ASSISTANT: Me.</s>"
+    )
+    assert scored(ids, labels) == "Hello</s>Me.</s>"
+
+
+def test_plain_drops_the_question_and_scores_caption_and_newline():
+    ids, labels = encode("plain", [("Describe it. <image>", "A cat.")], tokens=3)
+    assert read(ids) == "<s>@@@A cat.\n"
+    assert scored(ids, labels) == "A cat.\n"
+
+
+def test_bare_packs_turns_and_ends_once():
+    ids, labels = encode("bare", [("<image> a?", "y"), ("b?", "n")])
+    assert read(ids) == "<s>@@ a?yb?n</s>"
+    assert scored(ids, labels) == "yn</s>"
+
+
+def test_an_open_prompt_is_the_conversation_up_to_the_answer():
+    for template in chat.TEMPLATES:
+        prompt, labels = encode(template, [*TURNS[:1], ("Who?", None)])
+        whole, _ = encode(template, TURNS)
+        assert set(labels[-2:]) <= {-100}
+        if template == "vicuna_v1":
+            assert whole[: len(prompt)] == prompt
+            assert read(prompt).endswith(" ASSISTANT: ")
+
+
+def test_truncation_counts_image_tokens_and_never_cuts_them():
+    ids, labels = encode("bare", [("<image>q", "answer")], tokens=4)
+    assert len(ids) == 1 + 4 + 1 + 6 + 1
+    short, short_labels = encode("bare", [("<image>q", "answer")], tokens=4, max_length=8)
+    assert (short, short_labels) == (ids[:8], labels[:8])
+    with pytest.raises(ValueError, match=r"picture ends beyond max_length=4.*above 13"):
+        encode("bare", [("<image>q", "answer")], tokens=4, max_length=4)
+
+
+def test_unknown_template():
+    with pytest.raises(ValueError, match=r"unknown template 'vicuna'.*'vicuna_v1'"):
+        encode("vicuna", TURNS)
+
+
+def test_rows_give_the_narrowest_batch():
+    rows = chat.Rows([([1, 5, 6], [-100, 5, 6]), ([1, 7], [-100, 7]), ([1, 2, 3, 4], [-100] * 4)], pad_token=0)
+    ids, labels = rows.batch(torch.tensor([1, 0]))
+    assert ids.tolist() == [[1, 7, 0], [1, 5, 6]]
+    assert labels.tolist() == [[-100, 7, -100], [-100, 5, 6]]
+    both, both_labels = chat.stack([(ids, labels), rows.batch(torch.tensor([2]))], pad_token=0)
+    assert both.tolist() == [[1, 7, 0, 0], [1, 5, 6, 0], [1, 2, 3, 4]]
+    assert both_labels[0].tolist() == [-100, 7, -100, -100]

@@ -1,0 +1,82 @@
+"""Picture files: the same pixels as the published processor, and one sentence for every file that is none."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Pillow
+from transformers import CLIPImageProcessorPil
+
+from mmfast.data import images
+from mmfast.spec import Fixed
+
+
+def picture(width, height, mode="RGB"):
+    noise = np.random.default_rng(width * height).integers(0, 256, (max(height // 8, 1), max(width // 8, 1), 3), dtype=np.uint8)
+    return Pillow.fromarray(noise).resize((width, height), Pillow.Resampling.BILINEAR).convert(mode)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (201, 333), (224, 224), (97, 41), (1000, 230)])
+def test_pixels_equal_the_published_processor(size, tmp_path):
+    """Shorter edge bicubic, centre crop, CLIP statistics: at most one grey level off, where the processor rounds between its steps."""
+    source = picture(*size)
+    source.save(tmp_path / "a.png")
+    processor = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size={"height": 224, "width": 224})
+    want = processor(source, return_tensors="pt")["pixel_values"]
+    got = images.normalise(torch.from_numpy(images.load(tmp_path / "a.png", 224))[None], Fixed())
+    level = 1 / 255 / min(Fixed().std)
+    assert (got - want).abs().max() <= 1.01 * level
+    assert (got - want).abs().mean() <= 0.02 * level
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
+def test_every_colour_mode_becomes_rgb(mode, tmp_path):
+    suffix = "tiff" if mode == "CMYK" else "png"
+    picture(50, 40).convert(mode).save(tmp_path / f"a.{suffix}")
+    array = images.load(tmp_path / f"a.{suffix}", 16)
+    assert (array.shape, array.dtype) == ((16, 16, 3), np.uint8)
+
+
+def test_an_extreme_shape_still_fills_the_square(tmp_path):
+    picture(3, 700).save(tmp_path / "a.png")
+    assert images.load(tmp_path / "a.png", 64).shape == (64, 64, 3)
+
+
+def test_unreadable_files_are_named(tmp_path, monkeypatch):
+    good = tmp_path / "good.png"
+    picture(64, 64).save(good)
+    cases = {
+        "missing.png": (None, "does not exist"),
+        "empty.png": (b"", "cannot be read"),
+        "text.png": (b"not a picture", "cannot be read"),
+        "torn.png": (good.read_bytes()[:200], "cannot be read"),
+    }
+    for name, (content, words) in cases.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"image .*{name} {words}"):
+            images.load(tmp_path / name, 64)
+    with pytest.raises(ValueError, match="cannot be read"):
+        images.load(tmp_path, 64)  # a folder
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 64 - 1)
+    with pytest.raises(ValueError, match=r"64 x 64 pixels, more than 4,095"):
+        images.load(good, 64)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    """A PNG header that promises 60,000 x 60,000 pixels, past Pillow's own limit too."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b""))
+    with pytest.raises(ValueError, match=r"bomb\.png"):
+        images.load(tmp_path / "bomb.png", 64)
+
+
+def test_normalise():
+    pixels = torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8)
+    plan = Fixed(mean=(0.0, 0.5, 0.25), std=(1.0, 0.25, 0.5))
+    assert images.normalise(pixels, plan).flatten().tolist() == pytest.approx([0, (128 / 255 - 0.5) / 0.25, 1.5], abs=1e-6)

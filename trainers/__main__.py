@@ -1,0 +1,263 @@
+"""The `mmfast` command. Exit code 2 and one line for what can be known before data is touched, 1 for failures at run time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from mmfast.spec import Alignment, nearest, to_dict
+
+from .loop import RunError
+
+
+class UsageError(RunError):
+    """Known to be wrong before anything ran."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+
+def parser() -> Parser:
+    top = Parser(prog="mmfast", description="Fast multimodal ops, and the systems built on them.")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+
+    def add(name: str, what: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=what, description=what)
+
+    add("list", "every bundled recipe").add_argument("--markdown", action="store_true", help="as a Markdown table")
+    for name, what in (("show", "all fields of a recipe"), ("train", "train a recipe; any field can be set as --name.of.field VALUE")):
+        sub = add(name, what)
+        sub.add_argument("recipe", help="a name from `mmfast list`, or a Python file that defines RECIPE")
+        sub.add_argument("--tiny", action="store_true", help="at a size that two CPU cores train in minutes, on built-in data")
+        sub.add_argument("--config", metavar="FILE", help="YAML with fields to change")
+        if name == "train":
+            sub.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/NAME)")
+            sub.add_argument("--seed", type=int, default=0)
+            sub.add_argument("--steps", type=int, help="at most so many steps a stage")
+            sub.add_argument("--resume", action="store_true", help="continue the run in --out")
+            sub.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: at the end of a stage)")
+            sub.add_argument("--data", metavar="FILE", help="JSON or JSONL records instead of the recipe's data")
+            sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
+            sub.add_argument("--on-bad-record", choices=("fail", "skip"), default="fail", help="an unreadable picture or faulty record")
+            sub.add_argument("--device", default="cpu", choices=("cpu",), help="where to train (CUDA follows)")
+            sub.add_argument("--dry-run", action="store_true", help="resolve and print the recipe, train nothing")
+            sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    sub = add("diff", "the fields in which two recipes differ")
+    sub.add_argument("a")
+    sub.add_argument("b")
+    sub = add("eval", "measure a trained run on held-out scenes of the shapes world")
+    sub.add_argument("run", type=Path)
+    sub.add_argument("--scenes", type=int, default=500)
+    sub = add("report", "write report.html of a run folder")
+    sub.add_argument("runs", type=Path, nargs="+")
+    sub = add("demo", "train, align and measure a tiny multimodal model; ends with a page to look at")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"))
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--steps", type=int, help="at most so many steps a stage: a smoke test")
+    sub.add_argument("--scenes", type=int, default=500, help="held-out scenes to measure on")
+    sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    sub = add("bench", "benchmark the kernels against PyTorch and their best peers (from a source checkout)")
+    sub.add_argument("op", nargs="?", help="one op, say vq")
+    add("env", "versions, build and machine")
+    return top
+
+
+FLAGS = ("tiny", "config", "out", "seed", "steps", "resume", "save-every", "data", "images", "on-bad-record", "device", "dry-run", "quiet")
+
+
+def resolve(args: argparse.Namespace, rest: list[str]):
+    """The recipe of a command line, all changes applied."""
+    from dataclasses import replace
+
+    from mmfast.models.tiny import tiny
+
+    from . import config
+
+    recipe = config.load_recipe(args.recipe)
+    if args.tiny:
+        recipe = tiny(recipe)
+    changes = config.read_yaml(args.config) if args.config else {}
+    recipe = config.apply(recipe, changes | config.options(rest), FLAGS)
+    if getattr(args, "data", None):
+        if not Path(args.data).exists():
+            raise RunError(f"data file {args.data} does not exist")
+        given = dict(path=args.data, images=args.images, on_bad_record=args.on_bad_record)
+        if isinstance(recipe, Alignment):
+            recipe = replace(recipe, data=replace(recipe.data, **given))
+        else:
+            stages = [replace(s, data=replace(s.data, **given)) if s.objective == "lm" else s for s in recipe.stages]
+            recipe = replace(recipe, stages=tuple(stages))
+    return recipe
+
+
+def train(args: argparse.Namespace, rest: list[str]) -> None:
+    from .demo import cap, pick_samples, write_samples
+
+    try:
+        recipe = cap(resolve(args, rest), args.steps)
+        if args.dry_run:
+            print(json.dumps(to_dict(recipe), indent=2))
+            return
+        from .loop import Run
+        from .supervised import Session, base_model, cache_folder, train_system
+
+        system = recipe.policy if isinstance(recipe, Alignment) else recipe
+        out = args.out or Path("runs") / recipe.name
+        if args.save_every is not None and args.save_every < 1:
+            raise RunError(f"--save-every {args.save_every}: expected at least 1")
+        Session(system, seed=args.seed)  # builds and checks the model before anything is written
+        run = Run(out, resume=args.resume)
+    except UsageError:
+        raise
+    except (RunError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    from . import report
+    from .evaluate import Exam
+
+    run.write_json("recipe.json", to_dict(recipe) | {"seed": args.seed})
+    options = dict(resume=args.resume, save_every=args.save_every, quiet=args.quiet)
+    captions = {}
+    if isinstance(recipe, Alignment):
+        from .preference import train_alignment
+
+        session, _ = base_model(system, seed=args.seed, cache=cache_folder(out), quiet=args.quiet)
+        exam = Exam(session)
+        before, before_details = exam(session, template=recipe.template)
+        run.write_json("before.json", before)
+        captions["before"] = before_details["captions"]
+        train_alignment(recipe, session, run, **options)
+    else:
+        session = train_system(recipe, run, seed=args.seed, **options)
+        exam, before_details = Exam(session), None
+    template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
+    measured, details = exam(session, template=template)
+    run.write_json("eval.json", measured)
+    captions["after" if captions else "model"] = details["captions"]
+    write_samples(out, session, exam, pick_samples(session, exam, before_details or details, details), captions)
+    report.write(out / "report.html", report.run_page(out))
+    print({k: round(measured[k], 4) for k in ("chair_s", "chair_i", "recall", "pope_adversarial_accuracy")})
+    print(f"open {out / 'report.html'}")
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    from . import config
+    from .evaluate import Exam
+    from .loop import Run, load_model
+    from .supervised import Session
+
+    try:
+        saved = json.loads((args.run / "recipe.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{args.run} is no run folder: recipe.json is missing or unreadable") from error
+    recipe = config.from_dict(saved)
+    system = recipe.policy if isinstance(recipe, Alignment) else recipe
+    run = Run(args.run, resume=True)
+    last = run.last_checkpoint()
+    if last is None:
+        raise UsageError(f"{args.run} holds no intact checkpoint to measure")
+    session = Session(system, seed=saved.get("seed", 0))
+    load_model(session.model, last[1] / "model.safetensors")
+    template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
+    measured, _ = Exam(session, scenes=args.scenes)(session, template=template)
+    run.write_json("eval.json", measured)
+    print(json.dumps(measured, indent=2))
+
+
+def bench(args: argparse.Namespace) -> int:
+    import subprocess
+
+    folder = Path("bench/ops")
+    known = sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py"))
+    if not known:
+        raise UsageError("benchmarks live in the source checkout: run `mmfast bench` in its top folder")
+    if args.op is not None and args.op not in known:
+        raise UsageError(f"no benchmark of {args.op!r}{nearest(args.op, known)}; there are {', '.join(known)}")
+    target = folder / f"bench_{args.op}.py" if args.op else folder
+    return subprocess.call([sys.executable, "-m", "pytest", "-s", "-q", str(target), "-o", "python_files=bench_*.py"])
+
+
+def environment() -> None:
+    import importlib.metadata as metadata
+    import platform
+
+    import mmfast
+
+    print(f"python {platform.python_version()} on {platform.platform()}")
+    for name in ("torch", "transformers", "peft", "jsonargparse", "pillow", "numpy"):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} is not installed")
+    for key, value in mmfast.build_info().items():
+        print(f"mmfast {key}: {value}")
+
+
+def run(argv: list[str]) -> int:
+    args, rest = parser().parse_known_args(argv)
+    if args.command is None:
+        parser().print_help()
+        return 2
+    if rest and args.command not in ("train", "show"):
+        raise UsageError(f"{args.command}: unknown option {rest[0]!r}")
+    if args.command == "train":
+        train(args, rest)
+    elif args.command == "demo":
+        from .demo import run_demo
+
+        if args.out.exists() and any(args.out.iterdir()):
+            raise UsageError(f"output folder {args.out} exists and is not empty; choose another --out or remove it")
+        run_demo(args.out, seed=args.seed, steps=args.steps, scenes=args.scenes, quiet=args.quiet)
+    elif args.command == "eval":
+        evaluate(args)
+    elif args.command == "report":
+        from . import report
+
+        for folder in args.runs:
+            if not (folder / "recipe.json").exists():
+                raise UsageError(f"{folder} is no run folder: it holds no recipe.json")
+            print(report.write(folder / "report.html", report.run_page(folder)))
+    elif args.command == "bench":
+        return bench(args)
+    elif args.command == "env":
+        environment()
+    else:
+        from . import config, describe
+
+        try:
+            if args.command == "list":
+                print(describe.table(args.markdown))
+            elif args.command == "show":
+                print(describe.show(resolve(args, rest)))
+            else:
+                print(describe.diff(config.load_recipe(args.a), config.load_recipe(args.b)))
+        except RunError as error:
+            raise UsageError(str(error)) from error
+    return 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        code = run(sys.argv[1:] if argv is None else argv)
+    except UsageError as error:
+        print(f"mmfast: {error}", file=sys.stderr)
+        code = 2
+    except (RunError, ValueError, OSError) as error:
+        print(f"mmfast: {error}", file=sys.stderr)
+        code = 1
+    except ImportError as error:
+        print(f"mmfast: {error}; the trainers need their extra: pip install 'mmfast[train]'", file=sys.stderr)
+        code = 1
+    except BrokenPipeError:
+        code = 0
+    except KeyboardInterrupt:
+        print("mmfast: interrupted; the last checkpoint is kept, --resume continues from it", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
