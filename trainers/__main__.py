@@ -245,14 +245,15 @@ def main(argv: list[str] | None = None) -> None:
     except UsageError as error:
         print(f"mmfast: {error}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # `mmfast list | head`
+        sys.stderr.close()  # the interpreter would complain about the pipe once more on its way out
+        code = 0
     except (RunError, ValueError, OSError) as error:
         print(f"mmfast: {error}", file=sys.stderr)
         code = 1
     except ImportError as error:
         print(f"mmfast: {error}; the trainers need their extra: pip install 'mmfast[train]'", file=sys.stderr)
         code = 1
-    except BrokenPipeError:
-        code = 0
     except KeyboardInterrupt:
         print("mmfast: interrupted; the last checkpoint is kept, --resume continues from it", file=sys.stderr)
         code = 130

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,6 +30,8 @@ class Run:
 
     def __init__(self, folder: Path, *, resume: bool = False, keep: int = 2):
         self.folder, self.keep = Path(folder), keep
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RunError(f"output folder {self.folder} is a file; choose another --out")
         if self.folder.exists() and any(self.folder.iterdir()) and not resume:
             raise RunError(f"output folder {self.folder} exists and is not empty; continue it with --resume or choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -58,11 +61,11 @@ class Run:
             (partial / "hashes.json").write_text(json.dumps(hashes))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-        except OSError as error:
+        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as Python, safetensors and torch report it
             shutil.rmtree(partial, ignore_errors=True)
-            kept = self.last_checkpoint()
+            kept, why = self.last_checkpoint(), getattr(error, "strerror", None) or error
             raise RunError(
-                f"checkpoint of step {step} could not be written to {root}: {error.strerror or error}; "
+                f"checkpoint of step {step} could not be written to {root}: {why}; "
                 + (f"the one of step {kept[0]} is intact, free space and --resume" if kept else "no earlier one exists")
             ) from error
         for old, path in self._checkpoints()[: -self.keep]:
@@ -222,9 +225,9 @@ def train(
             "extra": extra.state_dict() if extra is not None else {},
         }
 
-    if resume and (last := run.last_checkpoint()) is not None:
-        reached, path = last
-        saved = torch.load(path / "state.pt", weights_only=True)
+    if resume:
+        reached, path = run.last_checkpoint() or (0, None)
+        saved = torch.load(path / "state.pt", weights_only=True) if path else {"stage": None}
         if saved["stage"] == stage and first_step <= reached <= first_step + total:
             load_model(model, path / "model.safetensors")
             optimizer.load_state_dict(saved["optimizer"])
@@ -232,9 +235,9 @@ def train(
                 extra.load_state_dict(saved["extra"])
             torch.set_rng_state(saved["rng"])
             done = saved["done"]
-            run.forget_after(reached)
         elif reached >= first_step + total:
             return first_step + total  # this stage is behind us; a later one loads the weights
+        run.forget_after(first_step + done)
     bar = tqdm(total=total, initial=done, desc=stage, unit="step", disable=quiet or None, dynamic_ncols=True, mininterval=0.5)
     model.train()
     while done < total:
@@ -245,19 +248,23 @@ def train(
             loss, logged = step_function(order(done * optim.accumulate + micro))
             (loss / optim.accumulate).backward()
             losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(parameters, optim.clip)
+        norm = nn.utils.clip_grad_norm_(parameters, optim.clip or math.inf)
+        value = torch.stack(losses).mean().item()
+        if not math.isfinite(value + norm.item()):
+            raise RunError(
+                f"step {first_step + done + 1} ({stage}) has loss {value} and gradient norm {norm.item()}; lower the learning rate or look at "
+                "the data (the step was not taken)"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         done += 1
         seconds = time.perf_counter() - began
-        record = {"step": first_step + done, "stage": stage, "loss": torch.stack(losses).mean().item(), "lr": optimizer.param_groups[0]["lr"]}
+        record = {"step": first_step + done, "stage": stage, "loss": value, "lr": optimizer.param_groups[0]["lr"]}
         record |= {"grad_norm": norm.item(), **logged}
         if "tokens" in record:
             record["tokens_per_s"] = round(record.pop("tokens") * optim.accumulate / seconds, 1)
         record["peak_memory_mb"] = peak_memory_mb()
         run.log(record)
-        if not math.isfinite(record["loss"]):
-            raise RunError(f"the loss of step {record['step']} ({stage}) is {record['loss']}; lower the learning rate or look at the data")
         bar.update()
         bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
         if done == total or (save_every and done % save_every == 0):

@@ -48,6 +48,11 @@ SHAPES = (
     ("star", "stars", "asterisk", "asterisks"),
     ("bar", "bars", "stick", "sticks"),
 )
+# How far each shape of radius 1 reaches from its centre: left, top, right, bottom.
+EXTENTS = (
+    (1.0, 1.0, 1.0, 1.0), (0.85, 0.85, 0.85, 0.85), (0.9625, 1.0, 0.9625, 0.75), (1.0, 1.0, 1.0, 1.0),
+    (1.0, 1.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0), (0.9511, 1.0, 0.9511, 0.809), (1.0, 0.3, 1.0, 0.3),
+)  # fmt: skip
 FRAMES = ("the picture shows", "we see", "in the picture we see")
 COUNTS = ("one", "two", "three")
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
@@ -55,6 +60,8 @@ SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
 PROMPT = "describe the picture:"
 # Splits never share a scene: each has its own stream. Their numbers are part of the data's identity.
 SPLITS = {"train": 1, "single": 2, "pairs": 3, "eval": 4, "valid": 5, "test": 6}
+# Rises whenever the bytes of any scene, picture or text change; whoever keeps what was made from them keeps this number with it.
+VERSION = 1
 
 
 # ----------------------------------------------------------------------------------------------------------------- draws
@@ -92,10 +99,10 @@ class Draws:
         """Index drawn in proportion to integer weights."""
         at = self.below(sum(weights))
         for i, weight in enumerate(weights):
-            at -= weight
-            if at < 0:
+            if at < weight:
                 return i
-        raise AssertionError("weights changed while drawing")
+            at -= weight
+        raise ValueError("Draws.pick: expected at least one positive weight")
 
     def shuffled(self, items: Iterable) -> list:
         out = list(items)
@@ -132,6 +139,25 @@ class WorldConfig:
     plant_any_caption: float = 0.0
     plant_any_answer: float = 0.0
 
+    def __post_init__(self):
+        rates = ("synonym", "plant_caption", "plant_answer", "plant_any_caption", "plant_any_answer")
+        weights = self.count_weights
+        for name, holds, expected in (
+            ("colours", 1 <= self.colours <= len(COLOURS), f"1 to {len(COLOURS)}"),
+            ("shapes", 1 <= self.shapes <= len(SHAPES), f"1 to {len(SHAPES)}"),
+            ("grid", self.grid >= 3, "at least 3 (positions are thirds)"),
+            ("cell", self.cell >= 12 and self.pixels <= 512, "at least 12, and at most 512 pixels in all"),
+            ("core", self.core >= 2, "at least 2 (a class and its companion)"),
+            ("themes", 1 <= self.themes * self.core <= self.classes, f"1 or more, with cores within {self.classes} classes"),
+            ("fewest", 1 <= self.fewest <= self.most, f"1 to most={self.most}"),
+            ("most", self.most <= min(self.classes, self.grid**2), "no more than classes or cells"),
+            ("from_core", 0 <= self.from_core <= (1 if self.most <= self.core else 0.99), "0 to 1, under 1 if most exceeds core"),
+            ("count_weights", 1 <= len(weights) <= len(COUNTS) and min(weights) >= 0 < sum(weights), "1 to 3 weights, not all 0"),
+            *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in rates),
+        ):
+            if not holds:
+                raise ValueError(f"WorldConfig: {name} is {getattr(self, name)!r}, expected {expected}")
+
     @classmethod
     def large(cls, seed: int = 0) -> WorldConfig:
         """96 x 96 pixels, 64 classes, 8 themes, 2 to 5 classes a scene, shuffled clauses, i.i.d. planting."""
@@ -161,8 +187,9 @@ class Object:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """x0, y0, x1, y1 in pixels: the square around the radius."""
-        return (self.cx - self.r, self.cy - self.r, self.cx + self.r, self.cy + self.r)
+        """x0, y0, x1, y1 in pixels: the tightest box around the shape as drawn."""
+        left, top, right, bottom = EXTENTS[self.shape]
+        return (self.cx - left * self.r, self.cy - top * self.r, self.cx + right * self.r, self.cy + bottom * self.r)
 
 
 @dataclass(frozen=True)
@@ -254,12 +281,6 @@ class World:
 
     def __init__(self, config: WorldConfig | None = None):
         self.config = c = config or WorldConfig()
-        if c.themes * c.core > c.classes:
-            raise ValueError(
-                f"WorldConfig: {c.themes} themes of {c.core} classes need {c.themes * c.core}, there are {c.classes}"
-            )
-        if not (c.colours <= len(COLOURS) and c.shapes <= len(SHAPES)):
-            raise ValueError(f"WorldConfig: at most {len(COLOURS)} colours and {len(SHAPES)} shapes exist")
         order = Draws(c.seed, 0).shuffled(range(c.classes))
         self.cores = tuple(tuple(order[t * c.core : (t + 1) * c.core]) for t in range(c.themes))
         self.theme_of = {k: t for t, core in enumerate(self.cores) for k in core}
@@ -271,12 +292,9 @@ class World:
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """Every word of captions, questions and answers; the special tokens first."""
-        words = list(SPECIALS) + "describe the picture . : ? , and is there are a an yes no".split()
-        words += (
-            "how many above below left of right what colour".split()
-            + list(COUNTS)
-            + ["zero", "shows", "in", "we", "see", "at"]
-        )
+        words = [*SPECIALS, "describe", "the", "picture", ".", ":", "?", ",", "and", "is", "there", "are", "a", "an", "yes", "no"]
+        words += ["how", "many", "above", "below", "left", "of", "right", "what", "colour", *COUNTS, "zero"]
+        words += ["shows", "in", "we", "see", "at"]
         words += list(ROWS) + list(COLUMNS) + [name for name, _ in COLOURS[: self.config.colours]]
         words += [word for shape in SHAPES[: self.config.shapes] for word in shape]
         return tuple(dict.fromkeys(words))
@@ -308,10 +326,7 @@ class World:
         """Scenes start .. start + count - 1 of a split; ``classes`` overrides the range of classes a scene."""
         if split not in SPLITS:
             raise ValueError(f"World.scenes: unknown split {split!r}, expected one of {', '.join(SPLITS)}")
-        return [
-            self._scene(split, i, classes or (self.config.fewest, self.config.most))
-            for i in range(start, start + count)
-        ]
+        return [self._scene(split, i, classes or (self.config.fewest, self.config.most)) for i in range(start, start + count)]
 
     def _scene(self, split: str, index: int, classes: tuple[int, int]) -> Scene:
         c, draws = self.config, Draws(self.config.seed, 1, SPLITS[split], index)
@@ -319,11 +334,7 @@ class World:
         wanted = classes[0] + draws.below(classes[1] - classes[0] + 1)
         chosen: list[int] = []
         while len(chosen) < wanted:
-            k = (
-                self.cores[theme][draws.pick(self._core_weights)]
-                if draws.chance(c.from_core)
-                else draws.below(c.classes)
-            )
+            k = self.cores[theme][draws.pick(self._core_weights)] if draws.chance(c.from_core) else draws.below(c.classes)
             if k not in chosen:
                 chosen.append(k)
         counts = [1 + draws.pick(c.count_weights) for _ in chosen]
@@ -390,13 +401,8 @@ class World:
             rows = [(i, o) for i, s in enumerate(part) for o in s.objects]
             if rows:
                 image, row, col = (np.array(v) for v in zip(*((i, o.row, o.col) for i, o in rows), strict=True))
-                centre = [
-                    (int(o.cy - o.row * c.cell - c.cell / 2) + j, int(o.cx - o.col * c.cell - c.cell / 2) + j)
-                    for _, o in rows
-                ]
-                shape, radius = (
-                    np.array(v) for v in zip(*((o.shape, self._radii.index(o.r)) for _, o in rows), strict=True)
-                )
+                centre = [(int(o.cy - o.row * c.cell - c.cell / 2) + j, int(o.cx - o.col * c.cell - c.cell / 2) + j) for _, o in rows]
+                shape, radius = (np.array(v) for v in zip(*((o.shape, self._radii.index(o.r)) for _, o in rows), strict=True))
                 dy, dx = np.array(centre).T
                 cover = self._sprites[shape, radius, dy, dx][..., None]
                 ink = colours[[o.colour for _, o in rows]][:, None, None, :]
@@ -446,9 +452,7 @@ class World:
             if draws.chance(self.config.plant_any_caption):
                 absent = [k for k in self.absent_core(scene) if k not in [clause.class_id for clause in clauses]]
                 if absent:
-                    clauses.insert(
-                        draws.below(len(clauses) + 1), Clause(absent[draws.below(len(absent))], 1, self._place(draws))
-                    )
+                    clauses.insert(draws.below(len(clauses) + 1), Clause(absent[draws.below(len(absent))], 1, self._place(draws)))
         return self._say(clauses, draws.below(len(FRAMES)), [draws.chance(self.config.synonym) for _ in clauses])
 
     def _say(self, clauses: Sequence[Clause], frame: int, synonyms: Sequence[bool]) -> Caption:
@@ -485,6 +489,9 @@ class World:
 
     def turns(self, scene: Scene, count: int, *, planted: bool = False, variant: int = 0) -> list[tuple[str, str]]:
         """Yes/no turns about distinct classes: 45 % present, 30 % absent from the core, the rest absent at random."""
+        absent_classes = self.config.classes - len(scene.classes)
+        if count > absent_classes:
+            raise ValueError(f"World.turns: expected at most {absent_classes} turns (as many as absent classes), got {count}")
         draws = self._draws(5, scene, variant)
         present = draws.shuffled(self.class_ids(scene))
         core = draws.shuffled(self.absent_core(scene))
@@ -503,11 +510,9 @@ class World:
         return turns
 
     def count_turns(self, scene: Scene) -> list[tuple[str, str]]:
-        """One true count question a class of the scene, and one about a class that is not there ("zero")."""
+        """A count question about each class of the scene, and one about a class that is not there ("zero")."""
         draws = self._draws(6, scene)
-        turns = [
-            (self.ask_count(k), COUNTS[n.count - 1]) for k, n in zip(self.class_ids(scene), scene.classes, strict=True)
-        ]
+        turns = [(self.ask_count(k), COUNTS[n.count - 1]) for k, n in zip(self.class_ids(scene), scene.classes, strict=True)]
         absent = [k for k in range(self.config.classes) if k not in self.class_ids(scene)]
         return [*turns, (self.ask_count(absent[draws.below(len(absent))]), "zero")]
 
@@ -524,9 +529,7 @@ class World:
 
     def relations(self, scene: Scene) -> list[tuple[str, str]]:
         """Balanced above / not above questions between single objects of different rows."""
-        single = [
-            o for o in scene.objects if sum((p.colour, p.shape) == (o.colour, o.shape) for p in scene.objects) == 1
-        ]
+        single = [o for o in scene.objects if sum((p.colour, p.shape) == (o.colour, o.shape) for p in scene.objects) == 1]
         turns = []
         for i, a in enumerate(single):
             for b in single[i + 1 :]:
@@ -548,9 +551,7 @@ class World:
             return "colour"
         if mention.count is not None and mention.count != len(same):
             return "count"
-        if mention.position is not None and mention.position not in [
-            (self.third(o.row), self.third(o.col)) for o in same
-        ]:
+        if mention.position is not None and mention.position not in [(self.third(o.row), self.third(o.col)) for o in same]:
             return "position"
         return None
 
@@ -571,6 +572,7 @@ class World:
 
         insert: a clause about the companion class, or another absent class of the core. swap: one clause's class becomes an absent one
         of the core. count, position: a wrong one. omit: a clause is left out (the chosen text claims more, the rejected nothing false).
+        swap, count and position keep the slots, so that the two texts' spans correspond one to one.
         """
         edits: dict[str, Callable] = {
             "insert": self._insert, "swap": self._swap, "count": self._miscount, "position": self._misplace, "omit": self._omit,
@@ -630,13 +632,28 @@ class World:
         return spoken[:at] + spoken[at + 1 :]
 
     def pairs_from_captions(self, scenes: Sequence[Scene], captions: Sequence[str]) -> list[Pair]:
-        """A model's own captions with at least one false class against a clean caption of the scene."""
+        """A model's own captions with at least one false class against a clean caption of the scene; those without a ``fault``."""
         pairs = []
         for scene, text in zip(scenes, captions, strict=True):
-            mentions = parse(text)
-            if any(self.claim_error(scene, m) in ("object", "colour") for m in mentions):
-                pairs.append(self._pair(scene, self.caption(scene).text, text, "own"))
+            if any(self.claim_error(scene, m) in ("object", "colour") for m in parse(text)):
+                pair = self._pair(scene, self.caption(scene).text, text, "own")
+                if self.fault(pair) is None:
+                    pairs.append(pair)
         return pairs
+
+    def fault(self, pair: Pair) -> str | None:
+        """Why a pair must not be trained on, or None: the chosen text lies, the rejected does not, or one is over twice as long."""
+        lies = [any(self.claim_error(pair.scene, m) for m in parse(text)) for text in (pair.chosen, pair.rejected)]
+        words = [len(text.split()) for text in (pair.chosen, pair.rejected)]
+        if lies[0]:
+            return "the chosen text makes a false claim"
+        if pair.chosen == pair.rejected:
+            return "the texts are the same"
+        if not lies[1] and pair.edit != "omit":
+            return "the rejected text makes no false claim"
+        if max(words) > 2 * min(words):
+            return f"lengths of {words[0]} and {words[1]} words differ too much"
+        return None
 
     def _pair(self, scene: Scene, chosen: str, rejected: str, edit: str) -> Pair:
         a, b = changed_spans(chosen, rejected)

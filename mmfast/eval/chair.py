@@ -13,7 +13,7 @@ def chair(mentions: Sequence[Sequence[Hashable]], truths: Sequence[Iterable[Hash
 
     chair_i: false mentions / mentions. chair_s: captions with a false mention / all captions. chair_s_refine: the same over captions with a
     mention (Object HalBench). recall: distinct true objects mentioned / true objects. All micro over the corpus. Without a single mention
-    chair_i and chair_s_refine are NaN: an empty caption must not win.
+    in the whole corpus the first three are NaN: silence must not win.
     """
     if len(mentions) != len(truths):
         raise ValueError(f"chair: {len(mentions)} captions but {len(truths)} images")
@@ -23,7 +23,7 @@ def chair(mentions: Sequence[Sequence[Hashable]], truths: Sequence[Iterable[Hash
     wrong = sum(n > 0 for n in false)
     return {
         "chair_i": sum(false) / total if total else NAN,
-        "chair_s": wrong / len(truths) if truths else NAN,
+        "chair_s": wrong / len(truths) if total else NAN,
         "chair_s_refine": wrong / spoken if spoken else NAN,
         "recall": sum(len(set(m) & t) for m, t in zip(mentions, truths, strict=True)) / real if real else NAN,
     }
@@ -31,43 +31,36 @@ def chair(mentions: Sequence[Sequence[Hashable]], truths: Sequence[Iterable[Hash
 
 def caption_metrics(
     world: World, scenes: Sequence[Scene], texts: Sequence[str], statistics: "Cooccurrence | None" = None
-) -> dict:
+) -> dict[str, float]:
     """All caption metrics of the shapes world.
 
-    A mention with a colour is checked as a class, without one as a shape. Beside ``chair``: ``len`` (words), ``mentions``; ``attr_err``,
-    ``count_err``, ``pos_err`` per mention (disjoint: an absent shape counts as object error, then colour, count, position), ``severity``
-    (mean over captions of the mean grade of their false claims); with training statistics ``cog``, the share of each scene's five likeliest
-    absent classes that is mentioned.
+    A mention with a colour is checked as a class, without one as a shape (which recalls no class). Beside ``chair``: ``len`` in words and
+    ``mentions``; per mention ``attr_err``, ``count_err``, ``pos_err``, disjoint (an absent shape is an object error, else an absent colour
+    of it an attribute error, else the count, else the position; chair_i is object plus attribute errors); ``severity``, the mean over
+    captions of the mean grade of their false claims; with training statistics ``cog``, the share of each scene's five likeliest absent
+    classes that is mentioned.
     """
-    keys, truths, errors, severities = [], [], Counter(), []
+    spoken, truths, errors, severities = [], [], Counter(), []
     for scene, text in zip(scenes, texts, strict=True):
         found = parse(text)
-        keys.append([("shape", m.shape) if m.colour is None else ("class", m.colour, m.shape) for m in found])
-        truths.append([("class", n.colour, n.shape) for n in scene.classes])
+        spoken.append([(m.colour, m.shape) for m in found])
+        truths.append({(n.colour, n.shape) for n in scene.classes})
         errors.update(world.claim_error(scene, m) for m in found)
         grades = [g for g in (world.severity(scene, m) for m in found) if g]
         severities.append(sum(grades) / len(grades) if grades else 0.0)
-    # A shape without a colour is true if any colour of it is there: give such mentions their own truth, outside recall's count.
-    judged = [
-        [k if k[0] == "class" or not any(t[2] == k[1] for t in truth) else ("true shape", k[1]) for k in found]
-        for found, truth in zip(keys, truths, strict=True)
-    ]
-    shapes = [{k for k in found if k[0] == "true shape"} for found in judged]
-    result = chair(judged, [set(t) | s for t, s in zip(truths, shapes, strict=True)])
-    real = sum(len(set(t)) for t in truths)
-    result["recall"] = sum(len(set(k) & set(t)) for k, t in zip(keys, truths, strict=True)) / real if real else NAN
-    total = sum(map(len, keys))
+    result = chair(spoken, [t | {(None, shape) for _, shape in t} for t in truths])
+    total, real = sum(map(len, spoken)), sum(map(len, truths))
+    result["recall"] = sum(len(set(m) & t) for m, t in zip(spoken, truths, strict=True)) / real if real else NAN
     for name, error in (("attr_err", "colour"), ("count_err", "count"), ("pos_err", "position")):
         result[name] = errors[error] / total if total else NAN
-    result["severity"] = sum(severities) / len(severities) if severities else NAN
+    result["severity"] = sum(severities) / len(texts) if total else NAN
     result["len"] = sum(len(t.split()) for t in texts) / len(texts) if texts else NAN
     result["mentions"] = total / len(texts) if texts else NAN
     if statistics is not None:
         hit = likely = 0
-        for scene, found in zip(scenes, keys, strict=True):
-            expected = statistics.distractors(world.class_ids(scene), 5)
-            spoken = {k[1] * world.config.shapes + k[2] for k in found if k[0] == "class"}
-            hit, likely = hit + len(spoken & set(expected)), likely + len(expected)
+        for scene, found in zip(scenes, spoken, strict=True):
+            expected = {divmod(k, world.config.shapes) for k in statistics.distractors(world.class_ids(scene), 5)}
+            hit, likely = hit + len(expected.intersection(found)), likely + len(expected)
         result["cog"] = hit / likely if likely else NAN
     return result
 

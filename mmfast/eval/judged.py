@@ -1,4 +1,4 @@
-"""MMHal-Bench's scores (arXiv:2309.14525) from ratings 0 to 6: 3 .. 6 no hallucination with informativeness 0 .. 3, 0 .. 2 hallucination."""
+"""MMHal-Bench's scores (arXiv:2309.14525) from ratings: 3 to 6 without hallucination, informativeness 0 to 3; 0 to 2 with, 0 to 2."""
 
 import re
 from collections.abc import Sequence

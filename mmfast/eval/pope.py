@@ -19,7 +19,7 @@ class Question:
 
 
 def build(world: World, scenes: Sequence[Scene], statistics: Cooccurrence) -> list[Question]:
-    """Three positives of every scene with at least three classes, and three negatives a mode; all distinct.
+    """Three positives of every scene with at least three classes, and three negatives a mode; ``image`` indexes ``scenes``.
 
     Positives are drawn at random without replacement. Negatives are never present and never repeated within an image and mode: random;
     the most frequent class of the training scenes; the class that most often stands beside the paired positive there. Ties to the lower id.
@@ -69,7 +69,8 @@ def binary_no(tp: int, fp: int, tn: int, fn: int) -> dict[str, float]:
 
 
 def score(questions: Sequence[Question], said_yes: Sequence[bool]) -> dict[str, float]:
-    """``pope_{mode}_{accuracy, precision, recall, f1}`` and ``yes_ratio_{mode}``; ``yes_ratio`` over all distinct questions."""
+    """``pope_{mode}_{accuracy, precision, recall, f1}`` and ``yes_ratio_{mode}``, each mode with the positives, so that .5 is balanced;
+    ``yes_ratio`` is the modes' mean."""
     result = {}
     for mode in MODES:
         rows = [(q.answer, yes) for q, yes in zip(questions, said_yes, strict=True) if q.mode in ("positive", mode)]
@@ -77,7 +78,7 @@ def score(questions: Sequence[Question], said_yes: Sequence[bool]) -> dict[str, 
         values = binary(*counts)
         result |= {f"pope_{mode}_{name}": values[name] for name in ("accuracy", "precision", "recall", "f1")}
         result[f"yes_ratio_{mode}"] = values["yes_ratio"]
-    result["yes_ratio"] = sum(map(bool, said_yes)) / len(said_yes) if len(said_yes) else NAN
+    result["yes_ratio"] = sum(result[f"yes_ratio_{mode}"] for mode in MODES) / len(MODES)
     return result
 
 

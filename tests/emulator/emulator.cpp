@@ -86,10 +86,12 @@ struct Fiber {
   dim3 index;
   int lane = 0, warp = 0;
   bool done = false;
+  Fiber* next_ready = nullptr;
   Request* request = nullptr;   // posted and not yet carried out
   bool at_barrier = false;
   Location where;               // of the barrier
-  std::vector<Pending> copies;  // cp.async under way, oldest first
+  Pending copies[kMostCopies];  // cp.async under way, a ring
+  unsigned oldest = 0, issued = 0;
   int groups = 0;               // committed so far
   void* fake_stack = nullptr;   // AddressSanitizer
   void* tsan = nullptr;
@@ -100,11 +102,10 @@ struct StaticVariable {
   char* data;
 };
 
-// Lists are reserved before the fibers start: memory that one fiber allocates and another frees would look like a race.
+// No fiber allocates or moves a list: memory that one fiber allocates and another frees would look like a race.
 struct Block {
   std::span<Fiber> fibers;
-  std::vector<Fiber*> ready;  // a queue: [head, end)
-  size_t head = 0;
+  Fiber *first_ready = nullptr, *last_ready = nullptr;
   int alive = 0, waiting = 0, votes = 0, last_count = 0;
   const std::function<void()>* kernel = nullptr;
   std::vector<StaticVariable> statics;
@@ -200,18 +201,19 @@ const char* name(Op op) {
   abandon(what);
 }
 
-// Runs somebody else until this fiber is made ready again.
-void wait() {
-  if (block->head == block->ready.size()) deadlock();
-  Fiber* next = block->ready[block->head++];
-  if (block->head == block->ready.size()) {
-    block->ready.clear();
-    block->head = 0;
-  }
-  switch_to(*next);
+void make_ready(Fiber& f) {
+  f.next_ready = nullptr;
+  (block->first_ready ? block->last_ready->next_ready : block->first_ready) = &f;
+  block->last_ready = &f;
 }
 
-void make_ready(Fiber& f) { block->ready.push_back(&f); }
+// Runs somebody else until this fiber is made ready again.
+void wait() {
+  if (!block->first_ready) deadlock();
+  Fiber& next = *block->first_ready;
+  block->first_ready = next.next_ready;
+  switch_to(next);
+}
 
 // Opens the barrier when every live thread has arrived. `self` keeps running.
 void open_barrier(const Fiber* self) {
@@ -446,7 +448,6 @@ bool run_block(dim3 index, dim3 dim, size_t shared_bytes, const std::function<vo
   const size_t threads = size_t(dim.x) * dim.y * dim.z;
   if (pool.size() < threads) pool.resize(threads);
   b.fibers = std::span(pool).first(threads);
-  b.ready.reserve(2 * threads + 1);
   b.statics.reserve(64);
   b.alive = int(threads);
   b.kernel = &kernel;
@@ -469,12 +470,11 @@ bool run_block(dim3 index, dim3 dim, size_t shared_bytes, const std::function<vo
     f.warp = int(i / 32);
     f.done = f.at_barrier = false;
     f.request = nullptr;
-    f.copies.clear();
-    f.copies.reserve(kMostCopies);
+    f.oldest = f.issued = 0;
     f.groups = 0;
     f.fake_stack = nullptr;
     start_fiber(f, stack + i * (kStack + kPage) + kPage);
-    if (i) b.ready.push_back(&f);
+    if (i) make_ready(f);
   }
   switch_to(b.fibers[0]);
 #ifdef EMULATOR_THREAD
@@ -564,15 +564,15 @@ void warp_collective(Request& request) {
 }
 
 void copy_issue(const Copy& c) {
-  if (current->copies.size() == kMostCopies) abandon("more than 256 cp.async under way in one thread");
-  current->copies.push_back({c, current->groups});
+  Fiber& f = *current;
+  if (f.issued - f.oldest == kMostCopies) abandon("more than 256 cp.async under way in one thread");
+  f.copies[f.issued++ % kMostCopies] = {c, f.groups};
 }
 void copy_commit() { ++current->groups; }
 bool copy_next(int pending, Copy& c) {
-  auto& copies = current->copies;
-  if (copies.empty() || copies.front().group >= current->groups - pending) return false;
-  c = copies.front().copy;
-  copies.erase(copies.begin());
+  Fiber& f = *current;
+  if (f.oldest == f.issued || f.copies[f.oldest % kMostCopies].group >= f.groups - pending) return false;
+  c = f.copies[f.oldest++ % kMostCopies].copy;
   return true;
 }
 

@@ -95,19 +95,28 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def run_sanitized(module: str, sanitizer: str, *args: str, timeout: float = 600) -> subprocess.CompletedProcess:
-    """Runs ``python -m module sanitizer args...`` under tests/ with the sanitizer's runtime preloaded; the module builds with it."""
-    runtime = subprocess.run([CXX, f"-print-file-name={RUNTIME[sanitizer]}"], check=True, capture_output=True, text=True).stdout.strip()
-    # One thread per library pool, and no address randomisation: the race detector's shadow wants the classical layout.
-    env = {**os.environ, **OPTIONS, "LD_PRELOAD": runtime, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONMALLOC": "malloc"}
-    command = ["setarch", "-R", sys.executable, "-m", module, sanitizer, *args]
-    return subprocess.run(command, cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=timeout)
+def run_sanitized(
+    module: str, sanitizer: str, *args: str, env: dict[str, str] | None = None, timeout: float = 900
+) -> subprocess.CompletedProcess:
+    """Runs ``python -m module sanitizer args...`` under tests/ with the sanitizer's runtime preloaded; the module builds with it.
+
+    An empty ``sanitizer`` gives a fresh process and nothing more.
+    """
+    full = {**os.environ, **OPTIONS, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONMALLOC": "malloc", **(env or {})}
+    command = [sys.executable, "-m", module, sanitizer, *args]
+    if sanitizer:
+        full["LD_PRELOAD"] = _runtime(sanitizer)
+        command = ["setarch", "-R", *command]  # the race detector's shadow wants addresses that are not randomised
+    return subprocess.run(command, cwd=HERE.parent, env=full, capture_output=True, text=True, timeout=timeout)
+
+
+def _runtime(sanitizer: str) -> str:
+    return subprocess.run([CXX, f"-print-file-name={RUNTIME[sanitizer]}"], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def has_sanitizer(sanitizer: str) -> bool:
     """Whether this compiler brings the runtime library."""
-    found = subprocess.run([CXX, f"-print-file-name={RUNTIME[sanitizer]}"], capture_output=True, text=True).stdout.strip()
-    return Path(found).is_absolute()
+    return Path(_runtime(sanitizer)).is_absolute()
 
 
 def pointer(array: np.ndarray | None) -> ctypes.c_void_p:

@@ -72,7 +72,7 @@ def test_connectors():
 
 def test_published_sizes():
     """Parameter counts of LLaVA v1 7B, on no memory: projector 4,198,400; tower 303,179,776; language model 6,738,415,616."""
-    from trainers.recipes.architectures.llava import RECIPE
+    from mmfast.trainers.recipes.architectures.llava import RECIPE
 
     random = replace(RECIPE, encoder=replace(RECIPE.encoder, weights=None), language=replace(RECIPE.language, weights=None))
     with torch.device("meta"):
@@ -84,7 +84,7 @@ def test_published_sizes():
 
 
 def test_tiny_keeps_every_structural_choice():
-    from trainers.recipes.architectures.llava import RECIPE
+    from mmfast.trainers.recipes.architectures.llava import RECIPE
 
     small = tiny(RECIPE)
     assert small.connector == RECIPE.connector
