@@ -66,6 +66,7 @@ def parser() -> Parser:
     return top
 
 
+COMMANDS = ("list", "show", "train", "diff", "eval", "report", "demo", "bench", "env")
 FLAGS = ("tiny", "config", "out", "seed", "steps", "resume", "save-every", "data", "images", "on-bad-record", "device", "dry-run", "quiet")
 
 
@@ -102,6 +103,8 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
         if args.dry_run:
             print(json.dumps(to_dict(recipe), indent=2))
             return
+        from mmfast.data import chat
+
         from .loop import Run
         from .supervised import Session, base_model, cache_folder, train_system
 
@@ -110,6 +113,8 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
         if args.save_every is not None and args.save_every < 1:
             raise RunError(f"--save-every {args.save_every}: expected at least 1")
         Session(system, seed=args.seed)  # builds and checks the model before anything is written
+        for template in [recipe.template] if isinstance(recipe, Alignment) else [stage.template for stage in recipe.stages]:
+            chat.check_template(template)
         run = Run(out, resume=args.resume)
     except UsageError:
         raise
@@ -197,12 +202,16 @@ def environment() -> None:
 
 
 def run(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
+        raise UsageError(f"unknown command {argv[0]!r}{nearest(argv[0], COMMANDS)}; there are {', '.join(COMMANDS)}")
     args, rest = parser().parse_known_args(argv)
     if args.command is None:
         parser().print_help()
         return 2
     if rest and args.command not in ("train", "show"):
         raise UsageError(f"{args.command}: unknown option {rest[0]!r}")
+    if getattr(args, "steps", None) is not None and args.steps < 1:
+        raise UsageError(f"--steps {args.steps}: expected at least 1")
     if args.command == "train":
         train(args, rest)
     elif args.command == "demo":

@@ -350,8 +350,8 @@ __global__ void __launch_bounds__(kThreads) code_pack_kernel(Codes c) {
     PanelScalars s;
     s.residual = __double2float_ru(residual);
     s.norm = __double2float_ru(norm);
-    // n_j and the two additions after the product round relative to values below 2 E^2 + what g covers; 2^-100: products that vanish.
-    s.slack = __double2float_ru(0x1p-20 * norm * norm + 0x1p-100);
+    // n_j rounds, and so do the two additions after the product as far as n_j goes (g covers their other part); 2^-100: products that vanish.
+    s.slack = __double2float_ru((c.metric == VqMetric::l2 ? 0x1p-20 * norm * norm : 0.0) + 0x1p-100);
     s.multiplier = float(from_half);
     c.scalars[panel] = s;
     if (panel == 0) *c.exponent = unit;
@@ -681,7 +681,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Finish f, Codes c) {
     for (int e = lane; e < entries; e += 32) {
       const float low = f.lanes.best[base + e];
       if (low == kInf) continue;  // a lane that met no code
-      const float u = low + 2.01f * radius(row, c.scalars[f.lanes.index[base + e] / kTile]) + fabsf(low) * 0x1p-20f;
+      const float u = low + 2.01f * radius(row, c.scalars[f.lanes.index[base + e] / kTile]) + fabsf(low) * 0x1p-22f;
       bad |= !(fabsf(u) < 1e37f);
       upper = fminf(upper, u);
     }

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfast.spec import nearest
+
 IGNORE = -100
 
 
@@ -39,6 +41,11 @@ TEMPLATES = {
 }
 
 
+def check_template(name: str) -> None:
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown template {name!r}{nearest(name, TEMPLATES)}, expected one of {', '.join(map(repr, TEMPLATES))}")
+
+
 def encode(
     tokenizer: Any, template: str, turns: Sequence[tuple[str, str | None]], *, image_tokens: int, image_token: int, max_length: int = 2048
 ) -> tuple[list[int], list[int]]:
@@ -50,8 +57,7 @@ def encode(
     Raises:
         ValueError: unknown template, or a picture beyond ``max_length``.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}, expected one of {', '.join(map(repr, TEMPLATES))}")
+    check_template(template)
     form, ids, labels = TEMPLATES[template], [tokenizer.bos_token_id], [IGNORE]
 
     def add(text: str, supervised: bool = False) -> None:

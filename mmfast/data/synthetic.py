@@ -146,12 +146,13 @@ class WorldConfig:
             ("colours", 1 <= self.colours <= len(COLOURS), f"1 to {len(COLOURS)}"),
             ("shapes", 1 <= self.shapes <= len(SHAPES), f"1 to {len(SHAPES)}"),
             ("grid", self.grid >= 3, "at least 3 (positions are thirds)"),
-            ("cell", self.cell >= 12 and self.pixels <= 512, "at least 12, and at most 512 pixels in all"),
+            ("cell", 12 <= self.cell <= 48 and self.pixels <= 512, "12 to 48, and grid * cell at most 512 pixels"),
             ("core", self.core >= 2, "at least 2 (a class and its companion)"),
             ("themes", 1 <= self.themes * self.core <= self.classes, f"1 or more, with cores within {self.classes} classes"),
             ("fewest", 1 <= self.fewest <= self.most, f"1 to most={self.most}"),
             ("most", self.most <= min(self.classes, self.grid**2), "no more than classes or cells"),
-            ("from_core", 0 <= self.from_core <= (1 if self.most <= self.core else 0.99), "0 to 1, under 1 if most exceeds core"),
+            ("from_core", 0 <= self.from_core <= 1, "0 to 1"),
+            ("from_core", self.from_core < 1 or self.most <= self.core, f"under 1 while most={self.most} exceeds core={self.core}"),
             ("count_weights", 1 <= len(weights) <= len(COUNTS) and min(weights) >= 0 < sum(weights), "1 to 3 weights, not all 0"),
             *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in rates),
         ):
@@ -326,12 +327,13 @@ class World:
         """Scenes start .. start + count - 1 of a split; ``classes`` overrides the range of classes a scene."""
         if split not in SPLITS:
             raise ValueError(f"World.scenes: unknown split {split!r}, expected one of {', '.join(SPLITS)}")
-        return [self._scene(split, i, classes or (self.config.fewest, self.config.most)) for i in range(start, start + count)]
+        config = replace(self.config, fewest=classes[0], most=classes[1]) if classes else self.config
+        return [self._scene(config, split, i) for i in range(start, start + count)]
 
-    def _scene(self, split: str, index: int, classes: tuple[int, int]) -> Scene:
-        c, draws = self.config, Draws(self.config.seed, 1, SPLITS[split], index)
+    def _scene(self, c: WorldConfig, split: str, index: int) -> Scene:
+        draws = Draws(c.seed, 1, SPLITS[split], index)
         theme = draws.pick(self._theme_weights)
-        wanted = classes[0] + draws.below(classes[1] - classes[0] + 1)
+        wanted = c.fewest + draws.below(c.most - c.fewest + 1)
         chosen: list[int] = []
         while len(chosen) < wanted:
             k = self.cores[theme][draws.pick(self._core_weights)] if draws.chance(c.from_core) else draws.below(c.classes)

@@ -229,6 +229,13 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False) -> Multimo
             raise ValueError(f"{system.name}: nothing builds a {type(choice).__name__}, expected one of {known}")
     if system.image.size != system.encoder.size:
         raise ValueError(f"{system.name}: image.size {system.image.size} and encoder.size {system.encoder.size} must agree")
+    for where, choice in (("encoder", system.encoder), ("language", system.language)):
+        if choice.width % choice.heads:
+            raise ValueError(f"{system.name}: {where}.width {choice.width} is not a multiple of {where}.heads {choice.heads}")
+    if system.language.heads % system.language.kv_heads:
+        raise ValueError(f"{system.name}: language.heads {system.language.heads} is not a multiple of kv_heads {system.language.kv_heads}")
+    if system.encoder.size % system.encoder.patch:
+        raise ValueError(f"{system.name}: encoder.size {system.encoder.size} is not a multiple of encoder.patch {system.encoder.patch}")
     image_token = system.language.vocab - 1 if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
     encoder, language = ENCODERS[type(system.encoder)](system.encoder), _language(system.language, tokenizer)
     widths = encoder.vision.config.hidden_size, language.get_input_embeddings().embedding_dim

@@ -172,6 +172,34 @@ class Case:
                 e[1::3] = 0
             case "same_magnitude":  # sums whose terms all have one sign and length: accumulation errors add up
                 x, e = np.ones_like(x) * (1 + 1e-3 * x), np.ones_like(e) * (1 + 1e-3 * e)
+            case "twins":  # each code again one panel on, moved by less than fp16 can see: both meet the same lane
+                e[128:256] = e[:128] + 1e-5 * e[128:256]
+                x = e[rng.integers(0, 256, self.n)] + 0.3 * x
+            case "far":
+                x, e = x * 1e60, e * 1e-5
+            case "code_rounding":  # fp16 rounds half the codes' columns up: the wrong one of two looks better
+                u = 2.0**-11
+                good, bad = np.full(self.d, 1.5 + 0.98 * u), np.full(self.d, 1.5 + 0.6 * u)
+                bad[::2] = 1.5 + 1.02 * u
+                x, e = np.ones_like(x), np.stack([bad, good, -bad, -good])
+            case "row_rounding":  # what fp16 cuts off the row decides
+                u, half = 2.0**-11, self.d // 2
+                x = np.full(x.shape, 1.5 - 0.98 * u)
+                x[:, :half] = 1.5 + 0.98 * u
+                good, bad = np.ones(self.d), np.ones(self.d)
+                good[half:] = bad[:half] = 0.5
+                bad[0] += 2.0**-9
+                e = np.stack([bad, good, -bad, -good])
+            case "accumulation":  # exact in fp16; large partial sums cancel, and what fp32 drops of them decides
+                half = self.d // 2
+                x[:, :half] = rng.integers(1024, 2048, (self.n, half))
+                x[:, half:] = -x[:, :half]
+                e[:, :half] = rng.integers(1024, 2048, (self.k, half))
+                e[:, half:] = e[:, :half]
+                rows = np.arange(self.k)
+                e[rows, rng.integers(half, self.d, self.k)] += 1
+                e[rows, rng.integers(half, self.d, self.k)] -= 1
+                e[self.k // 2 :] = -e[: self.k - self.k // 2]  # no mean to subtract
             case "not_finite":
                 x[1 % self.n, self.d // 2], x[-1, 0] = np.nan, np.inf
                 e[2 % self.k, self.d - 1] = np.nan
@@ -250,6 +278,9 @@ NEAREST = [
     *[Case(48, 384, 16, metric=m, data=data) for m in ("cosine", "ip") for data in ("huge", "tiny", "mixed", "same_magnitude")],
     Case(24, 130, 300, data="same_magnitude"), Case(24, 130, 300, data="near"),
     Case(24, 70, 16, x_dtype="f64", e_dtype="f64", data="near"), Case(24, 70, 16, x_dtype="f64", e_dtype="f64", metric="ip", data="tiny"),
+    Case(700, 384, 8, data="twins"), Case(9, 40, 12, x_dtype="f64", e_dtype="f64", data="far", exact=True),
+    Case(3, 4, 64, metric="ip", data="code_rounding"), Case(3, 4, 64, metric="ip", data="row_rounding"),
+    Case(64, 256, 256, metric="ip", data="accumulation"), Case(64, 256, 320, metric="ip", data="accumulation"),
     Case(260, 33, 8, quantize=False), Case(0, 9, 8), Case(700, 40, 4, mask=True),
 ]  # fmt: skip
 # Every kernel and both forms of the screen, once.
