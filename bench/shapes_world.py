@@ -16,16 +16,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import timing
-
-from mmfast.eval.stats import paired_bootstrap, ratio_of_sums
-from mmfast.models import tiny
-from mmfast.spec import Contrast, Likelihood
 from mmfast.trainers.evaluate import Exam
 from mmfast.trainers.loop import Run
 from mmfast.trainers.preference import train_alignment
 from mmfast.trainers.recipes.align.dpo import RECIPE as DPO
 from mmfast.trainers.recipes.architectures.llava import RECIPE as LLAVA
 from mmfast.trainers.supervised import base_model
+
+from mmfast.eval.stats import paired_bootstrap, ratio_of_sums
+from mmfast.models import tiny
+from mmfast.spec import Contrast, Likelihood
 
 SCENES = 1000
 KEYS = ("chair_i", "chair_s", "recall", "len", "pope_adversarial_f1", "yes_ratio_adversarial")
@@ -47,7 +47,11 @@ def one_seed(seed: int, cache: Path) -> dict:
     exam = Exam(base, scenes=SCENES)
     before, details = exam(base)
     blind, _ = exam(base, permuted=True)
-    result = {"seed": seed, "base": before, "permuted": {k: blind[k] for k in ("recall", "pope_random_accuracy", "pope_adversarial_accuracy")}}
+    result = {
+        "seed": seed,
+        "base": before,
+        "permuted": {k: blind[k] for k in ("recall", "pope_random_accuracy", "pope_adversarial_accuracy")},
+    }
     weights = copy.deepcopy(base.model.state_dict())
     rows = np.stack([details["false"], details["mentions"]], 1)
     for name, recipe in methods().items():

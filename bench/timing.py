@@ -16,9 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 
 
-def interleaved(
-    providers: dict[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 3, device: str = "cpu"
-) -> dict:
+def interleaved(providers: dict[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 3, device: str = "cpu") -> dict:
     """Milliseconds ``{name: (median, p20, p80)}``; one round runs every provider once, so drift of the machine hits all alike.
 
     On CUDA each sample is timed by events around the call, with the L2 cache flushed before it.
@@ -46,9 +44,7 @@ def interleaved(
         for name, call in providers.items():
             samples[name].append(sample(call))
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-    return {
-        n: tuple(torch.quantile(torch.tensor(s, dtype=torch.float64), quantiles).tolist()) for n, s in samples.items()
-    }
+    return {n: tuple(torch.quantile(torch.tensor(s, dtype=torch.float64), quantiles).tolist()) for n, s in samples.items()}
 
 
 def peak_memory_mb(call: Callable[[], object], device: str = "cpu") -> float:
@@ -125,8 +121,7 @@ def environment(device: str = "cpu") -> dict:
         "mmfast": mmfast.__version__,
         "build": mmfast.build_info(),
         "python": platform.python_version(),
-        "commit": git("rev-parse", "--short", "HEAD")
-        + ("+changes" if git("status", "--porcelain", "csrc", "mmfast") else ""),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "csrc", "mmfast") else ""),
         "date": datetime.date.today().isoformat(),
     }
     if device == "cuda":

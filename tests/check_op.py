@@ -15,14 +15,10 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return difference / (truth.double().norm().item() or 1.0)
 
 
-def check_close(
-    value: Tensor, truth: Tensor, plain: Tensor | None = None, floor: float | None = None, what: str = "value"
-) -> None:
+def check_close(value: Tensor, truth: Tensor, plain: Tensor | None = None, floor: float | None = None, what: str = "value") -> None:
     """The error against the float64 ``truth`` may be twice that of ``plain`` PyTorch in the same type, plus one rounding."""
     assert value.shape == truth.shape, f"{what}: shape {tuple(value.shape)}, expected {tuple(truth.shape)}"
-    allowed = (floor if floor is not None else UNIT[value.dtype]) + (
-        2 * relative_error(plain, truth) if plain is not None else 0.0
-    )
+    allowed = (floor if floor is not None else UNIT[value.dtype]) + (2 * relative_error(plain, truth) if plain is not None else 0.0)
     error = relative_error(value, truth)
     assert error <= allowed, f"{what}: relative error {error:.2e} over the allowed {allowed:.2e}"
 

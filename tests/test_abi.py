@@ -13,20 +13,14 @@ from mmfast import _C
 def symbols(*flags: str) -> list[str]:
     if shutil.which("nm") is None:
         pytest.skip("nm (binutils) is not installed")
-    return subprocess.run(
-        ["nm", "-D", *flags, _C.__file__], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    return subprocess.run(["nm", "-D", *flags, _C.__file__], capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def test_no_cxx_symbol_of_torch_is_undefined():
     undefined = [line.split()[-1] for line in symbols("--undefined-only")]
     assert any(name.startswith("aoti_torch_") for name in undefined), "the list is empty: is this the right file?"
     # Itanium mangling: a C++ name that lives in, or mentions, a namespace at::, c10:: or torch::
-    foreign = [
-        name
-        for name in undefined
-        if name.startswith("_Z") and re.search(r"(?<![0-9a-z])(2at|3c10|5torch)[0-9A-Z]", name)
-    ]
+    foreign = [name for name in undefined if name.startswith("_Z") and re.search(r"(?<![0-9a-z])(2at|3c10|5torch)[0-9A-Z]", name)]
     assert not foreign, f"_C needs symbols outside torch's stable C interface: {foreign}"
 
 

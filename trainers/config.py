@@ -34,7 +34,9 @@ def load_recipe(name: str) -> Recipe:
     if name in known:
         return importlib.import_module(known[name]).RECIPE
     if not name.endswith(".py"):
-        raise RunError(f"unknown recipe {name!r}{nearest(name, known)}; `mmfast list` shows all, and a path ending in .py is read as a file")
+        raise RunError(
+            f"unknown recipe {name!r}{nearest(name, known)}; `mmfast list` shows all, and a path ending in .py is read as a file"
+        )
     if not Path(name).is_file():
         raise RunError(f"recipe file {name} does not exist")
     spec = importlib.util.spec_from_file_location("mmfast_user_recipe", name)
@@ -137,7 +139,9 @@ def apply(recipe: Recipe, changes: dict[str, Any], flags: tuple[str, ...] = ()) 
         head = path.partition(".")[0]
         fields = [f.name for f in dataclasses.fields(recipe)]
         if head not in fields:
-            raise RunError(f"unknown option --{path}{nearest(head, [*fields, *flags])}; `mmfast show {recipe.name}` lists the recipe's fields")
+            raise RunError(
+                f"unknown option --{path}{nearest(head, [*fields, *flags])}; `mmfast show {recipe.name}` lists the recipe's fields"
+            )
         recipe = set_value(recipe, path, value)
     return recipe
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,8 @@ def easy_vqa_accuracy(session: Session, batch: int = 500) -> tuple[float, list[t
             total += len(part)
     words = session.tokenizer.convert_ids_to_tokens(said.tolist())
     examples = [
-        (test.pictures[test.picture_of[i]].numpy(), test.records[i][0], test.records[i][1], words[i]) for i in range(0, len(test), len(test) // 6)
+        (test.pictures[test.picture_of[i]].numpy(), test.records[i][0], test.records[i][1], words[i])
+        for i in range(0, len(test), len(test) // 6)
     ]
     return hits / total, examples[:6]
 
@@ -175,8 +177,8 @@ def _write_page(out, base_folder, session, exam, before_details, after_details, 
         f"{session.world.class_name(pair[0])} without a {session.world.class_name(pair[1])}), they mention the second all the same, four times "
         "out of five. The model learnt to see, and learnt to lie. Then DPO was given the model's own false captions against true ones.</p>"
         f"<p class='dim'>{len(exam.scenes)} held-out scenes, greedy captions, seed {summary['seed']}, {summary['seconds']:.0f} s in all. "
-        f"Of {wrong} captions with a false claim {mended} are clean now. With another scene's picture recall falls to "
-        f"{summary['blind']['recall']:.2f} and yes/no accuracy to {summary['blind']['pope_random_accuracy']:.2f}: it does look.</p>"
+        f"Of {wrong} captions with a false claim {mended} are clean now. Shown another scene's picture, its recall is "
+        f"{summary['blind']['recall']:.2f} and its yes/no accuracy {summary['blind']['pope_random_accuracy']:.2f}.</p>"
     )
     cards = [
         (f"{before['chair_s']:.1%} → {after['chair_s']:.1%}", "captions with a hallucination"),
@@ -186,14 +188,19 @@ def _write_page(out, base_folder, session, exam, before_details, after_details, 
     ]
     easy = report.samples(
         [picture for picture, *_ in examples],
-        [{"question": q, "model": said if said == answer else f"<mark>{said}</mark> (is {answer})"} for _, q, answer, said in examples],
+        [
+            {"question": escape(q), "model": said if said == answer else f"<mark>{escape(said)}</mark> (is {answer})"}
+            for _, q, answer, said in examples
+        ],
     )
     sections = [
-        ("Pictures and words", report.samples([exam.pictures[i].numpy() for i in shown], said)),
+        ("Pictures and words", report.LEGEND + report.samples([exam.pictures[i].numpy() for i in shown], said)),
         ("Before and after DPO", report.measures({"before": before, "after": after})),
         ("Alignment", report.curves(out / "metrics.jsonl")),
         ("Training of the base", report.curves(base_folder / "metrics.jsonl")),
         ("easy-vqa: pictures and questions that nobody here made", easy + report.curves(out / "easy_vqa" / "metrics.jsonl")),
         ("Recipe", report.recipe_section(_spec(tiny(DPO)))),
     ]
-    report.write(out / "report.html", report.page("mmfast demo: a small multimodal model, taught not to make things up", lead, cards, sections))
+    report.write(
+        out / "report.html", report.page("mmfast demo: a small multimodal model, taught not to make things up", lead, cards, sections)
+    )

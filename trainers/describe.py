@@ -42,7 +42,9 @@ def table(markdown: bool = False) -> str:
         lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
         return "\n".join(lines + ["| " + " | ".join(row[c] for c in columns) + " |" for row in rows])
     width = {c: max(len(c), *(len(row[c]) for row in rows)) for c in columns}
-    return "\n".join("  ".join(str(row[c]).ljust(width[c]) for c in columns).rstrip() for row in [dict(zip(columns, columns, strict=True)), *rows])
+    return "\n".join(
+        "  ".join(str(row[c]).ljust(width[c]) for c in columns).rstrip() for row in [dict(zip(columns, columns, strict=True)), *rows]
+    )
 
 
 def flat(spec: Any) -> dict[str, Any]:

@@ -39,10 +39,10 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         with open(self.metrics, "a") as file:
-            file.write(json.dumps({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}) + "\n")
+            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def write_json(self, name: str, value: Any) -> None:
-        write_atomically(self.folder / name, (json.dumps(value, indent=2) + "\n").encode())
+        write_atomically(self.folder / name, (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
 
     # -- checkpoints
 
@@ -99,6 +99,15 @@ class Run:
             write_atomically(self.metrics, "".join(lines).encode())
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what has no value is null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
@@ -121,7 +130,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
+        )
 
 
 def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -61,7 +61,9 @@ def record_pairs(session: Session, alignment: Alignment) -> tuple[Tensor, list[t
         except ValueError as error:
             faults.append(f"record {i}: {error}")
             continue
-        pairs.append((len(pictures) - 1, "<image>\n" + record["prompt"].replace("<image>", "").strip(), record["chosen"], record["rejected"]))
+        pairs.append(
+            (len(pictures) - 1, "<image>\n" + record["prompt"].replace("<image>", "").strip(), record["chosen"], record["rejected"])
+        )
     report_faults(data.path, faults, len(records), data.on_bad_record)
     return torch.from_numpy(np.stack(pictures)), pairs
 

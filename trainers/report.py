@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,10 @@ p{max-width:72ch}.dim{color:var(--dim)}.cards{display:grid;grid-template-columns
 .curves,.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(300px,100%),1fr));gap:12px}
 figure svg{width:100%;height:auto;display:block}figcaption{font-size:14px;color:var(--dim)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
-th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line)}td.n,th.n{text-align:right}
+th,td{text-align:left;padding:6px 10px;border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap}
 .good{color:var(--good)}.bad{color:var(--bad)}.sample{display:grid;grid-template-columns:96px 1fr;gap:12px;font-size:14px}
 .sample img{width:96px;height:96px;image-rendering:pixelated;border-radius:6px}mark{background:var(--mark);color:inherit;border-radius:3px;padding:0 2px}
-.sample p{margin:0 0 6px}.who{color:var(--dim);font-size:12px;text-transform:uppercase;letter-spacing:.04em}
+u{text-decoration:underline dotted var(--dim);text-underline-offset:3px}.sample p{margin:0 0 6px}.who{color:var(--dim);font-size:12px;text-transform:uppercase;letter-spacing:.04em}
 pre{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px;overflow-x:auto;font-size:13px}
 """
 
@@ -139,27 +140,27 @@ def measures(columns: dict[str, dict[str, float]]) -> str:
 
 
 def marked(world: World, scene: Scene, text: str) -> str:
-    """The text as HTML, with the words of its false objects marked."""
-    false = [m for m in parse(text) if world.claim_error(scene, m) in ("object", "colour")]
-    spans: list[tuple[int, int]] = []
-    words = text.replace(",", " ").replace(".", " ").split()
-    at, places = 0, []
-    for word in words:
-        at = text.index(word, at)
-        places.append((word, at, at + len(word)))
-        at += len(word)
-    for i, (word, start, end) in enumerate(places):
-        for m in false:
-            said = parse(word)
-            if said and said[0].shape == m.shape:
-                colour = i > 0 and (parse(f"{places[i - 1][0]} {word}")[0].colour == m.colour) and m.colour is not None
-                if colour or m.colour is None:
-                    spans.append((places[i - 1][1] if colour else start, end))
+    """The text as HTML: what is not in the picture marked, a wrong count or place underlined."""
+    words = list(re.finditer(r"[^\W_]+", text.lower()))
+    shapes = [i for i, word in enumerate(words) if parse(word.group())]  # `parse` makes one mention of each, in order
+    spans = []
+    for i, mention in zip(shapes, parse(text), strict=True):
+        error = world.claim_error(scene, mention)
+        first = i - (mention.colour is not None)
+        if error in ("object", "colour"):
+            spans.append(("mark", words[first].start(), words[i].end()))
+        elif error == "count":
+            spans.append(("u", words[first - 1].start(), words[i].end()))
+        elif error == "position":
+            spans.append(("u", words[i + 1].start(), words[i + 2].end()))
     out, at = "", 0
-    for start, end in sorted(set(spans)):
-        out += html.escape(text[at:start]) + "<mark>" + html.escape(text[start:end]) + "</mark>"
+    for tag, start, end in spans:
+        out += f"{html.escape(text[at:start])}<{tag}>{html.escape(text[start:end])}</{tag}>"
         at = end
     return out + html.escape(text[at:])
+
+
+LEGEND = '<p class="dim"><mark>Marked</mark>: not in the picture. <u>Underlined</u>: there, but not so many or not at that place.</p>'
 
 
 def samples(pictures: Sequence[np.ndarray], rows: Sequence[dict[str, str]]) -> str:
@@ -209,7 +210,7 @@ def run_page(folder: Path) -> str:
         cards,
         [
             ("Measures", measures(evaluations) if evaluations else ""),
-            ("Pictures and words", shown),
+            ("Pictures and words", LEGEND + shown if shown else ""),
             ("Curves", curves(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else ""),
             ("Recipe", recipe_section(recipe)),
         ],

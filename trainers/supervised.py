@@ -40,6 +40,7 @@ class Session:
             )
         torch.manual_seed(seed)
         self.system, self.seed = system, seed
+        self._sources: dict[tuple, supervised.Source] = {}
         self.world = World(WorldConfig(seed=seed))
         self.tokenizer = word_tokenizer(vocabulary or self.world.vocabulary)
         t = self.tokenizer
@@ -54,11 +55,16 @@ class Session:
         )  # fmt: skip
 
     def source(self, data: Data, template: str, max_length: int = 2048) -> supervised.Source:
+        """The stages of a system mostly read the same data: it is made once."""
+        key = (data, template, max_length)
+        if key not in self._sources:
+            self._sources[key] = self._make_source(*key)
+        return self._sources[key]
+
+    def _make_source(self, data: Data, template: str, max_length: int) -> supervised.Source:
         encode, pad = self.encoder(template, max_length), self.tokenizer.pad_token_id
         if data.path is not None:
-            return supervised.Records(
-                data.path, data.images, encode, pad, size=self.system.image.size, on_bad_record=data.on_bad_record
-            )
+            return supervised.Records(data.path, data.images, encode, pad, size=self.system.image.size, on_bad_record=data.on_bad_record)
         if data.name == "shapes":
             return supervised.Shapes(self.world, encode, pad)
         if data.name == "easy_vqa":

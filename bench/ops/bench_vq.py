@@ -91,9 +91,7 @@ def test_search(shape, benchmark):
     calls = providers(x, codebook)
     for name, call in calls.items():
         wrong = (call() != truth).float().mean().item()
-        assert wrong == 0 if name.startswith("mmfast") else wrong < 0.01, (
-            f"{name}: {wrong:.2%} of the indices are wrong"
-        )
+        assert wrong == 0 if name.startswith("mmfast") else wrong < 0.01, f"{name}: {wrong:.2%} of the indices are wrong"
     record("search", shape, "float32", timing.interleaved(calls, device=DEVICE))
     mmfast.ops.library.force_cpu_isa("auto")
     benchmark(lambda: mmfast.vq_nearest(x, codebook))
@@ -115,9 +113,7 @@ def test_cost_grows_linearly(axis, benchmark):
 
 def test_training_step(benchmark):
     """Search, straight-through output, commitment loss, backward, EMA: one step of VectorQuantize (N=1024, K=8192, D=256)."""
-    upstream = pytest.importorskip(
-        "vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed: nothing to compare with"
-    )
+    upstream = pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed: nothing to compare with")
     from importlib.metadata import version
 
     torch.manual_seed(0)

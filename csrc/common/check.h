@@ -40,10 +40,14 @@ inline std::string shape_of(const Tensor& t) {
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Half: return DType::f16;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Double: return DType::f64;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Double:
+      return DType::f64;
     default:
       MMFAST_CHECK(false, op, ": expected ", name, " of type float32, float16, bfloat16 or float64, got ",
                    torch::headeronly::toString(t.scalar_type()));
@@ -52,8 +56,8 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
 }
 
 inline void check_same_device(const char* op, const char* a_name, const Tensor& a, const char* b_name, const Tensor& b) {
-  MMFAST_CHECK(a.is_cuda() == b.is_cuda() && (!a.is_cuda() || a.get_device_index() == b.get_device_index()), op, ": ", a_name,
-               " and ", b_name, " are on different devices; move one to the other's");
+  MMFAST_CHECK(a.is_cuda() == b.is_cuda() && (!a.is_cuda() || a.get_device_index() == b.get_device_index()), op, ": ", a_name, " and ",
+               b_name, " are on different devices; move one to the other's");
 }
 
 }  // namespace mmfast

@@ -60,10 +60,14 @@ MMFAST_HD uint16_t float_to_f16(float f) {
 // Element i of a buffer of runtime type.
 MMFAST_HD float load_float(const void* p, DType t, int64_t i) {
   switch (t) {
-    case DType::f32: return static_cast<const float*>(p)[i];
-    case DType::f16: return f16_to_float(static_cast<const uint16_t*>(p)[i]);
-    case DType::bf16: return bf16_to_float(static_cast<const uint16_t*>(p)[i]);
-    default: return float(static_cast<const double*>(p)[i]);
+    case DType::f32:
+      return static_cast<const float*>(p)[i];
+    case DType::f16:
+      return f16_to_float(static_cast<const uint16_t*>(p)[i]);
+    case DType::bf16:
+      return bf16_to_float(static_cast<const uint16_t*>(p)[i]);
+    default:
+      return float(static_cast<const double*>(p)[i]);
   }
 }
 MMFAST_HD double load_double(const void* p, DType t, int64_t i) {
@@ -72,10 +76,17 @@ MMFAST_HD double load_double(const void* p, DType t, int64_t i) {
 // f16 and bf16 are reached through float: one extra rounding, only from fp64 values.
 MMFAST_HD void store_double(void* p, DType t, int64_t i, double v) {
   switch (t) {
-    case DType::f32: static_cast<float*>(p)[i] = float(v); break;
-    case DType::f16: static_cast<uint16_t*>(p)[i] = float_to_f16(float(v)); break;
-    case DType::bf16: static_cast<uint16_t*>(p)[i] = float_to_bf16(float(v)); break;
-    default: static_cast<double*>(p)[i] = v;
+    case DType::f32:
+      static_cast<float*>(p)[i] = float(v);
+      break;
+    case DType::f16:
+      static_cast<uint16_t*>(p)[i] = float_to_f16(float(v));
+      break;
+    case DType::bf16:
+      static_cast<uint16_t*>(p)[i] = float_to_bf16(float(v));
+      break;
+    default:
+      static_cast<double*>(p)[i] = v;
   }
 }
 

@@ -69,8 +69,8 @@ struct OutputRows {
 
 int64_t channel_of(const char* op, const Tensor& x, int64_t channel_dim) {
   const int64_t dims = x.dim();
-  MMFAST_CHECK(dims >= 1 && channel_dim >= -dims && channel_dim < dims, op, ": channel_dim ", channel_dim,
-               " does not exist in x of shape ", shape_of(x));
+  MMFAST_CHECK(dims >= 1 && channel_dim >= -dims && channel_dim < dims, op, ": channel_dim ", channel_dim, " does not exist in x of shape ",
+               shape_of(x));
   return channel_dim < 0 ? channel_dim + dims : channel_dim;
 }
 
@@ -83,8 +83,8 @@ std::vector<int64_t> row_sizes(const Tensor& x, int64_t channel) {
 
 Tensor codebook_rows(const char* op, const Tensor& codebook, const Tensor& x, int64_t channel) {
   check_same_device(op, "x", x, "codebook", codebook);
-  MMFAST_CHECK(codebook.dim() == 2 && codebook.size(1) == x.size(channel), op, ": expected codebook [K, D=", x.size(channel),
-               "] like x ", shape_of(x), " along dim ", channel, ", got ", shape_of(codebook));
+  MMFAST_CHECK(codebook.dim() == 2 && codebook.size(1) == x.size(channel), op, ": expected codebook [K, D=", x.size(channel), "] like x ",
+               shape_of(x), " along dim ", channel, ", got ", shape_of(codebook));
   MMFAST_CHECK(codebook.size(0) >= 1 && codebook.size(1) >= 1, op, ": expected at least one code and D >= 1, got codebook ",
                shape_of(codebook));
   MMFAST_CHECK(codebook.size(0) <= std::numeric_limits<int32_t>::max() - 1024, op, ": more than 2^31 codes");
@@ -105,19 +105,21 @@ ScalarType wide_type(const Tensor& x) { return x.scalar_type() == ScalarType::Do
 #ifdef MMFAST_CUDA
 // Runs a CUDA launcher with its workspace on x's device and torch's current stream.
 template <class Args>
-void launch_cuda(const char* op, const Tensor& x, const Args& args, size_t (*bytes)(const Args&), int (*launch)(const Args&, void*, void*)) {
+void launch_cuda(const char* op, const Tensor& x, const Args& args, size_t (*bytes)(const Args&),
+                 int (*launch)(const Args&, void*, void*)) {
   const int64_t size = int64_t(bytes(args));
   Tensor workspace = torch::stable::new_empty(x, {size}, ScalarType::Byte);
   const int status = launch(args, size ? workspace.data_ptr() : nullptr, current_stream(op, x));
   MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
 }
-#define MMFAST_ON_CUDA(op, x, args, name)                                          \
-  torch::stable::accelerator::DeviceGuard guard((x).get_device_index());           \
+#define MMFAST_ON_CUDA(op, x, args, name)                                \
+  torch::stable::accelerator::DeviceGuard guard((x).get_device_index()); \
   launch_cuda(op, x, args, &name##_cuda_workspace, &name##_cuda)
 #else
-#define MMFAST_ON_CUDA(op, x, args, name)                                                                            \
-  MMFAST_CHECK(false, op, ": x is on a CUDA device but this mmfast was built without CUDA; rebuild it with nvcc on PATH " \
-                          "(MMFAST_CUDA=on pip install --no-build-isolation --force-reinstall .) or move x to the CPU")
+#define MMFAST_ON_CUDA(op, x, args, name)                                                                      \
+  MMFAST_CHECK(false, op,                                                                                      \
+               ": x is on a CUDA device but this mmfast was built without CUDA; rebuild it with nvcc on PATH " \
+               "(MMFAST_CUDA=on pip install --no-build-isolation --force-reinstall .) or move x to the CPU")
 #endif
 
 void run_nearest(const char* op, const Tensor& x, VqNearestArgs& args) {
@@ -162,8 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebook, optional<
   if (mask) {
     check_same_device(op, "x", x, "mask", *mask);
     MMFAST_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == indices.numel(), op, ": expected a bool mask ",
-                 shape_of(indices), ", one entry a row of x, got ", torch::headeronly::toString(mask->scalar_type()), " ",
-                 shape_of(*mask));
+                 shape_of(indices), ", one entry a row of x, got ", torch::headeronly::toString(mask->scalar_type()), " ", shape_of(*mask));
     mask = torch::stable::contiguous(*mask);
   }
   OutputRows quantized(x, dtype_of(op, "x", x), channel);
@@ -184,9 +185,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebook, optional<
   return {quantized.finish(), indices, mse};
 }
 
-std::tuple<Tensor, Tensor> quantize_backward(optional<Tensor> grad_q, optional<Tensor> grad_mse, Tensor x, Tensor codebook,
-                                             Tensor indices, double commit_share, double code_share, int64_t gradient, int64_t channel_dim,
-                                             bool need_x, bool need_codebook) {
+std::tuple<Tensor, Tensor> quantize_backward(optional<Tensor> grad_q, optional<Tensor> grad_mse, Tensor x, Tensor codebook, Tensor indices,
+                                             double commit_share, double code_share, int64_t gradient, int64_t channel_dim, bool need_x,
+                                             bool need_codebook) {
   const char* op = "vq_quantize_backward";
   const int64_t channel = channel_of(op, x, channel_dim);
   codebook = codebook_rows(op, codebook, x, channel);
@@ -285,11 +286,10 @@ VqEmaArgs ema_args(const char* op, const Tensor& cluster_size, const Tensor& emb
     const bool vector = t == &cluster_size || std::string(name) == "counts";
     MMFAST_CHECK(t->dim() == (vector ? 1 : 2) && t->size(0) == K && (vector || t->size(1) == D), op, ": expected ", name,
                  vector ? " [K=" : " [K, D]=[", K, vector ? "" : ", " + std::to_string(D), "] like codebook, got ", shape_of(*t));
-    MMFAST_CHECK(t->scalar_type() == codebook.scalar_type() &&
-                     (t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double),
-                 op, ": expected ", name, " of the codebook's type, float32 or float64: running statistics need full precision, got ",
-                 torch::headeronly::toString(t->scalar_type()), " beside a codebook of ",
-                 torch::headeronly::toString(codebook.scalar_type()));
+    MMFAST_CHECK(
+        t->scalar_type() == codebook.scalar_type() && (t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::Double), op,
+        ": expected ", name, " of the codebook's type, float32 or float64: running statistics need full precision, got ",
+        torch::headeronly::toString(t->scalar_type()), " beside a codebook of ", torch::headeronly::toString(codebook.scalar_type()));
     MMFAST_CHECK(t->is_contiguous(), op, ": expected contiguous ", name, "; the state is updated in place");
     check_same_device(op, "codebook", codebook, name, *t);
   }
@@ -346,7 +346,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
       "vq_quantize(Tensor x, Tensor codebook, Tensor? mask, int channel_dim, int gradient, float commit_share, float "
       "code_share) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "vq_quantize_backward(Tensor? grad_q, Tensor? grad_mse, Tensor x, Tensor codebook, Tensor indices, float commit_share, float code_share, "
+      "vq_quantize_backward(Tensor? grad_q, Tensor? grad_mse, Tensor x, Tensor codebook, Tensor indices, float commit_share, float "
+      "code_share, "
       "int gradient, int channel_dim, bool need_x, bool need_codebook) -> (Tensor, Tensor)");
   m.def("vq_code_stats(Tensor x, Tensor indices, int K, Tensor? weight, int channel_dim) -> (Tensor, Tensor)");
   m.def(

@@ -35,19 +35,23 @@
 namespace mmfast {
 namespace {
 
-constexpr int64_t kRowBlock = 8192;             // rows whose lanes are alive at a time: 1.5 MB
-constexpr int64_t kPackBytes = int64_t{4} << 20;     // packed codes alive at a time; stays in the last-level cache
+constexpr int64_t kRowBlock = 8192;                   // rows whose lanes are alive at a time: 1.5 MB
+constexpr int64_t kPackBytes = int64_t{4} << 20;      // packed codes alive at a time; stays in the last-level cache
 constexpr int64_t kFallbackBytes = int64_t{1} << 20;  // the same for the few rows that a second stage sees
-constexpr double kUnit = 0x1p-24;               // rounding unit of fp32
+constexpr double kUnit = 0x1p-24;                     // rounding unit of fp32
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 const VqCpuKernels& kernels() {
 #if defined(__x86_64__) && defined(MMFAST_X86_KERNELS)
   switch (cpu_isa_active()) {
-    case CpuIsa::avx512_bf16: return *vq_cpu_kernels_avx512_bf16();
-    case CpuIsa::avx512: return *vq_cpu_kernels_avx512();
-    case CpuIsa::avx2: return *vq_cpu_kernels_avx2();
-    case CpuIsa::baseline: break;
+    case CpuIsa::avx512_bf16:
+      return *vq_cpu_kernels_avx512_bf16();
+    case CpuIsa::avx512:
+      return *vq_cpu_kernels_avx512();
+    case CpuIsa::avx2:
+      return *vq_cpu_kernels_avx2();
+    case CpuIsa::baseline:
+      break;
   }
 #endif
   return *vq_cpu_kernels_baseline();
@@ -148,9 +152,19 @@ class Codebook {
 class Panels {
  public:
   Panels(const VqNearestArgs& a, const VqCpuKernels& k, const Codebook& codes, bool bf16, int64_t bytes)
-      : bf16(bf16), depth(bf16 ? (a.x.D + 1) / 2 : a.x.D), width(k.panel_width), total((a.K + width - 1) / width),
-        capacity(std::clamp<int64_t>(bytes / (depth * width * 4), 1, total)), words(capacity * depth * width),
-        norms(capacity * width), radius_a(total), radius_b(total), radius_c(total), a_(a), k_(k), codes_(codes) {}
+      : bf16(bf16),
+        depth(bf16 ? (a.x.D + 1) / 2 : a.x.D),
+        width(k.panel_width),
+        total((a.K + width - 1) / width),
+        capacity(std::clamp<int64_t>(bytes / (depth * width * 4), 1, total)),
+        words(capacity * depth * width),
+        norms(capacity * width),
+        radius_a(total),
+        radius_b(total),
+        radius_c(total),
+        a_(a),
+        k_(k),
+        codes_(codes) {}
 
   // Packs panels [first_panel, first_panel + panel_count), at most `capacity`.
   void pack(int64_t first_panel, int64_t panel_count) {
@@ -170,8 +184,8 @@ class Panels {
             continue;
           }
           codes_.load(j, e.data());
-          const VqLowered code = (bf16 ? k_.lower_bf16 : k_.lower_f32)(e.data(), codes_.mean(), codes_.scale(), -2.0f, a_.x.D,
-                                                                       rows.get() + c * depth);
+          const VqLowered code =
+              (bf16 ? k_.lower_bf16 : k_.lower_f32)(e.data(), codes_.mean(), codes_.scale(), -2.0f, a_.x.D, rows.get() + c * depth);
           norms[p * width + c] = a_.metric == VqMetric::l2 ? float(code.norm2) : 0.0f;
           // A code that is not finite, or too far out of the sample's range for fp32: the screen says nothing then.
           if (!(code.norm2 < 0x1p120)) usable.store(false, std::memory_order_relaxed);
@@ -251,7 +265,8 @@ class Search {
     Buffer<float> alpha(n), beta(n);
     VqLanes empty{};
     for (int l = 0; l < kVqMaxLanes; ++l) empty.best[l] = empty.second[l] = kInf;
-    const int64_t run = std::max<int64_t>(1, (int64_t{16} << 10) / (panels.depth * panels.width * 4));  // panels that share the first-level cache
+    const int64_t run =
+        std::max<int64_t>(1, (int64_t{16} << 10) / (panels.depth * panels.width * 4));  // panels that share the first-level cache
     for (int64_t first = 0; first < panels.total; first += panels.capacity) {
       panels.pack(first, std::min(panels.capacity, panels.total - first));
       if (!panels.usable) return rows;
@@ -266,8 +281,8 @@ class Search {
             const int64_t row0 = (g + t) * T, count = std::min(T, n - row0);
             load_rows(k_, a_.x, rows.data() + row0, count, wide.get());
             for (int64_t r = 0; r < count; ++r) {
-              const VqLowered row = (panels.bf16 ? k_.lower_bf16 : k_.lower_f32)(wide.get() + r * D, codes_.row_mean(), codes_.scale(), 1.0f,
-                                                                                D, low.get() + (t * T + r) * ldx);
+              const VqLowered row = (panels.bf16 ? k_.lower_bf16 : k_.lower_f32)(wide.get() + r * D, codes_.row_mean(), codes_.scale(),
+                                                                                 1.0f, D, low.get() + (t * T + r) * ldx);
               bound(row, panels.bf16, alpha[row0 + r], beta[row0 + r]);
               if (first == 0) lanes[row0 + r] = empty;
             }
@@ -298,8 +313,7 @@ class Search {
     std::vector<uint8_t> open(n, 0);
     parallel_for(n, 16, [&](int64_t begin, int64_t end) {
       std::vector<double> x(D), e(D);
-      for (int64_t i = begin; i < end; ++i)
-        open[i] = !decide(panels, lanes[i], alpha[i], beta[i], rows[i], x.data(), e.data());
+      for (int64_t i = begin; i < end; ++i) open[i] = !decide(panels, lanes[i], alpha[i], beta[i], rows[i], x.data(), e.data());
     });
     std::vector<int64_t> undecided;
     for (int64_t i = 0; i < n; ++i)
@@ -461,8 +475,7 @@ class Search {
     for (int64_t d0 = 0; d0 < D; d0 += 16)
       for (int64_t r = 0; r < count; ++r) {
         const int64_t offset = out.offset(first + r);
-        for (int64_t d = d0; d < std::min(D, d0 + 16); ++d)
-          store_double(out.data, out.dtype, offset + d * out.stride_d, values[r * D + d]);
+        for (int64_t d = d0; d < std::min(D, d0 + 16); ++d) store_double(out.data, out.dtype, offset + d * out.stride_d, values[r * D + d]);
       }
   }
 
@@ -473,8 +486,8 @@ class Search {
 };
 
 // Hands emit(k, c, sum) the sum of value(r, k, c, x[r, c]) over the rows r of code k, added in row order. A task owns a strip of channels
-// and a [K, strip] table of fp64 sums that fits the second-level cache, so x is read along its rows in either layout and the result does not
-// depend on threads.
+// and a [K, strip] table of fp64 sums that fits the second-level cache, so x is read along its rows in either layout and the result does
+// not depend on threads.
 template <class Value, class Emit>
 void segment_sums(const VqRows& x, const int64_t* indices, int64_t K, const VqCpuKernels& k, Value value, Emit emit) {
   const int64_t D = x.D, N = x.rows();
@@ -506,8 +519,7 @@ std::vector<double> ema_sizes(const VqEmaArgs& a, const double* counts) {
     n += size;
   }
   std::vector<double> divisor(a.K);
-  for (int64_t k = 0; k < a.K; ++k)
-    divisor[k] = (load_double(a.cluster_size, a.dtype, k) + a.eps) / (n + double(a.K) * a.eps) * n;
+  for (int64_t k = 0; k < a.K; ++k) divisor[k] = (load_double(a.cluster_size, a.dtype, k) + a.eps) / (n + double(a.K) * a.eps) * n;
   return divisor;
 }
 

@@ -108,8 +108,10 @@ inline void load_strided(const void* data, int64_t offset, int64_t stride, int64
 
 void load_row(const void* data, DType dtype, int64_t offset, int64_t stride, int64_t count, double* out) {
   switch (dtype) {
-    case DType::f32: return load_strided<float>(data, offset, stride, count, out, [](float v) { return double(v); });
-    case DType::f64: return load_strided<double>(data, offset, stride, count, out, [](double v) { return v; });
+    case DType::f32:
+      return load_strided<float>(data, offset, stride, count, out, [](float v) { return double(v); });
+    case DType::f64:
+      return load_strided<double>(data, offset, stride, count, out, [](double v) { return v; });
     // Written out here rather than called: see the header on inline functions.
     case DType::bf16:
       return load_strided<uint16_t>(data, offset, stride, count, out, [](uint16_t v) {
@@ -228,9 +230,7 @@ typedef VecW VecWU __attribute__((aligned(4), may_alias));
 template <int... I>
 struct Lanes {
   // a0 b0 a1 b1 .. of the first or of the second halves
-  static inline __attribute__((always_inline)) VecW low(VecW a, VecW b) {
-    return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * W)...);
-  }
+  static inline __attribute__((always_inline)) VecW low(VecW a, VecW b) { return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * W)...); }
   static inline __attribute__((always_inline)) VecW high(VecW a, VecW b) {
     return __builtin_shufflevector(a, b, (W / 2 + I / 2 + (I % 2) * W)...);
   }
@@ -274,13 +274,20 @@ void transpose_panel(const uint32_t* rows, int64_t depth, uint32_t* tile) {
 }
 
 constexpr VqCpuKernels kKernels = {
-    kWidth, kTileRows, &screen<StepF32>,
+    kWidth,
+    kTileRows,
+    &screen<StepF32>,
 #ifdef __AVX512BF16__
     &screen<StepBf16>,
 #else
     nullptr,
 #endif
-    &load_row, &square_distance, &dot, &lower<false>, &lower<true>, &transpose_panel,
+    &load_row,
+    &square_distance,
+    &dot,
+    &lower<false>,
+    &lower<true>,
+    &transpose_panel,
 };
 
 }  // namespace

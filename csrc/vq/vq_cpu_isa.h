@@ -23,20 +23,20 @@ struct VqLanes {
 
 // One tile of rows against a run of packed panels (see vq_cpu.cpp for the layout and the bound).
 struct VqScreenTile {
-  const void* x;           // [rows, ldx] float, or bf16 pairs as uint32 [rows, ldx]
-  int64_t ldx;             // in floats / pairs
-  const void* panels;      // [panel_count, depth, panel_width] float, or bf16 pairs
-  int64_t depth;           // D floats / ceil(D / 2) pairs
-  const float* norms;      // [panel_count, panel_width]
-  const float* radius_a;   // [panel_count]   the bound of a panel for a row is  alpha * a + beta * b + c
+  const void* x;          // [rows, ldx] float, or bf16 pairs as uint32 [rows, ldx]
+  int64_t ldx;            // in floats / pairs
+  const void* panels;     // [panel_count, depth, panel_width] float, or bf16 pairs
+  int64_t depth;          // D floats / ceil(D / 2) pairs
+  const float* norms;     // [panel_count, panel_width]
+  const float* radius_a;  // [panel_count]   the bound of a panel for a row is  alpha * a + beta * b + c
   const float* radius_b;
   const float* radius_c;
-  const float* alpha;      // [rows]
-  const float* beta;       // [rows]
+  const float* alpha;  // [rows]
+  const float* beta;   // [rows]
   int64_t panel_count;
-  int32_t first_code;      // index of the first code of the first panel
-  int rows;                // 1 .. tile_rows
-  VqLanes* lanes;          // [rows]
+  int32_t first_code;  // index of the first code of the first panel
+  int rows;            // 1 .. tile_rows
+  VqLanes* lanes;      // [rows]
 };
 
 // One vector lowered to what the products read.

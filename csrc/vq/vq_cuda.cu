@@ -10,9 +10,10 @@
 //     2 (||x^|| R + (r + g ||x^||) E) + c      R = max ||e* - e^||, E = max ||e*||, ||e^|| over a panel of codes,  r = ||x* - x^||,
 // where g covers the accumulation and c the remaining roundings: linear in two scalars a row and three a panel, so an outlier code loosens
 // its own panel only. Each lane keeps, over the codes that it meets, the smallest lower bound, its code, and the second smallest bound.
-// U = min over lanes (smallest bound + 2 radius) is above the minimum, so the argmin is among the codes with a bound <= U: lanes whose smallest
-// bound is <= U name their code; a lane whose second one is <= U too may hide others, and all its codes are compared in fp64. Anything
-// not finite hides everything. Every bound is rounded outwards; nothing depends on the order of a floating-point atomic, as there is none.
+// U = min over lanes (smallest bound + 2 radius) is above the minimum, so the argmin is among the codes with a bound <= U: lanes whose
+// smallest bound is <= U name their code; a lane whose second one is <= U too may hide others, and all its codes are compared in fp64.
+// Anything not finite hides everything. Every bound is rounded outwards; nothing depends on the order of a floating-point atomic, as there
+// is none.
 //
 // The kernels, in order:
 //   code_factor, code_mean, code_largest, code_pack   a warp a code, a block a panel: shift, scales, fp16 codes, radii; K D work, small
@@ -25,26 +26,26 @@
 //               squared error, whose partial sums mean_error adds in a fixed order.
 //
 // Statistics. A stable counting sort of the indices (a warp a run of rows, no atomics), then a walk through the sorted rows in equal
-// spans, whatever the sizes of the clusters: a collapsed codebook costs no more than a balanced one. Codes that cross a span's border are put
-// together from the spans' partial sums in order. All sums in fp64; bound by reading x once.
+// spans, whatever the sizes of the clusters: a collapsed codebook costs no more than a balanced one. Codes that cross a span's border are
+// put together from the spans' partial sums in order. All sums in fp64; bound by reading x once.
 //
-// Sources: Higham, Accuracy and Stability of Numerical Algorithms, ch. 3 (inner product error); VQ-VAE (arXiv:1711.00937); the rotation trick
-// (arXiv:2410.06424).
+// Sources: Higham, Accuracy and Stability of Numerical Algorithms, ch. 3 (inner product error); VQ-VAE (arXiv:1711.00937); the rotation
+// trick (arXiv:2410.06424).
 #include "../common/cuda.cuh"
 #include "vq.h"
 
 namespace mmfast {
 namespace {
 
-constexpr int kTile = 128;       // rows of a CTA, codes of a panel
-constexpr int kStep = 32;        // depth of one pipeline step: 64 bytes a row
+constexpr int kTile = 128;  // rows of a CTA, codes of a panel
+constexpr int kStep = 32;   // depth of one pipeline step: 64 bytes a row
 constexpr int kTileBytes = kTile * kStep * 2;
 constexpr int kScreenThreads = 128;
 constexpr int kMaxResidentDepth = 256;
-constexpr int kLanes = 8;        // lanes that share a row: 2 warps x 4 columns of the mma fragment
+constexpr int kLanes = 8;  // lanes that share a row: 2 warps x 4 columns of the mma fragment
 constexpr int kLaneCodes = kTile / kLanes;
 constexpr int64_t kChunkRows = int64_t{1} << 17;  // rows whose fp16 copies and lanes are alive at a time
-constexpr int kBlockRows = 32;   // rows of a block in the memory-bound kernels
+constexpr int kBlockRows = 32;                    // rows of a block in the memory-bound kernels
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr float kInf = __builtin_inff();
 constexpr double kNaN = __builtin_nan("");
@@ -148,7 +149,8 @@ __device__ void load_tile(const VqRows& x, const int64_t* offsets, int64_t colum
 }
 
 // tile[r] = code[r]'s columns, 0 where code[r] is negative.
-__device__ void load_codes(const void* codebook, DType type, int64_t stride_k, int64_t D, const int64_t* code, int64_t column0, Tile& tile) {
+__device__ void load_codes(const void* codebook, DType type, int64_t stride_k, int64_t D, const int64_t* code, int64_t column0,
+                           Tile& tile) {
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   int64_t at[kPerThread];
   double v[kPerThread];
@@ -193,14 +195,14 @@ struct Codes {
   DType dtype;
   int64_t K, D, stride_k;
   VqMetric metric;
-  int64_t depth, panels;   // D rounded up to whole steps, K to whole panels
-  double* factor;          // [K] a code is used as factor * code: 1, or 1 / norm for cosine (0 for a zero code); NaN: never chosen
-  double* mean;            // [D] the shift; any value is correct, one near the codes' mean is good
-  double* largest;         // [K] largest magnitude of the shifted code
-  int* exponent;           // [1] the common unit is 2^exponent
-  uint16_t* packed;        // [panels][depth / 32] tiles of fp16
-  float* norms;            // [panels][128] n_j, +Inf for codes never to be chosen
-  PanelScalars* scalars;   // [panels]
+  int64_t depth, panels;  // D rounded up to whole steps, K to whole panels
+  double* factor;         // [K] a code is used as factor * code: 1, or 1 / norm for cosine (0 for a zero code); NaN: never chosen
+  double* mean;           // [D] the shift; any value is correct, one near the codes' mean is good
+  double* largest;        // [K] largest magnitude of the shifted code
+  int* exponent;          // [1] the common unit is 2^exponent
+  uint16_t* packed;       // [panels][depth / 32] tiles of fp16
+  float* norms;           // [panels][128] n_j, +Inf for codes never to be chosen
+  PanelScalars* scalars;  // [panels]
 };
 
 // Columns lane, lane + 32, lane + 64, lane + 96 after d0 of a code.
@@ -350,7 +352,8 @@ __global__ void __launch_bounds__(kThreads) code_pack_kernel(Codes c) {
     PanelScalars s;
     s.residual = __double2float_ru(residual);
     s.norm = __double2float_ru(norm);
-    // n_j rounds, and so do the two additions after the product as far as n_j goes (g covers their other part); 2^-100: products that vanish.
+    // n_j rounds, and so do the two additions after the product as far as n_j goes (g covers their other part); 2^-100: products that
+    // vanish.
     s.slack = __double2float_ru((c.metric == VqMetric::l2 ? 0x1p-20 * norm * norm : 0.0) + 0x1p-100);
     s.multiplier = float(from_half);
     c.scalars[panel] = s;
@@ -469,7 +472,8 @@ struct Screen {
 };
 
 template <bool kResident>
-__global__ void __launch_bounds__(kScreenThreads, 2) screen_kernel(Codes c, const uint16_t* rows, const RowScalars* row_scalars, Lanes out) {
+__global__ void __launch_bounds__(kScreenThreads, 2)
+    screen_kernel(Codes c, const uint16_t* rows, const RowScalars* row_scalars, Lanes out) {
   using S = Screen<kResident>;
   MMFAST_DYNAMIC_SHARED(shared);
   RowScalars* scalars = reinterpret_cast<RowScalars*>(shared);
@@ -597,8 +601,8 @@ struct Finish {
   int64_t row0, count;
   const RowScalars* rows;
   Lanes lanes;
-  double* error;   // [blocks of all chunks][2]: squared error, number of valid rows
-  bool emit;       // anything beyond indices is wanted
+  double* error;  // [blocks of all chunks][2]: squared error, number of valid rows
+  bool emit;      // anything beyond indices is wanted
 };
 
 // What the search minimises for one row and C codes, in fp64 over the given values; every lane gets it. A negative code costs Inf.
@@ -996,9 +1000,9 @@ struct Sort {
     order = carve.take<uint32_t>(N);
   }
   int64_t N, K, units, unit_rows, span, spans;
-  uint32_t *table;  // [units][K] rows of the code in the unit, then their offset within the code
-  uint32_t *start;  // [K + 1] where the code's rows begin in `order`
-  uint32_t *order;  // [N] rows by code, ascending within one
+  uint32_t* table;  // [units][K] rows of the code in the unit, then their offset within the code
+  uint32_t* start;  // [K + 1] where the code's rows begin in `order`
+  uint32_t* order;  // [N] rows by code, ascending within one
 };
 
 // Visits a unit's rows 32 at a time: visit(row, code or -1, lanes with the same code).
@@ -1051,7 +1055,8 @@ __global__ void __launch_bounds__(kThreads) sort_offset_kernel(Sort s) {
 __global__ void __launch_bounds__(1024) sort_scan_kernel(Sort s) {
   MMFAST_SHARED(uint32_t[32], warp_total);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int64_t run = (s.K + 1023) / 1024, begin = run * threadIdx.x < s.K ? run * threadIdx.x : s.K, end = begin + run < s.K ? begin + run : s.K;
+  const int64_t run = (s.K + 1023) / 1024, begin = run * threadIdx.x < s.K ? run * threadIdx.x : s.K,
+                end = begin + run < s.K ? begin + run : s.K;
   uint32_t total = 0;
   for (int64_t k = begin; k < end; ++k) total += s.start[k];
   uint32_t inclusive = total;
@@ -1154,7 +1159,7 @@ __global__ void __launch_bounds__(kThreads) span_sums_kernel(Term term, Sort s, 
   int64_t current = -1;
   const auto flush = [&] {
     if (current < 0 || column >= columns) return;
-    const bool from_before = s.start[current] < begin, goes_on = s.start[current + 1] > end;
+    const bool from_before = s.start[current]<begin, goes_on = s.start[current + 1]> end;
     if (from_before || goes_on) partial[(int64_t(blockIdx.x) * 2 + (from_before ? 0 : 1)) * columns + column] = sum;
     else term.store(current, column, sum);
   };
@@ -1257,7 +1262,8 @@ __global__ void __launch_bounds__(kThreads) ema_code_kernel(VqEmaArgs a, const d
   double square = 0;
   for (int64_t d = threadIdx.x % 32; d < a.D; d += 32) {
     const int64_t at = k * a.D + d;
-    store_double(a.embed_avg, a.dtype, at, a.decay * load_double(a.embed_avg, a.dtype, at) + (1 - a.decay) * load_double(a.sums, a.dtype, at));
+    store_double(a.embed_avg, a.dtype, at,
+                 a.decay * load_double(a.embed_avg, a.dtype, at) + (1 - a.decay) * load_double(a.sums, a.dtype, at));
     const double code = load_double(a.embed_avg, a.dtype, at) / divisor;
     square += code * code;
   }
@@ -1309,8 +1315,9 @@ int vq_backward_cuda(const VqBackwardArgs& a, void* workspace, void* stream) {
   const Backward b{a, p.valid};
   const dim3 block(kThreads);
   Sequence run;
-  run.then([&] { return fill_zero(p.valid, sizeof(*p.valid), stream); })
-      .then([&] { return launch(count_valid_kernel, dim3(unsigned(ceil_div(N, kThreads))), block, 0, stream, a.indices, N, a.K, p.valid); });
+  run.then([&] { return fill_zero(p.valid, sizeof(*p.valid), stream); }).then([&] {
+    return launch(count_valid_kernel, dim3(unsigned(ceil_div(N, kThreads))), block, 0, stream, a.indices, N, a.K, p.valid);
+  });
   if (a.grad_x.data) run.then([&] { return launch(grad_x_kernel, dim3(unsigned(ceil_div(N, kBlockRows))), block, 0, stream, b); });
   if (a.grad_codebook) run.then([&] { return code_sums(GradCodebookTerm{b}, p.sort, a.indices, p.partial, stream); });
   return run.status();

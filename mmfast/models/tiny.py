@@ -32,14 +32,21 @@ def tiny_system(system: System) -> System:
     return replace(
         system,
         # Two layers below the hidden state that the recipe reads.
-        encoder=replace(encoder, weights=None, width=64, depth=1 - encoder.layer if encoder.layer < -1 else 2, heads=4, ffn=128, patch=16, size=64),
-        language=replace(language, weights=None, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05),
+        encoder=replace(
+            encoder, weights=None, width=64, depth=1 - encoder.layer if encoder.layer < -1 else 2, heads=4, ffn=128, patch=16, size=64
+        ),
+        language=replace(
+            language, weights=None, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05
+        ),
         # The shapes world's background becomes 0.
         image=replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
         stages=(
             _WORDS,
             replace(
-                align, data=Data("shapes"), template="bare", optim=Optim(lr=4e-3, steps=50, batch=32, warmup=10, schedule="constant", **_FAST)
+                align,
+                data=Data("shapes"),
+                template="bare",
+                optim=Optim(lr=4e-3, steps=50, batch=32, warmup=10, schedule="constant", **_FAST),
             ),
             replace(
                 instruct,
@@ -59,5 +66,3 @@ def tiny_alignment(alignment: Alignment) -> Alignment:
         template="bare",
         optim=Optim(lr=1.5e-5, steps=100, batch=32, warmup=0.1, betas=(0.9, 0.98), clip=1.0),
     )
-
-

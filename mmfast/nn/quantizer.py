@@ -89,9 +89,7 @@ class VectorQuantize(nn.Module):
         self.project_out = nn.Linear(codebook_dim, dim) if codebook_dim != dim else nn.Identity()
         self.ema_update = not learnable_codebook if ema_update is None else ema_update
         if self.ema_update and learnable_codebook:
-            raise ValueError(
-                "VectorQuantize: a learnable codebook cannot also follow the moving average; set ema_update=False"
-            )
+            raise ValueError("VectorQuantize: a learnable codebook cannot also follow the moving average; set ema_update=False")
         self._codebook = EMACodebook(
             codebook_dim, codebook_size, unit=use_cosine_sim, initted=not kmeans_init, learnable=learnable_codebook
         )
@@ -124,9 +122,7 @@ class VectorQuantize(nn.Module):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, codebook_size={self.codebook_size}, decay={self.decay}"
 
-    def forward(
-        self, x: Tensor, mask: Tensor | None = None, freeze_codebook: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, mask: Tensor | None = None, freeze_codebook: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         if x.shape[self.channel_dim] != self.dim:
             raise ValueError(
                 f"VectorQuantize: expected {self.dim} values along dim {self.channel_dim} of x, got shape {tuple(x.shape)}; "
@@ -160,11 +156,7 @@ class VectorQuantize(nn.Module):
             self._update(x.detach(), indices, channel)
         if mask is not None and self.return_zeros_for_masked_padding:
             quantized = torch.where(mask.unsqueeze(channel), quantized, 0.0)
-        quantized = (
-            self.project_out(quantized.movedim(channel, -1)).movedim(-1, self.channel_dim)
-            if channel == -1
-            else quantized
-        )
+        quantized = self.project_out(quantized.movedim(channel, -1)).movedim(-1, self.channel_dim) if channel == -1 else quantized
         return quantized, indices, loss if self.training else loss.new_zeros(())
 
     # ------------------------------------------------------------------------------------------------ codebook updates

@@ -56,24 +56,14 @@ def vq_nearest_ref(
     rows, codes = x.movedim(channel_dim, -1).double(), codebook.double()
     flat = rows.reshape(-1, rows.shape[-1])
     if number == 0:
-        cost = (
-            torch.stack([(row - codes).square().sum(-1) for row in flat])
-            if len(flat)
-            else flat.new_empty(0, len(codes))
-        )
+        cost = torch.stack([(row - codes).square().sum(-1) for row in flat]) if len(flat) else flat.new_empty(0, len(codes))
     else:
         if number == 1:
-            flat, codes = (
-                v / v.norm(dim=-1, keepdim=True).where(v.norm(dim=-1, keepdim=True) > 0, 1.0) for v in (flat, codes)
-            )
+            flat, codes = (v / v.norm(dim=-1, keepdim=True).where(v.norm(dim=-1, keepdim=True) > 0, 1.0) for v in (flat, codes))
         cost = (1.0 if number == 1 else 0.0) - flat @ codes.T
     distance, indices = cost.min(-1) if len(flat) else (cost.new_empty(0), cost.new_empty(0, dtype=torch.long))
     indices, distance = indices.view(rows.shape[:-1]), distance.view(rows.shape[:-1])
-    return (
-        (indices, distance.to(torch.float64 if x.dtype == torch.float64 else torch.float32))
-        if return_distance
-        else indices
-    )
+    return (indices, distance.to(torch.float64 if x.dtype == torch.float64 else torch.float32)) if return_distance else indices
 
 
 @torch.library.register_fake("mmfast::vq_nearest")
@@ -233,9 +223,7 @@ torch.library.register_autograd("mmfast::vq_quantize", _quantize_backward, setup
 # --------------------------------------------------------------------------------------------------- codebook statistics
 
 
-def vq_code_stats(
-    x: Tensor, indices: Tensor, K: int, *, weight: Tensor | None = None, channel_dim: int = -1
-) -> tuple[Tensor, Tensor]:
+def vq_code_stats(x: Tensor, indices: Tensor, K: int, *, weight: Tensor | None = None, channel_dim: int = -1) -> tuple[Tensor, Tensor]:
     """How many rows each code got and what they add up to: ``counts [K]``, ``sums [K, D]``, in float32 (float64 for float64 x).
 
     Deterministic: sums are formed in row order, whatever the number of threads. Rows with index -1 are left out; ``weight`` (float32, one
@@ -247,9 +235,7 @@ def vq_code_stats(
     return torch.ops.mmfast.vq_code_stats(x, indices, K, weight, channel_dim)
 
 
-def vq_code_stats_ref(
-    x: Tensor, indices: Tensor, K: int, *, weight: Tensor | None = None, channel_dim: int = -1
-) -> tuple[Tensor, Tensor]:
+def vq_code_stats_ref(x: Tensor, indices: Tensor, K: int, *, weight: Tensor | None = None, channel_dim: int = -1) -> tuple[Tensor, Tensor]:
     """``vq_code_stats`` in plain PyTorch: the one-hot matrix product."""
     rows = x.movedim(channel_dim, -1).reshape(-1, x.shape[channel_dim]).double()
     hot = (indices.reshape(-1, 1) == torch.arange(K, device=x.device)).double()
@@ -327,9 +313,7 @@ def vq_ema_update_(
 
     On the CPU the ``[K, D]`` sums never exist.
     """
-    torch.ops.mmfast.vq_ema_update_(
-        cluster_size, embed_avg, codebook, x, indices, weight, channel_dim, decay, eps, normalize
-    )
+    torch.ops.mmfast.vq_ema_update_(cluster_size, embed_avg, codebook, x, indices, weight, channel_dim, decay, eps, normalize)
 
 
 @torch.library.register_fake("mmfast::vq_ema_update_")

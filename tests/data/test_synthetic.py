@@ -163,7 +163,9 @@ def test_every_word_is_in_the_vocabulary(world, scenes):
 def test_edited_pairs(world, scenes, edit):
     pairs = [p for s in scenes[:400] if (p := world.edit_pair(s, edit)) is not None]
     assert len(pairs) > 300
-    wanted = {"insert": {"object", "colour"}, "swap": {"object", "colour"}, "count": {"count"}, "position": {"position"}, "omit": set()}[edit]
+    wanted = {"insert": {"object", "colour"}, "swap": {"object", "colour"}, "count": {"count"}, "position": {"position"}, "omit": set()}[
+        edit
+    ]
     for p in pairs:
         assert p.chosen != p.rejected
         assert all(world.claim_error(p.scene, m) is None for m in parse(p.chosen))

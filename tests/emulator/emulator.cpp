@@ -87,13 +87,13 @@ struct Fiber {
   int lane = 0, warp = 0;
   bool done = false;
   Fiber* next_ready = nullptr;
-  Request* request = nullptr;   // posted and not yet carried out
+  Request* request = nullptr;  // posted and not yet carried out
   bool at_barrier = false;
   Location where;               // of the barrier
   Pending copies[kMostCopies];  // cp.async under way, a ring
   unsigned oldest = 0, issued = 0;
-  int groups = 0;               // committed so far
-  void* fake_stack = nullptr;   // AddressSanitizer
+  int groups = 0;              // committed so far
+  void* fake_stack = nullptr;  // AddressSanitizer
   void* tsan = nullptr;
 };
 
@@ -164,19 +164,27 @@ std::string place(const Location& where) {
 
 const char* name(Op op) {
   switch (op) {
-    case Op::sync: return "__syncwarp";
-    case Op::shuffle: return "a shuffle";
-    case Op::ballot: return "a vote";
-    case Op::match: return "__match_any_sync";
-    case Op::reduce: return "a warp reduction";
-    case Op::ldmatrix: return "ldmatrix";
-    default: return "mma";
+    case Op::sync:
+      return "__syncwarp";
+    case Op::shuffle:
+      return "a shuffle";
+    case Op::ballot:
+      return "a vote";
+    case Op::match:
+      return "__match_any_sync";
+    case Op::reduce:
+      return "a warp reduction";
+    case Op::ldmatrix:
+      return "ldmatrix";
+    default:
+      return "mma";
   }
 }
 
 // Abandons the block: the fibers' stacks are simply not run any further.
 [[noreturn]] void abandon(const std::string& what) {
-  std::fprintf(stderr, "emulator: block %s thread %s: %s\n", coordinates(now.block).c_str(), coordinates(current->index).c_str(), what.c_str());
+  std::fprintf(stderr, "emulator: block %s thread %s: %s\n", coordinates(now.block).c_str(), coordinates(current->index).c_str(),
+               what.c_str());
   block->failed = true;
   switch_to(block->main);
   std::abort();  // never resumed
@@ -233,8 +241,8 @@ void open_barrier(const Fiber* self) {
 struct Lanes {
   Fiber* first;
   int count;
-  Request* at[32];       // null where a lane takes no part
-  unsigned mask;         // lanes that take part
+  Request* at[32];  // null where a lane takes no part
+  unsigned mask;    // lanes that take part
 };
 
 float truncate(double v) {
@@ -288,7 +296,8 @@ void carry_out(const Lanes& lanes, const Request& first) {
       if (lanes.at[l]) f(l, *lanes.at[l]);
   };
   switch (first.op) {
-    case Op::sync: break;
+    case Op::sync:
+      break;
     case Op::shuffle:
       // Reading a lane that takes no part is undefined on the device; here it gives NaN.
       each([&](int, Request& r) { r.result = lanes.at[r.source & 31] ? lanes.at[r.source & 31]->value : kPoison; });
@@ -352,7 +361,8 @@ bool try_collective(int warp, const Request& request, const Fiber* self) {
     if (!(request.mask >> l & 1)) continue;
     if (l >= lanes.count || lanes.first[l].done) {
       if (request.op >= Op::ldmatrix)
-        abandon("divergent collective: " + std::string(name(request.op)) + " at " + place(request.where) + " needs all 32 lanes of the warp");
+        abandon("divergent collective: " + std::string(name(request.op)) + " at " + place(request.where) +
+                " needs all 32 lanes of the warp");
       continue;
     }
     Request* posted = lanes.first[l].request;
@@ -555,7 +565,8 @@ int block_barrier(bool predicate, Location where) {
 
 void warp_collective(Request& request) {
   Fiber& self = *current;
-  if (!(request.mask >> self.lane & 1)) abandon(std::string(name(request.op)) + " at " + place(request.where) + ": the mask leaves out the calling lane");
+  if (!(request.mask >> self.lane & 1))
+    abandon(std::string(name(request.op)) + " at " + place(request.where) + ": the mask leaves out the calling lane");
   const bool orders = request.op == Op::sync;
   if (orders) release(&warp_token[self.warp]);
   self.request = &request;

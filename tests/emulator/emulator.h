@@ -28,13 +28,27 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) double2 { double x, y; };
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -68,14 +82,14 @@ struct Request {
   unsigned mask;
   Location where;
   uint64_t value = 0, result = 0;
-  int source = 0;                                    // shuffle: lane to read
-  uint64_t (*combine)(uint64_t, uint64_t) = nullptr; // reduce
-  float* c = nullptr;                                // mma
+  int source = 0;                                     // shuffle: lane to read
+  uint64_t (*combine)(uint64_t, uint64_t) = nullptr;  // reduce
+  float* c = nullptr;                                 // mma
   const uint32_t *a = nullptr, *b = nullptr;
   uint32_t* fragment = nullptr;
   int count = 0;
   bool transpose = false;
-  alignas(16) uint16_t row[8] = {};                  // ldmatrix: what this lane's address holds
+  alignas(16) uint16_t row[8] = {};  // ldmatrix: what this lane's address holds
 };
 // Blocks until every live lane of the request's mask has posted the same operation from the same place.
 void warp_collective(Request&);
@@ -179,13 +193,13 @@ template <class T>
 unsigned __match_any_sync(unsigned mask, T v, MMFAST_HERE) {
   return unsigned(emulator::exchange(emulator::Op::match, mask, emulator::widen(v), where));
 }
-#define MMFAST_EMULATE_REDUCE(name, type, expression)                                                                     \
-  inline type __reduce_##name##_sync(unsigned mask, type v, MMFAST_HERE) {                                                \
-    auto combine = [](uint64_t p, uint64_t q) {                                                                           \
-      const type a = emulator::narrow<type>(p), b = emulator::narrow<type>(q);                                            \
-      return emulator::widen<type>(expression);                                                                           \
-    };                                                                                                                    \
-    return emulator::reduce(mask, v, combine, where);                                                                     \
+#define MMFAST_EMULATE_REDUCE(name, type, expression)                          \
+  inline type __reduce_##name##_sync(unsigned mask, type v, MMFAST_HERE) {     \
+    auto combine = [](uint64_t p, uint64_t q) {                                \
+      const type a = emulator::narrow<type>(p), b = emulator::narrow<type>(q); \
+      return emulator::widen<type>(expression);                                \
+    };                                                                         \
+    return emulator::reduce(mask, v, combine, where);                          \
   }
 MMFAST_EMULATE_REDUCE(add, unsigned, a + b)
 MMFAST_EMULATE_REDUCE(add, int, int(unsigned(a) + unsigned(b)))
@@ -193,7 +207,7 @@ MMFAST_EMULATE_REDUCE(min, unsigned, a < b ? a : b)
 MMFAST_EMULATE_REDUCE(min, int, a < b ? a : b)
 MMFAST_EMULATE_REDUCE(max, unsigned, a > b ? a : b)
 MMFAST_EMULATE_REDUCE(max, int, a > b ? a : b)
-MMFAST_EMULATE_REDUCE(and, unsigned, a & b)
+MMFAST_EMULATE_REDUCE(and, unsigned, a& b)
 MMFAST_EMULATE_REDUCE(or, unsigned, a | b)
 MMFAST_EMULATE_REDUCE(xor, unsigned, a ^ b)
 
@@ -282,17 +296,36 @@ inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __clz(int v) { return v ? __builtin_clz(unsigned(v)) : 32; }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
-template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T __ldcg(const T* p) { return *p; }
-template <class T> T __ldcs(const T* p) { return *p; }
-template <class T> void __stcg(T* p, std::type_identity_t<T> v) { *p = v; }
-template <class T> void __stcs(T* p, std::type_identity_t<T> v) { *p = v; }
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcg(T* p, std::type_identity_t<T> v) {
+  *p = v;
+}
+template <class T>
+void __stcs(T* p, std::type_identity_t<T> v) {
+  *p = v;
+}
 
 // ---- the wrappers of csrc/common/cuda.cuh
 
-#define MMFAST_SHARED(type, name)                                                                                      \
-  auto& name = *static_cast<std::type_identity_t<type>*>(emulator::static_shared(                                      \
-      [] { static char tag; return &tag; }(), sizeof(std::type_identity_t<type>), alignof(std::type_identity_t<type>)))
+#define MMFAST_SHARED(type, name)                                                 \
+  auto& name = *static_cast<std::type_identity_t<type>*>(emulator::static_shared( \
+      [] {                                                                        \
+        static char tag;                                                          \
+        return &tag;                                                              \
+      }(),                                                                        \
+      sizeof(std::type_identity_t<type>), alignof(std::type_identity_t<type>)))
 #define MMFAST_DYNAMIC_SHARED(name) unsigned char* const name = static_cast<unsigned char*>(emulator::dynamic_shared())
 
 namespace mmfast {
@@ -330,7 +363,8 @@ void cp_async_wait() {
 template <int Count, bool Transpose = false>
 void ldmatrix(uint32_t (&fragment)[Count], const void* row, MMFAST_HERE) {
   static_assert(Count == 1 || Count == 2 || Count == 4);
-  emulator::Request r{.op = emulator::Op::ldmatrix, .mask = ~0u, .where = where, .fragment = fragment, .count = Count, .transpose = Transpose};
+  emulator::Request r{
+      .op = emulator::Op::ldmatrix, .mask = ~0u, .where = where, .fragment = fragment, .count = Count, .transpose = Transpose};
   if (emulator::now.lane < 8 * Count) {
     if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("ldmatrix: a row is not aligned to 16 bytes", where);
     memcpy(r.row, row, 16);

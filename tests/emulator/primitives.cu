@@ -60,7 +60,8 @@ __global__ void gemm_kernel(const void* a, const void* b, float* c, int n, int k
   float sum[4] = {};
   // In 32-bit words: a pair of 16-bit values or one 32-bit value. Both need 4 words of A a lane and step: 16 halves or 8 floats.
   const int words = kKind == Kind::tf32 ? k : k / 2;
-  const uint32_t *pa = static_cast<const uint32_t*>(a) + size_t(row) * words, *pb = static_cast<const uint32_t*>(b) + size_t(column) * words;
+  const uint32_t *pa = static_cast<const uint32_t*>(a) + size_t(row) * words,
+                 *pb = static_cast<const uint32_t*>(b) + size_t(column) * words;
   for (int w = 0; w < words; w += 8) {
     uint32_t fa[4] = {pa[g * words + w + t], pa[(g + 8) * words + w + t], pa[g * words + w + t + 4], pa[(g + 8) * words + w + t + 4]};
     uint32_t fb[2] = {pb[g * words + w + t], pb[g * words + w + t + 4]};

@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-
 from emulator.emulator import build, from_bf16, has_sanitizer, pointer, run_sanitized, to_bf16
 
 SOURCE = "tests/emulator/primitives.cu"

@@ -48,7 +48,7 @@ def test_caption_errors_are_disjoint():
     absent_shape = next(s for s in range(6) if s not in {c.shape for c in scene.classes})
     other_colour = next(c for c in range(6) if c * 6 + k % 6 not in world.class_ids(scene))
     texts = {
-        "chair_i": f"a red {'circle square triangle diamond cross ring'.split()[absent_shape]}.",
+        "chair_i": f"a red {['circle', 'square', 'triangle', 'diamond', 'cross', 'ring'][absent_shape]}.",
         "attr_err": f"a {world.class_name(other_colour * 6 + k % 6)}.",
         "count_err": f"two {world.class_name(k, 2)}.",
     }
@@ -74,7 +74,14 @@ def test_binary_by_hand():
 
 @pytest.mark.parametrize(
     ("text", "yes"),
-    [("Yes, there is.", True), ("No.", False), ("There is not. Yes.", False), ("I cannot tell", True), ("Nothing", True), ("no, none", False)],
+    [
+        ("Yes, there is.", True),
+        ("No.", False),
+        ("There is not. Yes.", False),
+        ("I cannot tell", True),
+        ("Nothing", True),
+        ("no, none", False),
+    ],
 )
 def test_answer_reader(text, yes):
     assert pope.read_answer(text) is yes
@@ -139,14 +146,18 @@ def test_idealised_captioners(large):
         return list(drawn)
 
     says = {
-        "planted": lambda s: world.class_ids(s) + ([dice.choice(world.absent_core(s))] if dice.random() < 0.3 and world.absent_core(s) else []),
+        "planted": lambda s: (
+            world.class_ids(s) + ([dice.choice(world.absent_core(s))] if dice.random() < 0.3 and world.absent_core(s) else [])
+        ),
         "theme": lambda s: dice.sample(world.cores[s.theme], 4),
         "blind": lambda s: blind(),
     }
     expected = {"planted": (7.2, 31.0, 100.0), "theme": (57.6, 98.8, 42.4), "blind": (90.5, 100.0, 9.5)}
     for name, speak in says.items():
         got = chair.chair([speak(s) for s in scenes], [world.class_ids(s) for s in scenes])
-        assert [100 * got[k] for k in ("chair_i", "chair_s", "recall")] == pytest.approx(expected[name], abs=6.0 if name == "planted" else 3.0), name
+        assert [100 * got[k] for k in ("chair_i", "chair_s", "recall")] == pytest.approx(
+            expected[name], abs=6.0 if name == "planted" else 3.0
+        ), name
 
 
 # ------------------------------------------------------------------------------------------------------- judged, statistics

@@ -72,7 +72,11 @@ def test_rejected_text_is_scored_on_its_own_labels():
 
     def loss(labels):
         lost, ref = (segment_logp(label_logp(logits, torch.tensor(labels)), one) for logits in (policy, reference))
-        return lost.item(), ref.item(), preference_loss(torch.tensor([0.4], dtype=torch.float64), lost, torch.zeros(1).double(), ref)[0].item()
+        return (
+            lost.item(),
+            ref.item(),
+            preference_loss(torch.tensor([0.4], dtype=torch.float64), lost, torch.zeros(1).double(), ref)[0].item(),
+        )
 
     assert loss([0, 2, 1]) == pytest.approx((-3.957364017505260, -3.415564380004120, 0.647165522360424), abs=1e-13)
     assert loss([1, 1, 3])[2] == pytest.approx(0.681130280735412, abs=1e-13)

@@ -66,7 +66,10 @@ def test_images_in_any_form():
 
 
 def test_connectors():
-    for connector, keys in [(spec.Linear(), ["0.weight", "0.bias"]), (spec.Mlp(3), [f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias")])]:
+    for connector, keys in [
+        (spec.Linear(), ["0.weight", "0.bias"]),
+        (spec.Mlp(3), [f"{i}.{n}" for i in (0, 2, 4) for n in ("weight", "bias")]),
+    ]:
         assert list(build(replace(SYSTEM, connector=connector)).connector.state_dict()) == keys
 
 

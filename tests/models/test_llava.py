@@ -12,7 +12,13 @@ IMAGE, PAD = 97, 96
 def stock(act="gelu", tied=False, layer=-2, select="default", seed=0):
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14, initializer_factor=3.0
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
+        initializer_factor=3.0,
     )
     text = LlamaConfig(
         vocab_size=99, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -82,7 +88,12 @@ def test_a_changed_weight_is_seen(tmp_path):
     """The parity test can fail: each part moves the logits."""
     theirs, inputs = stock(), batch(4)
     theirs.save_pretrained(tmp_path)
-    for name in ("encoder.vision.pre_layrnorm.bias", "connector.0.bias", "connector.2.weight", "language.model.layers.1.mlp.up_proj.weight"):
+    for name in (
+        "encoder.vision.pre_layrnorm.bias",
+        "connector.0.bias",
+        "connector.2.weight",
+        "language.model.layers.1.mlp.up_proj.weight",
+    ):
         ours = from_pretrained(tmp_path)
         with torch.no_grad():
             want = theirs(**inputs).logits
@@ -134,7 +145,9 @@ def test_the_end_token_ends_a_row(tmp_path):
 def test_sampling_repeats_with_its_generator(tmp_path):
     ours, inputs = from_pretrained(_saved(stock(), tmp_path)), batch(4, pad="left")
     inputs.pop("labels")
-    draws = [ours.generate(**inputs, temperature=1.0, max_new_tokens=8, generator=torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)]
+    draws = [
+        ours.generate(**inputs, temperature=1.0, max_new_tokens=8, generator=torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)
+    ]
     assert draws[0] == draws[1] != draws[2]
 
 

@@ -51,9 +51,7 @@ def test_three_training_steps_like_upstream(options):
         ((got[0] * weight).sum() + got[2]).backward()
         torch.testing.assert_close(b.grad, a.grad, atol=1e-5, rtol=1e-4)
         for name, value in theirs.state_dict().items():
-            torch.testing.assert_close(
-                ours.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_cosine_codes_stay_unit():
@@ -122,9 +120,7 @@ def test_checkpointed_call_matches():
     """Recomputing in the backward pass must not learn from the batch twice: callers freeze the recomputation by eval statistics."""
     ours = VectorQuantize(dim=6, codebook_size=16).train()
     x = torch.randn(20, 6, requires_grad=True)
-    quantized, _, loss = torch.utils.checkpoint.checkpoint(
-        lambda v: ours(v, freeze_codebook=True), x, use_reentrant=False
-    )
+    quantized, _, loss = torch.utils.checkpoint.checkpoint(lambda v: ours(v, freeze_codebook=True), x, use_reentrant=False)
     (quantized.sum() + loss).backward()
     assert x.grad is not None
     assert (ours._codebook.cluster_size == 1).all()
@@ -139,18 +135,14 @@ def test_indices_to_output():
 
 
 def test_wrong_width_names_the_layout():
-    with pytest.raises(
-        ValueError, match=r"expected 12 values along dim -1 of x, got shape \(2, 12, 9\); see channel_last"
-    ):
+    with pytest.raises(ValueError, match=r"expected 12 values along dim -1 of x, got shape \(2, 12, 9\); see channel_last"):
         VectorQuantize(dim=12, codebook_size=32)(torch.randn(2, 12, 9))
     with pytest.raises(ValueError, match="learnable codebook cannot also follow"):
         VectorQuantize(dim=12, codebook_size=32, learnable_codebook=True, ema_update=True)
 
 
 def test_chameleon_quantiser():
-    modeling = pytest.importorskip(
-        "transformers.models.chameleon.modeling_chameleon", reason="transformers is not installed"
-    )
+    modeling = pytest.importorskip("transformers.models.chameleon.modeling_chameleon", reason="transformers is not installed")
     from transformers import ChameleonVQVAEConfig
 
     theirs = modeling.ChameleonVQVAEVectorQuantizer(ChameleonVQVAEConfig(num_embeddings=50, embed_dim=16))

@@ -62,6 +62,7 @@ def test_every_instruction_set(isa, metric, size):
     assert_nearest(near, codebook, mmfast.vq_nearest(near, codebook, metric=metric), metric)
 
 
+@pytest.mark.reduced
 @pytest.mark.parametrize("x_dtype", DTYPES)
 @pytest.mark.parametrize("code_dtype", DTYPES)
 def test_mixed_types(device, x_dtype, code_dtype):
@@ -69,6 +70,7 @@ def test_mixed_types(device, x_dtype, code_dtype):
     assert_nearest(x, codebook, mmfast.vq_nearest(x, codebook))
 
 
+@pytest.mark.reduced
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(device, dtype):
     codebook = torch.randn(37, 12).to(device, dtype)
@@ -175,6 +177,7 @@ def test_distance(device, metric):
     assert mmfast.vq_nearest(zero, codebook.float(), metric="cosine").item() == 0
 
 
+@pytest.mark.reduced
 def test_empty(device):
     codebook = torch.randn(5, 3, device=device)
     assert mmfast.vq_nearest(torch.empty(0, 3, device=device), codebook).shape == (0,)
@@ -308,15 +311,14 @@ def test_rotation_edge_cases():
     assert quantized.tolist() == [[0.0, 2.0]]
     (grad,) = torch.autograd.grad(quantized.sum(), x)
     assert torch.isfinite(grad).all()
-    assert grad.norm().item() == pytest.approx(
-        (2**0.5) * 2 / 5, rel=1e-6
-    )  # a rotation keeps the length, the ratio scales it
+    assert grad.norm().item() == pytest.approx((2**0.5) * 2 / 5, rel=1e-6)  # a rotation keeps the length, the ratio scales it
     for a, b in (([[0.0, 0.0]], [[1.0, 1.0]]), ([[1.0, 1.0]], [[0.0, 0.0]]), ([[1.0, 2.0]], [[-1.0, -2.0]])):
         x = torch.tensor(a, requires_grad=True)
         (grad,) = torch.autograd.grad(mmfast.vq_quantize(x, torch.tensor(b), gradient="rotation")[0].sum(), x)
         assert torch.isfinite(grad).all()
 
 
+@pytest.mark.reduced
 def test_all_masked(device):
     x = torch.randn(4, 3, device=device, requires_grad=True)
     mask = torch.zeros(4, dtype=torch.bool, device=device)
@@ -360,6 +362,7 @@ def test_ema_worked_example(device):
     torch.testing.assert_close(codebook.cpu(), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.reduced
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_ema_step(device, dtype, normalize):
@@ -395,6 +398,7 @@ def test_ema_update(device, dtype, normalize):
         check_close(got, expected, floor=1e-6)
 
 
+@pytest.mark.reduced
 def test_codebook_may_move_before_the_backward_pass(device):
     """The moving average changes the codes in place between forward and backward; gradients belong to the codes that were used."""
     x, codebook = torch.randn(30, 8, device=device, requires_grad=True), torch.randn(20, 8, device=device)
@@ -408,9 +412,7 @@ def test_ema_without_any_row_keeps_the_codes(device):
     codebook = torch.randn(4, 3, device=device)
     before = codebook.clone()
     zero = torch.zeros(4, device=device)
-    mmfast.vq_ema_step_(
-        zero.clone(), torch.zeros(4, 3, device=device), codebook, zero, torch.zeros(4, 3, device=device), decay=0.9
-    )
+    mmfast.vq_ema_step_(zero.clone(), torch.zeros(4, 3, device=device), codebook, zero, torch.zeros(4, 3, device=device), decay=0.9)
     assert torch.equal(codebook, before)
 
 

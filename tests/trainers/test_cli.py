@@ -6,9 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from mmfast.trainers.__main__ import main
+from PIL import Image
 
 
 def call(capsys, *argv):
@@ -75,7 +74,9 @@ def test_an_existing_folder_is_refused(capsys, tmp_path):
 
 def test_config_file_then_option_then_flag(capsys, tmp_path):
     (tmp_path / "a.yaml").write_text("encoder: {width: 32}\nstages: {instruct: {optim: {lr: 0.5, batch: 3}}}\n")
-    code, out, _ = call(capsys, "train", "llava", "--tiny", "--config", tmp_path / "a.yaml", "--stages.instruct.optim.lr=0.25", "--steps", "7", "--dry-run")
+    code, out, _ = call(
+        capsys, "train", "llava", "--tiny", "--config", tmp_path / "a.yaml", "--stages.instruct.optim.lr=0.25", "--steps", "7", "--dry-run"
+    )
     recipe = json.loads(out)
     assert code == 0
     instruct = recipe["stages"][-1]
