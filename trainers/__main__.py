@@ -158,7 +158,10 @@ def evaluate(args: argparse.Namespace) -> None:
         saved = json.loads((args.run / "recipe.json").read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{args.run} is no run folder: recipe.json is missing or unreadable") from error
-    recipe = config.from_dict(saved)
+    try:
+        recipe = config.from_dict({k: v for k, v in saved.items() if k != "seed"}, str(args.run / "recipe.json"))
+    except RunError as error:
+        raise UsageError(str(error)) from error
     system = recipe.policy if isinstance(recipe, Alignment) else recipe
     run = Run(args.run, resume=True)
     last = run.last_checkpoint()

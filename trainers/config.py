@@ -146,14 +146,22 @@ def apply(recipe: Recipe, changes: dict[str, Any], flags: tuple[str, ...] = ()) 
     return recipe
 
 
-def from_dict(tree: Any) -> Any:
-    """The spec that ``mmfast.spec.to_dict`` wrote; keys that no field has (a run's seed) are left out."""
+def from_dict(tree: Any, where: str = "recipe") -> Any:
+    """The spec that ``mmfast.spec.to_dict`` wrote. Unknown kinds and fields raise ``RunError`` with the nearest name."""
     import mmfast.spec as vocabulary
 
     if isinstance(tree, dict) and "kind" in tree:
-        kind = getattr(vocabulary, tree["kind"])
-        fields = {f.name for f in dataclasses.fields(kind)}
-        return kind(**{k: from_dict(v) for k, v in tree.items() if k in fields})
+        kinds = {name: value for name, value in vars(vocabulary).items() if isinstance(value, type) and dataclasses.is_dataclass(value)}
+        if tree["kind"] not in kinds:
+            raise RunError(f"{where}: unknown kind {tree['kind']!r}{nearest(str(tree['kind']), kinds)}")
+        kind = kinds[tree["kind"]]
+        fields = [f.name for f in dataclasses.fields(kind)]
+        if unknown := [k for k in tree if k not in fields and k != "kind"]:
+            raise RunError(f"{where}: {kind.__name__} has no field {unknown[0]!r}{nearest(unknown[0], fields)}")
+        try:
+            return kind(**{k: from_dict(v, f"{where}.{k}") for k, v in tree.items() if k != "kind"})
+        except TypeError as error:  # a field without default is missing
+            raise RunError(f"{where}: {error}") from None
     if isinstance(tree, dict):
-        return {k: from_dict(v) for k, v in tree.items()}
-    return tuple(from_dict(v) for v in tree) if isinstance(tree, list) else tree
+        return {k: from_dict(v, f"{where}.{k}") for k, v in tree.items()}
+    return tuple(from_dict(v, where) for v in tree) if isinstance(tree, list) else tree

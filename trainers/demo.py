@@ -92,7 +92,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, scenes: int 
     blind, _ = exam(session, permuted=True)
 
     say(f"2/4  it hallucinates in {before['chair_s']:.0%} of its captions; DPO on its own captions")
-    run.write_json("recipe.json", _spec(alignment))
+    run.write_json("recipe.json", _spec(alignment) | {"seed": seed})
     train_alignment(alignment, session, run, quiet=quiet)
     after, after_details = exam(session)
     run.write_json("before.json", before)
@@ -103,7 +103,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, scenes: int 
     easy_run = Run(out / "easy_vqa")
     easy_session = train_system(easy, easy_run, seed=seed, quiet=quiet, vocabulary=EasyVQA.vocabulary())
     accuracy, examples = easy_vqa_accuracy(easy_session)
-    easy_run.write_json("recipe.json", _spec(easy))
+    easy_run.write_json("recipe.json", _spec(easy) | {"seed": seed})
     easy_run.write_json("eval.json", {"accuracy": accuracy})
 
     summary = {

@@ -216,7 +216,7 @@ __device__ void load_code(const Codes& c, int64_t j, int64_t d0, double (&v)[4])
   gather(c.data, c.dtype, at, v);
 }
 
-__global__ void __launch_bounds__(kThreads) code_factor_kernel(Codes c) {
+__global__ void __launch_bounds__(kThreads, 4) code_factor_kernel(Codes c) {
   const int64_t j = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (j >= c.K) return;
   double largest = 0, v[4];
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) code_factor_kernel(Codes c) {
       for (int u = 0; u < 4; ++u) sum += (v[u] * scale) * (v[u] * scale);
     }
     sum = warp_sum(sum);
-    factor = sum > 0 ? scale / sqrt(sum) : 0.0;
+    factor = sum > 0 ? scale * rsqrt(sum) : 0.0;
   }
   if (threadIdx.x % 32 == 0) c.factor[j] = finite ? factor : kNaN;
 }
@@ -641,7 +641,7 @@ struct Choice {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(Finish f, Codes c) {
+__global__ void __launch_bounds__(kThreads, 2) finish_kernel(Finish f, Codes c) {
   MMFAST_SHARED(int64_t[kBlockRows], chosen);
   MMFAST_SHARED(int64_t[kBlockRows], x_offset);
   MMFAST_SHARED(int64_t[kBlockRows], q_offset);
@@ -792,7 +792,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Finish f, Codes c) {
       double value = kNaN;
       if (k >= 0) {
         value = a.metric == VqMetric::l2 ? error[i] : -dot[i];
-        if (a.metric == VqMetric::cosine) value = 1 + (x2[i] > 0 ? value * c.factor[k] / sqrt(x2[i]) : 0.0);
+        if (a.metric == VqMetric::cosine) value = 1 + (x2[i] > 0 ? value * c.factor[k] * rsqrt(x2[i]) : 0.0);
       }
       store_double(a.distance, a.x.dtype == DType::f64 ? DType::f64 : DType::f32, f.row0 + first + r, value);
     }

@@ -59,6 +59,10 @@ def _clip(choice: spec.Clip) -> ClipTower:
             image_size=choice.size,
         )
         vision = CLIPVisionModel(config)
+        # A random tower's position embeddings start at a tenth of its patches' size, and it takes long to learn where things are.
+        for name, module in vision.named_modules():
+            if name.endswith("position_embedding"):
+                nn.init.normal_(module.weight, std=0.5)
     return ClipTower(vision, layer=choice.layer, keep_class_token=choice.keep_class_token)
 
 

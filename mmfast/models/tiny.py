@@ -17,7 +17,7 @@ _WORDS = Stage(
     data=Data("shapes"),
     objective="words",
     template="bare",
-    optim=Optim(lr=2e-3, steps=300, batch=64, warmup=30, floor=0.02, **_FAST),
+    optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
 )
 
 
@@ -46,7 +46,7 @@ def tiny_system(system: System) -> System:
                 align,
                 data=Data("shapes"),
                 template="bare",
-                optim=Optim(lr=4e-3, steps=50, batch=32, warmup=10, schedule="constant", **_FAST),
+                optim=Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST),
             ),
             replace(
                 instruct,
@@ -64,5 +64,5 @@ def tiny_alignment(alignment: Alignment) -> Alignment:
         policy=tiny_system(alignment.policy),
         data=replace(alignment.data, name="shapes_own", path=None),
         template="bare",
-        optim=Optim(lr=1.5e-5, steps=100, batch=32, warmup=0.1, betas=(0.9, 0.98), clip=1.0),
+        optim=Optim(lr=9e-6, steps=100, batch=32, warmup=0.1, betas=(0.9, 0.98), clip=1.0),
     )

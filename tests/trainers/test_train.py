@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -12,15 +11,15 @@ from functools import partial
 
 import pytest
 import torch
-
-from mmfast import spec
-from mmfast.data import supervised as data
-from mmfast.models import tiny
 from mmfast.trainers import demo, preference, supervised
 from mmfast.trainers.evaluate import Exam, caption_all
 from mmfast.trainers.loop import Run, RunError
 from mmfast.trainers.recipes.align.dpo import RECIPE as DPO
 from mmfast.trainers.recipes.architectures.llava import RECIPE as LLAVA
+
+from mmfast import spec
+from mmfast.data import supervised as data
+from mmfast.models import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -71,34 +70,30 @@ def test_losses_fall(tmp_path):
 
 KILLED = """
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+import torch
 from mmfast.data import supervised as data
-data.Shapes = partial(data.Shapes, count=96)
 from mmfast.models import tiny
 from mmfast.trainers import supervised
 from mmfast.trainers.loop import Run
 from mmfast.trainers.recipes.architectures.llava import RECIPE
-sys.path.insert(0, sys.argv[3])
-import torch; torch.set_num_threads(1)
-from test_train import steps
-supervised.train_system(steps(tiny(RECIPE), 6, 4, 30), Run(Path(sys.argv[1]), resume=sys.argv[2] == "resume"), quiet=True,
-                        resume=sys.argv[2] == "resume", save_every=3)
+torch.set_num_threads(1)
+data.Shapes = partial(data.Shapes, count=96)
+system = tiny(RECIPE)
+stages = tuple(replace(s, optim=replace(s.optim, steps=n)) for s, n in zip(system.stages, (6, 4, 30)))
+resume = sys.argv[2] == "resume"
+run = Run(Path(sys.argv[1]), resume=resume)
+supervised.train_system(replace(system, stages=stages), run, resume=resume, save_every=3, quiet=True)
 """
 
 
 def test_a_killed_run_continues_bit_for_bit(tmp_path):
     """kill -9 at whatever moment it is, twice, then --resume: curve and weights are those of the run that was left alone."""
-    here = os.path.dirname(__file__)
-    script = KILLED.replace("from test_train import steps\n", "").replace("steps(tiny(RECIPE), 6, 4, 30)", "shorten(tiny(RECIPE))").replace(
-        "sys.path.insert(0, sys.argv[3])\n",
-        "from dataclasses import replace\n"
-        "def shorten(s):\n"
-        "    return replace(s, stages=tuple(replace(g, optim=replace(g.optim, steps=n)) for g, n in zip(s.stages, (6, 4, 30))))\n",
-    )
 
     def start(name, mode):
-        return subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name), mode, here])
+        return subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / name), mode])
 
     assert start("whole", "new").wait() == 0
     for at, mode in ((8, "new"), (25, "resume")):
@@ -141,7 +136,11 @@ def test_dpo_starts_at_ln_2_and_learns_the_pairs(base, tmp_path):
     assert logged[-1][2] > 0.7
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= set(first)
-    frozen = [name for name, p in session.model.state_dict().items() if name.startswith(("encoder.", "connector.")) and not torch.equal(p, weights[name])]
+    frozen = [
+        name
+        for name, p in session.model.state_dict().items()
+        if name.startswith(("encoder.", "connector.")) and not torch.equal(p, weights[name])
+    ]
     assert frozen == []
 
 
@@ -173,7 +172,9 @@ def test_log_probabilities_are_those_of_one_row_at_a_time(base):
             for at, value in zip(index.tolist(), got.tolist(), strict=True):
                 ids, labels = source.rows[text].batch(torch.tensor([at]))
                 logits = session.model(ids, image_states=states[source.picture_of[at]][None]).logits.double()
-                want = sum(torch.log_softmax(logits[0, t], -1)[labels[0, t + 1]] for t in range(ids.shape[1] - 1) if labels[0, t + 1] != -100)
+                want = sum(
+                    torch.log_softmax(logits[0, t], -1)[labels[0, t + 1]] for t in range(ids.shape[1] - 1) if labels[0, t + 1] != -100
+                )
                 assert value == pytest.approx(want.item(), abs=1e-4)
     assert count[0] == (source.rows["chosen"].labels[3] != -100).sum()
 
@@ -201,7 +202,11 @@ def test_preference_records_of_ones_own(base, tmp_path):
     session.model.load_state_dict(weights)
     Image.new("RGB", (80, 70), "red").save(tmp_path / "a.png")
     good = {"image": "a.png", "prompt": "describe the picture:", "chosen": "we see a red circle.", "rejected": "we see a green ring."}
-    for bad, words in (({**good, "chosen": ""}, "lacks chosen"), ({**good, "rejected": good["chosen"]}, "same text"), ({**good, "image": "b.png"}, "b.png does not exist")):
+    for bad, words in (
+        ({**good, "chosen": ""}, "lacks chosen"),
+        ({**good, "rejected": good["chosen"]}, "same text"),
+        ({**good, "image": "b.png"}, "b.png does not exist"),
+    ):
         (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r) for r in [good, good, bad]))
         own = replace(ALIGN, data=spec.Pairs("mine", path=str(tmp_path / "p.jsonl")))
         with pytest.raises(ValueError, match=f"record 2: .*{words}"):
@@ -253,6 +258,7 @@ def test_demo_smoke(tmp_path, monkeypatch):
     on_disk = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert set(on_disk) >= {"before", "after", "easy_vqa_accuracy", "seconds", "seed"}
     assert 0 < summary["easy_vqa_accuracy"] < 1
+    assert json.loads((tmp_path / "demo" / "recipe.json").read_text())["seed"] == 0
     text = (tmp_path / "demo" / "report.html").read_text()
     assert text.count("<img") >= 12
     assert text.count("<polyline") >= 5

@@ -1,0 +1,24 @@
+"""What the documents say is what is there."""
+
+import re
+from pathlib import Path
+
+from mmfast.trainers.describe import table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_systems_table_is_current():
+    assert (ROOT / "docs" / "systems.md").read_text().strip() == table(markdown=True).strip(), "run `make docs`"
+
+
+def test_links_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_readme_op_example_runs():
+    code = re.search(r"## Use an op\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    small = code.replace("256, 32, 32", "256, 4, 4").replace("8192", "64")
+    exec(compile(small, "README.md", "exec"), {})
