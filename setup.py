@@ -31,7 +31,9 @@ def find_torch() -> str:
     for place in places:
         if (place / "torch" / "include" / "torch").is_dir():
             return str(place / "torch")
-    raise SystemExit("mmfast is built with the headers of an installed torch >= 2.10 and found none: install torch first, or set MMFAST_TORCH")
+    raise SystemExit(
+        "mmfast is built with the headers of an installed torch >= 2.10 and found none: install torch first, or set MMFAST_TORCH"
+    )
 
 
 class CMakeBuild(build_ext):

@@ -74,12 +74,12 @@ def resolve(args: argparse.Namespace, rest: list[str]):
     """The recipe of a command line, all changes applied."""
     from dataclasses import replace
 
-    from mmfast.models.tiny import tiny
-
     from . import config
 
     recipe = config.load_recipe(args.recipe)
     if args.tiny:
+        from mmfast.models.tiny import tiny
+
         recipe = tiny(recipe)
     changes = config.read_yaml(args.config) if args.config else {}
     recipe = config.apply(recipe, changes | config.options(rest), FLAGS)
@@ -115,7 +115,9 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
         Session(system, seed=args.seed)  # builds and checks the model before anything is written
         for template in [recipe.template] if isinstance(recipe, Alignment) else [stage.template for stage in recipe.stages]:
             chat.check_template(template)
-        run = Run(out, resume=args.resume)
+        run, stored = Run(out, resume=args.resume), to_dict(recipe) | {"seed": args.seed}
+        if args.resume and (out / "recipe.json").exists():
+            check_same(json.loads((out / "recipe.json").read_text()), stored, out)
     except UsageError:
         raise
     except (RunError, ValueError) as error:
@@ -123,7 +125,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     from . import report
     from .evaluate import Exam
 
-    run.write_json("recipe.json", to_dict(recipe) | {"seed": args.seed})
+    run.write_json("recipe.json", stored)
     options = dict(resume=args.resume, save_every=args.save_every, quiet=args.quiet)
     captions = {}
     if isinstance(recipe, Alignment):
@@ -146,6 +148,17 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     report.write(out / "report.html", report.run_page(out))
     print({k: round(measured[k], 4) for k in ("chair_s", "chair_i", "recall", "pope_adversarial_accuracy")})
     print(f"open {out / 'report.html'}")
+
+
+def check_same(before: dict, now: dict, out: Path) -> None:
+    """A run is continued with the recipe and seed it was begun with: another would join two curves that do not belong together."""
+    from .describe import flat
+
+    left, right = flat(before), flat(json.loads(json.dumps(now)))
+    changed = [f"{key} was {left.get(key)!r}, now {right.get(key)!r}" for key in {**left, **right} if left.get(key) != right.get(key)]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise UsageError(f"{out} was begun with another recipe: {changed[0]}{more}; give the same options or choose another --out")
 
 
 def evaluate(args: argparse.Namespace) -> None:

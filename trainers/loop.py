@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from mmfast.spec import Optim
 
+PROBE_EVERY = 20
+
 
 class RunError(Exception):
     """What a user can do something about, in one sentence."""
@@ -212,14 +214,16 @@ def train(
     resume: bool = False,
     save_every: int | None = None,
     extra: nn.Module | None = None,
+    probe: Callable[[], dict[str, float]] | None = None,
     quiet: bool = False,
 ) -> int:
     """Trains ``parameters`` for one stage and returns the run's step count after it.
 
     Args:
-        step_function: from the items of a micro-batch to its loss and what to log.
+        step_function: from the items of a micro-batch to its loss and what to log (averaged over a step's micro-batches).
         first_step: steps that earlier stages of the run took; steps are numbered through.
         extra: a module that trains beside the model and is saved with it (a head of the stage).
+        probe: what else to log after the first and every ``PROBE_EVERY``-th step; it must draw no random numbers.
         save_every: steps between checkpoints; one is always written at the end of the stage.
     """
     total = total_steps(optim, items)
@@ -252,13 +256,14 @@ def train(
     bar = tqdm(total=total, initial=done, desc=stage, unit="step", disable=quiet or None, dynamic_ncols=True, mininterval=0.5)
     model.train()
     while done < total:
-        began, losses, logged = time.perf_counter(), [], {}
+        began, losses, logged = time.perf_counter(), [], []
         for group in optimizer.param_groups:
             group["lr"] = rate(optim, done, total)
         for micro in range(optim.accumulate):
-            loss, logged = step_function(order(done * optim.accumulate + micro))
+            loss, values = step_function(order(done * optim.accumulate + micro))
             (loss / optim.accumulate).backward()
             losses.append(loss.detach())
+            logged.append(values)
         norm = nn.utils.clip_grad_norm_(parameters, optim.clip or math.inf)
         value = torch.stack(losses).mean().item()
         if not math.isfinite(value + norm.item()):
@@ -271,10 +276,13 @@ def train(
         done += 1
         seconds = time.perf_counter() - began
         record = {"step": first_step + done, "stage": stage, "loss": value, "lr": optimizer.param_groups[0]["lr"]}
-        record |= {"grad_norm": norm.item(), **logged}
+        record |= {"grad_norm": norm.item()} | {key: sum(v[key] for v in logged) / len(logged) for key in logged[0]}
         if "tokens" in record:
             record["tokens_per_s"] = round(record.pop("tokens") * optim.accumulate / seconds, 1)
         record["peak_memory_mb"] = peak_memory_mb()
+        if probe is not None and (done == 1 or done % PROBE_EVERY == 0):
+            record |= probe()
+            model.train()
         run.log(record)
         bar.update()
         bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)

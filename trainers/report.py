@@ -33,6 +33,7 @@ CURVES = (
     ("loss", "Loss"),
     ("rewards/margins", "Reward margin (nats x beta)"),
     ("rewards/accuracies", "Pairs told apart"),
+    ("len", "Words a caption"),
     ("logps/chosen", "log p of the better answer"),
     ("logps/rejected", "log p of the worse answer"),
 )

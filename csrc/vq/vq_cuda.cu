@@ -44,8 +44,8 @@ constexpr int kScreenThreads = 128;
 constexpr int kMaxResidentDepth = 256;
 constexpr int kLanes = 8;  // lanes that share a row: 2 warps x 4 columns of the mma fragment
 constexpr int kLaneCodes = kTile / kLanes;
-constexpr int64_t kChunkRows = int64_t{1} << 17;  // rows whose fp16 copies and lanes are alive at a time
-constexpr int kBlockRows = 32;                    // rows of a block in the memory-bound kernels
+constexpr int64_t kChunkWaves = 4;  // rows whose fp16 copies and lanes are alive at a time: as many as keep the device busy four times over
+constexpr int kBlockRows = 32;      // rows of a block in the memory-bound kernels
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr float kInf = __builtin_inff();
 constexpr double kNaN = __builtin_nan("");
@@ -838,8 +838,10 @@ struct NearestPlan {
   NearestPlan(const VqNearestArgs& a, void* workspace) {
     Carver carve(workspace);
     const int64_t N = a.x.rows();
-    chunk = N < kChunkRows ? N : kChunkRows;
-    tiles = ceil_div(chunk, kTile);
+    const int64_t slots = 2 * multiprocessor_count();  // CTAs of the screen that run at a time
+    const int64_t chunks = ceil_div(N, kChunkWaves * slots * kTile);
+    tiles = chunks ? ceil_div(ceil_div(N, chunks), kTile) : 0;
+    chunk = tiles * kTile;
     codes = {a.codebook, a.codebook_dtype, a.K, a.x.D, a.stride_k, a.metric};
     codes.depth = ceil_div(a.x.D, kStep) * kStep;
     codes.panels = ceil_div(a.K, kTile);
@@ -853,7 +855,7 @@ struct NearestPlan {
     codes.scalars = carve.take<PanelScalars>(codes.panels);
     rows = carve.take<uint16_t>(tiles * tile_halves);
     scalars = carve.take<RowScalars>(tiles * kTile);
-    lanes.split_panels = split(tiles, codes.panels, 2 * multiprocessor_count());
+    lanes.split_panels = split(tiles, codes.panels, slots);
     lanes.splits = int(ceil_div(codes.panels, lanes.split_panels));
     lanes.best = carve.take<float>(tiles * kTile * kLanes * lanes.splits);
     lanes.second = carve.take<float>(tiles * kTile * kLanes * lanes.splits);
@@ -862,8 +864,8 @@ struct NearestPlan {
     bytes = carve.bytes();
   }
 
-  // Panels a CTA: few enough that every multiprocessor has work, many enough that starting is not the work. `slots` CTAs run at a time;
-  // a CTA costs its panels plus about one for start and end.
+  // Panels a CTA: few enough that every multiprocessor has work, many enough that starting is not the work: a CTA costs its panels plus
+  // about one for start and end.
   static int64_t split(int64_t tiles, int64_t panels, int64_t slots) {
     int64_t best = panels, best_cost = ceil_div(tiles, slots) * (panels + 1);
     for (int64_t s = 2; s <= 64 && s <= panels; ++s) {
@@ -1150,7 +1152,7 @@ struct GradCodebookTerm {
 // (slot 0) and of the one that goes on after it (slot 1) partial sums are left in partial [spans][2][columns].
 template <class Term>
 __global__ void __launch_bounds__(kThreads) span_sums_kernel(Term term, Sort s, const int64_t* indices, double* partial) {
-  constexpr int kBatch = 128;
+  constexpr int kBatch = 64;
   MMFAST_SHARED(int64_t[kBatch], rows);
   MMFAST_SHARED(int64_t[kBatch], codes);
   const int64_t columns = term.columns(), column = int64_t(blockIdx.y) * kThreads + threadIdx.x, total = s.start[s.K];

@@ -60,7 +60,11 @@ class Shapes(Source):
     def words(self) -> tuple[list[str], Tensor, Tensor]:
         """Colour, shape and position words, whether each is true of a picture ``[M, W]``, and the classes in it ``[M, C]``."""
         c = self.world.config
-        names = [n for n, _ in COLOURS[: c.colours]] + [s[0] for s in SHAPES[: c.shapes]] + ["top", "middle", "bottom", "left", "centre", "right"]
+        names = (
+            [n for n, _ in COLOURS[: c.colours]]
+            + [s[0] for s in SHAPES[: c.shapes]]
+            + ["top", "middle", "bottom", "left", "centre", "right"]
+        )
         true, classes = torch.zeros(len(self.scenes), len(names)), torch.zeros(len(self.scenes), c.classes)
         for i, scene in enumerate(self.scenes):
             for o in scene.objects:

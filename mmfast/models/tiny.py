@@ -64,5 +64,5 @@ def tiny_alignment(alignment: Alignment) -> Alignment:
         policy=tiny_system(alignment.policy),
         data=replace(alignment.data, name="shapes_own", path=None),
         template="bare",
-        optim=Optim(lr=9e-6, steps=100, batch=32, warmup=0.1, betas=(0.9, 0.98), clip=1.0),
+        optim=Optim(lr=1e-5, steps=100, batch=32, warmup=0.1, betas=(0.9, 0.98), clip=1.0),
     )

@@ -64,8 +64,8 @@ Coordinates now;
 
 namespace {
 
-#if defined(EMULATOR_ADDRESS) || defined(EMULATOR_THREAD)
-constexpr size_t kStack = 256 * 1024;
+#ifdef EMULATOR_ADDRESS
+constexpr size_t kStack = 256 * 1024;  // red zones around every local
 #else
 constexpr size_t kStack = 64 * 1024;
 #endif

@@ -280,13 +280,15 @@ NEAREST = [
     Case(700, 384, 8, data="twins"), Case(9, 40, 12, x_dtype="f64", e_dtype="f64", data="far", exact=True),
     Case(3, 4, 64, metric="ip", data="code_rounding"), Case(3, 4, 16, metric="ip", data="row_rounding"),
     Case(64, 256, 256, metric="ip", data="accumulation"), Case(64, 256, 320, metric="ip", data="accumulation"),
+    Case(770, 300, 70, layout="channel_first"), Case(3100, 5, 2, mask=True),  # several panels a CTA; several chunks of rows
     Case(260, 33, 8, quantize=False), Case(0, 9, 8), Case(700, 40, 4, mask=True),
 ]  # fmt: skip
-# Every kernel and both forms of the screen, once.
+# Every kernel, both forms of the screen, and the search of the whole block.
 REDUCED = [
-    Case(40, 300, 33, layout="channel_first", out_layout="channel_first", mask=True), Case(5, 7, 3, metric="cosine", layout="sliced"),
-    Case(20, 129, 260, metric="ip", x_dtype="f16", e_dtype="f64"), Case(36, 140, 24, data="ties"), Case(12, 130, 9, data="not_finite"),
+    Case(20, 140, 130, layout="channel_first", out_layout="channel_first", mask=True), Case(20, 70, 260, metric="ip", x_dtype="f16", e_dtype="f64"),
+    Case(12, 70, 24, data="ties"),
 ]  # fmt: skip
+MORE = [Case(5, 7, 3, metric="cosine", layout="sliced"), Case(12, 130, 9, data="not_finite"), Case(700, 300, 40), Case(20, 129, 257)]
 
 
 @pytest.mark.parametrize("case", NEAREST, ids=str)
@@ -440,8 +442,8 @@ if __name__ == "__main__":
         for case in NEAREST:
             check_nearest(case)
     else:
-        for case in REDUCED:
+        for case in REDUCED + MORE * (sanitizer == "address"):
             check_nearest(case, sanitizer)
-        check_stats(600, 7, 5, "f32", "channel_first", True, True, sanitizer)
+        check_stats(300, 7, 5, "f32", "channel_first", True, True, sanitizer)
         check_ema(9, 33, "f32", True, sanitizer=sanitizer)
         check_backward(70, 9, 40, "rotation", "f32", "bf16", "channel_first", "qlxe", sanitizer)

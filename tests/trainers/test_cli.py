@@ -151,6 +151,10 @@ def test_training_on_own_records(capsys, tmp_path, monkeypatch):
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "peak_memory_mb"} <= set(rows[0])
     evaluated = json.loads((tmp_path / "b" / "eval.json").read_text())
     assert {"chair_s", "recall", "len", "pope_random_f1", "yes_ratio"} <= set(evaluated)
+    # Continuing with another recipe or seed is refused, with the same ones there is nothing left to do.
+    code, _, err = call(capsys, *train, "--out", tmp_path / "b", "--resume", "--on-bad-record", "skip", "--seed", "1")
+    assert code == 2
+    assert "begun with another recipe: seed was 0, now 1; give the same options" in err
     # What was trained can be measured again, and gives the same.
     code, out, _ = call(capsys, "eval", tmp_path / "b")
     assert code == 0

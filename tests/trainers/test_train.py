@@ -135,7 +135,8 @@ def test_dpo_starts_at_ln_2_and_learns_the_pairs(base, tmp_path):
     assert logged[-1][1] > 0.2
     assert logged[-1][2] > 0.7
     first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= set(first)
+    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "len"} <= set(first)
+    assert "len" not in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
     frozen = [
         name
         for name, p in session.model.state_dict().items()
