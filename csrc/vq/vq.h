@@ -96,7 +96,8 @@ void vq_ema_cpu(const VqEmaArgs&);
 int64_t vq_ema_update_cpu(const VqEmaArgs&, const VqStatsArgs&);
 
 // CUDA. `workspace` holds the bytes that the matching *_workspace asks for; results are cudaError_t (0 = success).
-// A row of x that holds NaN or Inf gets index -1 (and a zero quantised row); nothing is ever read out of range,
+// A row of x that holds NaN or Inf gets index -1, a zero quantised row, NaN distance and a NaN mse; a code that holds one is never chosen,
+// and if no code is left every row gets -1. Nothing is ever read out of range,
 // whatever the indices hold.
 size_t vq_nearest_cuda_workspace(const VqNearestArgs&);
 int vq_nearest_cuda(const VqNearestArgs&, void* workspace, void* stream);

@@ -530,12 +530,13 @@ void ema_element(const VqEmaArgs& a, const std::vector<double>& divisor, int64_t
   if (divisor[k] > 0) store_double(a.codebook, a.dtype, at, avg / divisor[k]);
 }
 
-void ema_normalize(const VqEmaArgs& a) {
+void ema_normalize(const VqEmaArgs& a, const std::vector<double>& divisor) {
   if (!a.normalize) return;
   const VqCpuKernels& kernel = kernels();
   parallel_for(a.K, 64, [&](int64_t begin, int64_t end) {
     std::vector<double> code(a.D);
     for (int64_t k = begin; k < end; ++k) {
+      if (!(divisor[k] > 0)) continue;
       kernel.load_row(a.codebook, a.dtype, k * a.D, 1, a.D, code.data());
       const double norm = std::sqrt(kernel.dot(code.data(), code.data(), a.D));
       for (int64_t d = 0; norm > 0 && d < a.D; ++d) store_double(a.codebook, a.dtype, k * a.D + d, code[d] / norm);
@@ -576,7 +577,7 @@ void vq_ema_cpu(const VqEmaArgs& a) {
     for (int64_t k = begin; k < end; ++k)
       for (int64_t c = 0; c < a.D; ++c) ema_element(a, divisor, k, c, load_double(a.sums, a.dtype, k * a.D + c));
   });
-  ema_normalize(a);
+  ema_normalize(a, divisor);
 }
 
 int64_t vq_ema_update_cpu(const VqEmaArgs& a, const VqStatsArgs& rows) {
@@ -587,7 +588,7 @@ int64_t vq_ema_update_cpu(const VqEmaArgs& a, const VqStatsArgs& rows) {
       rows.x, rows.indices, a.K, kernels(),
       [&](int64_t r, int64_t, int64_t, double v) { return rows.weight ? double(rows.weight[r]) * v : v; },
       [&](int64_t k, int64_t c, double sum) { ema_element(a, divisor, k, c, sum); });
-  ema_normalize(a);
+  ema_normalize(a, divisor);
   return -1;
 }
 
@@ -596,7 +597,7 @@ void vq_backward_cpu(const VqBackwardArgs& a) {
   const int64_t N = a.x.rows(), D = a.x.D;
   const DType wide = a.x.dtype == DType::f64 ? DType::f64 : DType::f32;
   int64_t valid = 0;
-  for (int64_t r = 0; r < N; ++r) valid += a.indices[r] >= 0;
+  for (int64_t r = 0; r < N; ++r) valid += a.indices[r] >= 0 && a.indices[r] < a.K;
   const double loss = a.grad_loss && valid ? load_double(a.grad_loss, wide, 0) * 2 / (double(valid) * double(D)) : 0.0;
   if (a.grad_x.data) {
     parallel_for(N, 16, [&](int64_t begin, int64_t end) {

@@ -41,7 +41,7 @@ def vq_nearest(
 
     Raises:
         RuntimeError: shapes, types or devices that do not fit; on the CPU also a row of x or a code that holds NaN or Inf. On CUDA,
-            where raising would cost a synchronisation, such a row gets index -1.
+            where raising would cost a synchronisation, such a row gets index -1 (NaN distance) and such a code is never chosen.
     """
     number = _number("vq_nearest", "metric", metric, _METRICS)
     indices, distance = torch.ops.mmfast.vq_nearest(x, codebook, number, channel_dim, return_distance)
