@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "../common/check.h"
-#ifdef MMFAST_CUDA
+#ifdef MMFAST_CUDA_VQ
 #include "../common/stream.h"
 #endif
 
@@ -102,7 +102,7 @@ Tensor contiguous_indices(const char* op, const Tensor& indices, const Tensor& x
 
 ScalarType wide_type(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-#ifdef MMFAST_CUDA
+#ifdef MMFAST_CUDA_VQ
 // Runs a CUDA launcher with its workspace on x's device and torch's current stream.
 template <class Args>
 void launch_cuda(const char* op, const Tensor& x, const Args& args, size_t (*bytes)(const Args&),

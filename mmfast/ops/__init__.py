@@ -1,5 +1,17 @@
 """The ops: one module per kernel family, each with its plain-PyTorch twin (``NAME_ref``) beside it."""
 
+from mmfast.ops.attention import (
+    cross_attention,
+    cross_attention_ref,
+    cross_attention_varlen,
+    cross_attention_varlen_ref,
+    media_cross_attention,
+    media_cross_attention_ref,
+    merge_attention,
+    merge_attention_ref,
+    qformer_attention,
+    qformer_attention_ref,
+)
 from mmfast.ops.vq import (
     vq_code_stats,
     vq_code_stats_ref,
@@ -14,6 +26,16 @@ from mmfast.ops.vq import (
 )
 
 __all__ = [
+    "cross_attention",
+    "cross_attention_ref",
+    "cross_attention_varlen",
+    "cross_attention_varlen_ref",
+    "media_cross_attention",
+    "media_cross_attention_ref",
+    "merge_attention",
+    "merge_attention_ref",
+    "qformer_attention",
+    "qformer_attention_ref",
     "vq_code_stats",
     "vq_code_stats_ref",
     "vq_ema_step_",

@@ -1,0 +1,442 @@
+// Copyright the mmfast authors. SPDX-License-Identifier: Apache-2.0
+//
+// Inner loops of CPU attention, written once in the compiler's portable vectors and compiled per instruction set: CMake defines
+// MMFAST_ISA (the suffix) and MMFAST_LANES (floats a register) and sets the flags.
+//
+// gemm: all seven products of forward and backward are this one. A tile of R rows x 2 vectors lives in registers (12 x 2 accumulators
+// on AVX-512, 6 x 2 on AVX2); each step loads two vectors of b and broadcasts one value of a per row, so 2 R multiply-adds stand against
+// R + 2 loads. `a` may be walked either way, which is why scores are never transposed between their uses.
+#include "attention_cpu_isa.h"
+
+#if MMFAST_LANES > 4
+#include <immintrin.h>
+#endif
+
+#define MMFAST_INLINE inline __attribute__((always_inline))
+
+namespace mmfast {
+namespace {
+
+constexpr int W = MMFAST_LANES;
+constexpr int kTileRows = W == 16 ? 12 : 6;
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t VecI __attribute__((vector_size(4 * W)));
+typedef uint32_t VecU __attribute__((vector_size(4 * W)));
+typedef uint64_t Vec2U __attribute__((vector_size(8 * W)));
+typedef uint16_t VecH __attribute__((vector_size(2 * W)));
+typedef Vec VecM __attribute__((aligned(4), may_alias));
+typedef VecI VecIM __attribute__((aligned(4), may_alias));
+typedef VecU VecUM __attribute__((aligned(4), may_alias));
+typedef VecH VecHM __attribute__((aligned(2), may_alias));
+
+MMFAST_INLINE Vec load(const float* p) { return *reinterpret_cast<const VecM*>(p); }
+MMFAST_INLINE VecU load(const uint32_t* p) { return *reinterpret_cast<const VecUM*>(p); }
+MMFAST_INLINE void store(float* p, Vec v) { *reinterpret_cast<VecM*>(p) = v; }
+MMFAST_INLINE void store(uint32_t* p, VecU v) { *reinterpret_cast<VecUM*>(p) = v; }
+MMFAST_INLINE void store(uint16_t* p, VecH v) { *reinterpret_cast<VecHM*>(p) = v; }
+MMFAST_INLINE Vec splat(float v) { return Vec{} + v; }
+
+constexpr float kInf = __builtin_inff();
+
+// ---- products
+
+struct MulF32 {
+  using Value = float;
+  using Packed = Vec;
+  static MMFAST_INLINE void step(Vec& acc, Vec b, float a) { acc += b * a; }
+};
+
+#ifdef __AVX512BF16__
+struct MulBf16 {
+  using Value = uint32_t;
+  using Packed = VecU;
+  static MMFAST_INLINE void step(Vec& acc, VecU b, uint32_t a) {
+    acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(int(a)));
+  }
+};
+#endif
+
+template <class Mul, int R, int V>
+MMFAST_INLINE void tile(int64_t k, const typename Mul::Value* a, int64_t row, int64_t col, const typename Mul::Value* b, int64_t ldb,
+                        float* c, int64_t ldc, bool accumulate) {
+  Vec acc[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * W) : Vec{};
+  for (int64_t t = 0; t < k; ++t, a += col, b += ldb) {
+    typename Mul::Packed x[V];
+    for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) Mul::step(acc[r][v], x[v], a[r * row]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
+}
+
+// The m rows as tiles of almost equal height: a low tile left over would wait for its few accumulators.
+template <class Mul, int V, int R>
+MMFAST_INLINE void tile_of(int64_t rows, int64_t k, const typename Mul::Value* a, int64_t row, int64_t col, const typename Mul::Value* b,
+                           int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  if constexpr (R > 1)
+    if (rows < R) return tile_of<Mul, V, R - 1>(rows, k, a, row, col, b, ldb, c, ldc, accumulate);
+  // A row stride of 1 known to the compiler turns R address computations into one.
+  if (row == 1) return tile<Mul, R, V>(k, a, 1, col, b, ldb, c, ldc, accumulate);
+  tile<Mul, R, V>(k, a, row, col, b, ldb, c, ldc, accumulate);
+}
+
+template <class Mul, int V>
+void columns(int64_t m, int64_t k, const typename Mul::Value* a, int64_t row, int64_t col, const typename Mul::Value* b, int64_t ldb,
+             float* c, int64_t ldc, bool accumulate) {
+  for (int64_t i = 0, tiles = (m + kTileRows - 1) / kTileRows; tiles > 0; --tiles) {
+    const int64_t rows = (m - i + tiles - 1) / tiles;
+    tile_of<Mul, V, kTileRows>(rows, k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
+    i += rows;
+  }
+}
+
+template <class Mul>
+MMFAST_INLINE void product(int64_t m, int64_t n, int64_t k, const typename Mul::Value* a, int64_t row, int64_t col,
+                           const typename Mul::Value* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  int64_t j = 0;
+  for (; j + 2 * W <= n; j += 2 * W) columns<Mul, 2>(m, k, a, row, col, b + j, ldb, c + j, ldc, accumulate);
+  if (j < n) columns<Mul, 1>(m, k, a, row, col, b + j, ldb, c + j, ldc, accumulate);
+}
+
+void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t row, int64_t col, const float* b, int64_t ldb, float* c, int64_t ldc,
+          bool accumulate) {
+  product<MulF32>(m, n, k, a, row, col, b, ldb, c, ldc, accumulate);
+}
+#ifdef __AVX512BF16__
+void gemm_bf16(int64_t m, int64_t n, int64_t k, const uint32_t* a, int64_t row, int64_t col, const uint32_t* b, int64_t ldb, float* c,
+               int64_t ldc, bool accumulate) {
+  product<MulBf16>(m, n, k, a, row, col, b, ldb, c, ldc, accumulate);
+}
+#endif
+
+// ---- exponential
+
+// 2^x for x <= 0 (a little above is fine), relative error below 1.2e-7; 0 below 2^-125. x is split into an integer, which goes into the
+// exponent's bits, and a rest in [-.5, .5], for which a polynomial of degree 5 is fitted (least maximum relative error 7.5e-8).
+MMFAST_INLINE Vec exp2(Vec x) {
+  const Vec shifted = x + 12582912.0f;  // 1.5 2^23: the sum's low bits are x rounded
+  const Vec f = x - (shifted - 12582912.0f);
+  Vec p = f * 0.0013276466800190253f + 0.009675541293023464f;
+  p = p * f + 0.05550713289559801f;
+  p = p * f + 0.2402211972487141f;
+  p = p * f + 0.6931469670549271f;
+  p = p * f + 1.0000000716543664f;
+  const Vec y = (Vec)((VecI)p + ((VecI)shifted << 23));
+  return x < -125.0f ? Vec{} : y;
+}
+
+// Nearest bf16, ties to even, in the upper half of each word. Finite values.
+MMFAST_INLINE VecU round_bf16(Vec v) {
+  const VecU u = (VecU)v;
+  return u + 0x7fffu + ((u >> 16) & 1u);
+}
+MMFAST_INLINE VecU pair_bf16(Vec low, Vec high) { return (round_bf16(low) >> 16) | (round_bf16(high) & 0xffff0000u); }
+MMFAST_INLINE VecH to_bf16(Vec v) { return __builtin_convertvector(round_bf16(v) >> 16, VecH); }
+
+// The scores of one vector of rows at one key, or `hidden` where the row does not see the key.
+template <bool Masked>
+MMFAST_INLINE Vec seen(Vec s, const AttentionTileMask& mask, int64_t key, int64_t lane, Vec hidden) {
+  if constexpr (!Masked) return s;
+  if (mask.valid && !mask.valid[key]) return hidden;
+  if (mask.limit) return int32_t(key) < *reinterpret_cast<const VecIM*>(mask.limit + lane) ? s : hidden;
+  return s;
+}
+
+template <bool Masked>
+bool softmax_rows(const AttentionSoftmaxTile& t, int64_t lane) {
+  const Vec hidden = splat(t.c < 0 ? kInf : -kInf);
+  Vec top = load(t.top + lane);
+  const Vec before = top;
+  for (int64_t j = 0; j < t.keys; ++j) {
+    const Vec s = seen<Masked>(load(t.s + j * t.n + lane), t.mask, j, lane, hidden) * t.c;
+    top = s > top ? s : top;
+  }
+  const Vec base = top == -kInf ? Vec{} : top;  // nothing seen yet: any finite base gives weights of 0
+  Vec total{};
+  Vec even{};
+  for (int64_t j = 0; j < t.keys; ++j) {
+    float* at = t.s + j * t.n + lane;
+    Vec p = exp2(seen<Masked>(load(at), t.mask, j, lane, hidden) * t.c - base);
+    total += p;
+    if (t.mask.keep) p *= load(t.mask.keep + j * t.n + lane);
+    if (!t.pairs) {
+      store(at, p);
+    } else if (j % 2) {
+      store(t.pairs + j / 2 * t.n + lane, pair_bf16(even, p));
+    } else {
+      even = p;
+      if (j + 1 == t.keys) store(t.pairs + j / 2 * t.n + lane, pair_bf16(p, Vec{}));
+    }
+  }
+  const Vec rescale = exp2(before - base);
+  store(t.top + lane, top);
+  store(t.total + lane, load(t.total + lane) * rescale + total);
+  store(t.rescale + lane, rescale);
+  bool moved = false;
+  for (int l = 0; l < W; ++l) moved |= top[l] != before[l];
+  return moved;
+}
+
+bool softmax(const AttentionSoftmaxTile& t) {
+  bool moved = false;
+  const bool masked = t.mask.limit || t.mask.valid;
+  for (int64_t lane = 0; lane < t.n; lane += W) moved |= masked ? softmax_rows<true>(t, lane) : softmax_rows<false>(t, lane);
+  return moved;
+}
+
+template <bool Masked>
+void grad_rows(const AttentionGradTile& t, int64_t lane) {
+  const Vec hidden = splat(t.c < 0 ? kInf : -kInf), lse2 = load(t.lse2 + lane), delta = load(t.delta + lane);
+  Vec even{};
+  for (int64_t j = 0; j < t.keys; ++j) {
+    const int64_t at = j * t.n + lane;
+    Vec p = exp2(seen<Masked>(load(t.s + at), t.mask, j, lane, hidden) * t.c - lse2);
+    Vec dp = load(t.dp + at), ds;
+    if (t.mask.keep) {
+      const Vec keep = load(t.mask.keep + at);
+      ds = p * (dp * keep - delta);
+      p *= keep;
+    } else {
+      ds = p * (dp - delta);
+    }
+    if (!t.p_rows) {
+      store(t.s + at, p);
+      store(t.dp + at, ds);
+      continue;
+    }
+    store(t.p_rows + at, to_bf16(p));
+    store(t.ds_rows + at, to_bf16(ds));
+    if (j % 2) {
+      store(t.ds_pairs + j / 2 * t.n + lane, pair_bf16(even, ds));
+    } else {
+      even = ds;
+      if (j + 1 == t.keys) store(t.ds_pairs + j / 2 * t.n + lane, pair_bf16(ds, Vec{}));
+    }
+  }
+}
+
+void grad(const AttentionGradTile& t) {
+  const bool masked = t.mask.limit || t.mask.valid;
+  for (int64_t lane = 0; lane < t.n; lane += W) masked ? grad_rows<true>(t, lane) : grad_rows<false>(t, lane);
+}
+
+// ---- dropout
+
+MMFAST_INLINE void multiply_wide(VecU a, uint32_t b, VecU& high, VecU& low) {
+  const Vec2U product = __builtin_convertvector(a, Vec2U) * uint64_t(b);
+  high = __builtin_convertvector(product >> 32, VecU);
+  low = __builtin_convertvector(product, VecU);
+}
+
+void dropout(float* keep, int64_t keys, int64_t n, int64_t seed, int64_t bh, int64_t first_row, int64_t first_key, int segment,
+             uint32_t threshold) {
+  const float kept = 65536.0f / float(65536u - threshold);
+  VecU iota;
+  for (int l = 0; l < W; ++l) iota[l] = uint32_t(l);
+  for (int64_t lane = 0; lane < n; lane += W)
+    for (int64_t j0 = 0; j0 < keys; j0 += 32)
+      for (int quad = 0; quad < 4; ++quad) {  // a Philox call for keys j0 + 8 word + 2 quad + {0, 1}
+        VecU c0 = VecU{} + uint32_t((first_key + j0) / 32 * 4 + quad), c1 = iota + uint32_t(first_row + lane), c2 = VecU{} + uint32_t(bh),
+             c3 = VecU{} + uint32_t(segment);
+        uint32_t k0 = uint32_t(seed), k1 = uint32_t(uint64_t(seed) >> 32);
+        for (int round = 0; round < 10; ++round) {
+          VecU h0, l0, h1, l1;
+          multiply_wide(c0, 0xD2511F53u, h0, l0);
+          multiply_wide(c2, 0xCD9E8D57u, h1, l1);
+          c0 = h1 ^ c1 ^ k0;
+          c2 = h0 ^ c3 ^ k1;
+          c1 = l1;
+          c3 = l0;
+          k0 += 0x9E3779B9u;
+          k1 += 0xBB67AE85u;
+        }
+        const VecU words[4] = {c0, c1, c2, c3};
+        for (int word = 0; word < 4; ++word) {
+          const int64_t j = j0 + 8 * word + 2 * quad;
+          if (j < keys) store(keep + j * n + lane, (VecI)(words[word] & 0xffffu) >= int32_t(threshold) ? splat(kept) : Vec{});
+          if (j + 1 < keys) store(keep + (j + 1) * n + lane, (VecI)(words[word] >> 16) >= int32_t(threshold) ? splat(kept) : Vec{});
+        }
+      }
+}
+
+// ---- moving and converting
+
+MMFAST_INLINE float half_to_float(uint16_t h) {  // written out here rather than called: see the header on inline functions
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, body = uint32_t(h & 0x7fffu) << 13;
+  float v;
+  __builtin_memcpy(&v, &body, 4);
+  v *= 5.192296858534828e33f;  // 2^112
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  if ((h & 0x7c00u) == 0x7c00u) bits = 0x7f800000u | body;
+  bits |= sign;
+  __builtin_memcpy(&v, &bits, 4);
+  return v;
+}
+MMFAST_INLINE uint16_t float_to_half(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  const uint32_t sign = (u >> 16) & 0x8000u, a = u & 0x7fffffffu;
+  if (a > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (a >= 0x477ff000u) return uint16_t(sign | 0x7c00u);
+  if (a < 0x38800000u) {
+    float r;
+    __builtin_memcpy(&r, &a, 4);
+    r += 0.5f;
+    __builtin_memcpy(&u, &r, 4);
+    return uint16_t(sign | (u - 0x3f000000u));
+  }
+  return uint16_t(sign | ((a - 0x38000000u + 0xfffu + ((a >> 13) & 1)) >> 13));
+}
+
+MMFAST_INLINE void load_row(const void* data, DType dtype, int64_t offset, int64_t D, float* to) {
+  int64_t d = 0;
+  if (dtype == DType::f32) {
+    const float* p = static_cast<const float*>(data) + offset;
+    for (; d + W <= D; d += W) store(to + d, load(p + d));
+    for (; d < D; ++d) to[d] = p[d];
+    return;
+  }
+  const uint16_t* p = static_cast<const uint16_t*>(data) + offset;
+  if (dtype == DType::bf16) {
+    for (; d + W <= D; d += W) store(to + d, (Vec)(__builtin_convertvector(*reinterpret_cast<const VecHM*>(p + d), VecU) << 16));
+    for (; d < D; ++d) {
+      const uint32_t bits = uint32_t(p[d]) << 16;
+      __builtin_memcpy(to + d, &bits, 4);
+    }
+    return;
+  }
+#ifdef __F16C__
+  for (; d + 8 <= D; d += 8) _mm256_storeu_ps(to + d, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + d))));
+#endif
+  for (; d < D; ++d) to[d] = half_to_float(p[d]);
+}
+
+void load_rows(const void* data, DType dtype, int64_t stride, int64_t rows, int64_t D, float* to, int64_t padded_rows, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    load_row(data, dtype, r * stride, D, to + r * width);
+    for (int64_t d = D; d < width; ++d) to[r * width + d] = 0;
+  }
+  for (int64_t i = rows * width; i < padded_rows * width; ++i) to[i] = 0;
+}
+
+void copy_rows(const uint16_t* data, int64_t stride, int64_t rows, int64_t D, uint16_t* to, int64_t padded_rows, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    __builtin_memcpy(to + r * width, data + r * stride, size_t(2 * D));
+    for (int64_t d = D; d < width; ++d) to[r * width + d] = 0;
+  }
+  for (int64_t i = rows * width; i < padded_rows * width; ++i) to[i] = 0;
+}
+
+// W rows of W words: log2(W) rounds, each interleaving row i with row i + W / 2.
+MMFAST_INLINE void transpose_block(VecU (&row)[W]) {
+  VecI low, high;
+  for (int l = 0; l < W; ++l) {
+    low[l] = l / 2 + (l % 2) * W;
+    high[l] = W / 2 + l / 2 + (l % 2) * W;
+  }
+#pragma GCC unroll 4
+  for (int step = W; step > 1; step /= 2) {
+    VecU next[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(row[i], row[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(row[i], row[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) row[i] = next[i];
+  }
+}
+
+void transpose(const uint32_t* from, int64_t rows, int64_t width, uint32_t* to) {
+  for (int64_t r = 0; r < rows; r += W) {
+    int64_t c = 0;
+    for (; c + W <= width; c += W) {
+      VecU block[W];
+      for (int i = 0; i < W; ++i) block[i] = load(from + (r + i) * width + c);
+      transpose_block(block);
+      for (int i = 0; i < W; ++i) store(to + (c + i) * rows + r, block[i]);
+    }
+    for (; c < width; ++c)
+      for (int i = 0; i < W; ++i) to[c * rows + r + i] = from[(r + i) * width + c];
+  }
+}
+
+void interleave(const uint16_t* from, int64_t rows, int64_t width, int64_t columns, uint32_t* to) {
+  for (int64_t r = 0; r < rows; r += 2, to += columns) {
+    const uint16_t *a = from + r * width, *b = a + width;
+    int64_t c = 0;
+    for (; c + W <= width && c + W <= columns; c += W)
+      store(to + c, __builtin_convertvector(*reinterpret_cast<const VecHM*>(a + c), VecU) |
+                        (__builtin_convertvector(*reinterpret_cast<const VecHM*>(b + c), VecU) << 16));
+    for (; c < columns; ++c) to[c] = c < width ? uint32_t(a[c]) | uint32_t(b[c]) << 16 : 0;
+  }
+}
+
+void store_row(const float* from, float factor, int64_t D, DType dtype, void* data, int64_t offset) {
+  int64_t d = 0;
+  if (dtype == DType::f32) {
+    float* to = static_cast<float*>(data) + offset;
+    for (; d + W <= D; d += W) store(to + d, load(from + d) * factor);
+    for (; d < D; ++d) to[d] = from[d] * factor;
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(data) + offset;
+  if (dtype == DType::bf16) {
+    for (; d + W <= D; d += W) {
+      const Vec v = load(from + d) * factor;
+      store(to + d, __builtin_convertvector((v == v ? round_bf16(v) >> 16 : VecU{} + 0x7fc0u), VecH));
+    }
+    for (; d < D; ++d) {
+      const float v = from[d] * factor;
+      uint32_t u;
+      __builtin_memcpy(&u, &v, 4);
+      to[d] = v == v ? uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
+    }
+    return;
+  }
+#ifdef __F16C__
+  for (; d + 8 <= D; d += 8)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + d),
+                     _mm256_cvtps_ph(_mm256_mul_ps(_mm256_loadu_ps(from + d), _mm256_set1_ps(factor)), _MM_FROUND_TO_NEAREST_INT));
+#endif
+  for (; d < D; ++d) to[d] = float_to_half(from[d] * factor);
+}
+
+void scale_rows(float* rows, int64_t count, int64_t width, const float* factor) {
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t d = 0; d < width; d += W) store(rows + r * width + d, load(rows + r * width + d) * factor[r]);
+}
+
+float dot(const float* a, const float* b, int64_t count) {
+  Vec sum{};
+  int64_t d = 0;
+  for (; d + W <= count; d += W) sum += load(a + d) * load(b + d);
+  float total = 0;
+  for (int l = 0; l < W; ++l) total += sum[l];
+  for (; d < count; ++d) total += a[d] * b[d];
+  return total;
+}
+
+const AttentionCpuKernels kKernels = {
+    W,         gemm,
+#ifdef __AVX512BF16__
+    gemm_bf16,
+#else
+    nullptr,
+#endif
+    softmax,   grad, dropout, load_rows, copy_rows, transpose, interleave, store_row, scale_rows, dot,
+};
+
+}  // namespace
+
+#define MMFAST_JOIN2(a, b) a##b
+#define MMFAST_JOIN(a, b) MMFAST_JOIN2(a, b)
+const AttentionCpuKernels* MMFAST_JOIN(attention_cpu_kernels_, MMFAST_ISA)() { return &kKernels; }
+
+}  // namespace mmfast
