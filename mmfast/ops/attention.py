@@ -171,7 +171,8 @@ def media_cross_attention(
             as an image that is missing (immediate: 0) or as T (all).
     """
     rule = _MEDIA if only_immediate else _MEDIA_ALL
-    return _attention("media_cross_attention", q, k, v, None, None, text_time=text_time, rule=rule, number=latents_per_media, scale=scale)[0]
+    extra = {"text_time": text_time, "number": latents_per_media}
+    return _attention("media_cross_attention", q, k, v, None, None, rule=rule, scale=scale, **extra)[0]
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,7 +337,7 @@ def _attention(
     if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
         narrow = torch.get_autocast_dtype(kind)
         q, k, v, k2, v2 = (t if t is None else t.to(narrow) for t in (q, k, v, k2, v2))
-    threshold = round(dropout_p * 65536)
+    threshold = min(round(dropout_p * 65536), 65535)
     # The seed is a tensor, so that torch's generator governs it, graphs capture it and checkpointing repeats it.
     seed = torch.randint(2**62, (1,), device=q.device) if threshold else None
     lens, lens2, text_time, cu_q, cu_k = (t if t is None else t.to(torch.int32) for t in (lens, lens2, text_time, cu_q, cu_k))
