@@ -1,4 +1,4 @@
-# Two commands matter: `make demo` and `make test`. Both stand on `make build` and need only Python >= 3.10, a C++20 compiler and make.
+# Two commands matter: `make demo` and `make test`. Both stand on `make build` and need only Python >= 3.11, a C++20 compiler and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,21 +15,18 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def find_torch() -> str:
-    """The installed torch whose headers are used. Inside an isolated build it is not importable, but still where it was: in the
-    interpreter's own site-packages, or in those of a Python further down the PATH."""
+    """The installed torch whose headers are used. An isolated build hides it from its own process, so the interpreter is asked afresh
+    (-E drops the PYTHONPATH that hides it; what a virtual environment sees of the system counts), then every Python down the PATH."""
     if given := os.environ.get("MMFAST_TORCH"):
         return given
     if spec := importlib.util.find_spec("torch"):
         return str(Path(spec.origin).parent)
-    places = [Path(sysconfig.get_path(kind)) for kind in ("platlib", "purelib")]
-    for folder in os.environ.get("PATH", "").split(os.pathsep):
-        python = Path(folder) / "python3"
-        if python.exists():
-            ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"]
-            places.append(Path(subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip() or "."))
-    for place in places:
-        if (place / "torch" / "include" / "torch").is_dir():
-            return str(place / "torch")
+    ask = "import importlib.util as u; spec = u.find_spec('torch'); print(spec.origin if spec else '')"
+    on_path = [Path(folder) / "python3" for folder in os.environ.get("PATH", "").split(os.pathsep)]
+    for python in dict.fromkeys([sys.executable, *(str(p) for p in on_path if p.exists())]):
+        found = subprocess.run([python, "-E", "-c", ask], capture_output=True, text=True, check=False, cwd="/").stdout.strip()
+        if found and (Path(found).parent / "include" / "torch").is_dir():
+            return str(Path(found).parent)
     raise SystemExit(
         "mmfast is built with the headers of an installed torch >= 2.10 and found none: install torch first, or set MMFAST_TORCH"
     )

@@ -103,7 +103,7 @@ def judge(seeds: list[dict]) -> dict[str, bool]:
         mean(-d["recall_change"] for d in dpo) <= 0.025 and max(-d["recall_change"] for d in dpo) <= 0.035
     )
     rules["length within 8 % in the mean, none over 10 %"] = (
-        abs(mean(d["len_relative"] for d in dpo)) <= 0.08 and max(abs(d["len_relative"]) for d in dpo) <= 0.10
+        mean(abs(d["len_relative"]) for d in dpo) <= 0.08 and max(abs(d["len_relative"]) for d in dpo) <= 0.10
     )
     rules["POPE adversarial F1 not below -0.5 points"] = min(d["pope_adversarial_f1_change"] for d in dpo) >= -0.005
     rules["at least 1.4 x the shuffled control"] = mean(d["chair_s_relative"] for d in dpo) <= 1.4 * mean(

@@ -20,5 +20,5 @@ for version in "$@"; do
   # From another folder, so that the installed wheel is tested and not the checkout.
   (cd build/torch && "$root/$env/bin/python" -c "import torch, mmfast; print('torch', torch.__version__, '-', mmfast.build_info())" &&
     "$root/$env/bin/python" -m pytest -q -p no:cacheprovider -c "$root/pyproject.toml" --rootdir "$root" \
-    "$root/tests/ops/test_vq.py" "$root/tests/test_abi.py")
+    "$root/tests/ops/test_vq.py" "$root/tests/ops/test_attention.py" "$root/tests/test_abi.py")
 done

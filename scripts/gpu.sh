@@ -33,8 +33,10 @@ sanitize() {
 }
 
 bench() {
-  timeout "$limit" "$python" -m pytest -s -q -p no:cacheprovider -o python_files='bench_*.py' bench/ops 2>&1 | tee "$out/bench.log"
+  local status=0
+  timeout "$limit" "$python" -m pytest -s -q -p no:cacheprovider -o python_files='bench_*.py' bench/ops 2>&1 | tee "$out/bench.log" || status=1
   cp -r bench/results "$out/" 2>/dev/null || true
+  return $status
 }
 
 stage() {

@@ -112,7 +112,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
         out = args.out or Path("runs") / recipe.name
         if args.save_every is not None and args.save_every < 1:
             raise RunError(f"--save-every {args.save_every}: expected at least 1")
-        Session(system, seed=args.seed)  # builds and checks the model before anything is written
+        session = Session(system, seed=args.seed)  # builds and checks the model before anything is written
         for template in [recipe.template] if isinstance(recipe, Alignment) else [stage.template for stage in recipe.stages]:
             chat.check_template(template)
         run, stored = Run(out, resume=args.resume), to_dict(recipe) | {"seed": args.seed}
@@ -125,6 +125,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     from . import report
     from .evaluate import Exam
 
+    check_records(recipe, session)
     run.write_json("recipe.json", stored)
     options = dict(resume=args.resume, save_every=args.save_every, quiet=args.quiet)
     captions = {}
@@ -148,6 +149,19 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     report.write(out / "report.html", report.run_page(out))
     print({k: round(measured[k], 4) for k in ("chair_s", "chair_i", "recall", "pope_adversarial_accuracy")})
     print(f"open {out / 'report.html'}")
+
+
+def check_records(recipe, session) -> None:
+    """Faults in the user's own records are named before the first step, not when the stage that reads them begins."""
+    if isinstance(recipe, Alignment):
+        if recipe.data.path is not None and recipe.data.on_bad_record == "fail":
+            from .preference import make_source
+
+            make_source(session, recipe)
+        return
+    for stage in recipe.stages:
+        if stage.data.path is not None and stage.data.on_bad_record == "fail":
+            session.source(stage.data, stage.template, stage.max_length)
 
 
 def check_same(before: dict, now: dict, out: Path) -> None:
@@ -226,13 +240,16 @@ def run(argv: list[str]) -> int:
         return 2
     if rest and args.command not in ("train", "show"):
         raise UsageError(f"{args.command}: unknown option {rest[0]!r}")
-    if getattr(args, "steps", None) is not None and args.steps < 1:
-        raise UsageError(f"--steps {args.steps}: expected at least 1")
+    for name in ("steps", "scenes"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise UsageError(f"--{name} {value}: expected at least 1")
     if args.command == "train":
         train(args, rest)
     elif args.command == "demo":
         from .demo import run_demo
 
+        if args.out.exists() and not args.out.is_dir():
+            raise UsageError(f"output folder {args.out} is a file; choose another --out")
         if args.out.exists() and any(args.out.iterdir()):
             raise UsageError(f"output folder {args.out} exists and is not empty; choose another --out or remove it")
         run_demo(args.out, seed=args.seed, steps=args.steps, scenes=args.scenes, quiet=args.quiet)

@@ -89,8 +89,8 @@ def curve(points: Sequence[tuple[float, float]], title: str, breaks: Sequence[tu
     line = " ".join(f"{px:.1f},{py:.1f}" for px, py in (at(x, y) for x, y in smooth))
     marks = "".join(
         f'<line x1="{at(x, y0)[0]:.1f}" x2="{at(x, y0)[0]:.1f}" y1="{top}" y2="{height - bottom}" stroke="var(--line)" stroke-dasharray="3 3"/>'
-        f'<text x="{at(x, y0)[0] + 3:.1f}" y="{top + 9}" font-size="10" fill="var(--dim)">{html.escape(name)}</text>'
-        for x, name in breaks
+        f'<text x="{at(x, y0)[0] + 3:.1f}" y="{top + 9 + 11 * (i % 2)}" font-size="10" fill="var(--dim)">{html.escape(name)}</text>'
+        for i, (x, name) in enumerate(breaks)  # on two lines in turn: a short stage's name would run into the next
         if x0 <= x < x1
     )
     return (

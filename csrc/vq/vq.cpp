@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebook, optional<
   Tensor indices = torch::stable::new_empty(x, row_sizes(x, channel), ScalarType::Long);
   if (mask) {
     check_same_device(op, "x", x, "mask", *mask);
-    MMFAST_CHECK(mask->scalar_type() == ScalarType::Bool && mask->numel() == indices.numel(), op, ": expected a bool mask ",
+    MMFAST_CHECK(mask->scalar_type() == ScalarType::Bool && shape_of(*mask) == shape_of(indices), op, ": expected a bool mask ",
                  shape_of(indices), ", one entry a row of x, got ", torch::headeronly::toString(mask->scalar_type()), " ", shape_of(*mask));
     mask = torch::stable::contiguous(*mask);
   }

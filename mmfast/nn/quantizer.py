@@ -96,7 +96,7 @@ class VectorQuantize(nn.Module):
         self.dim, self.codebook_size = dim, codebook_size
         self.decay, self.eps = decay, eps
         self.freeze_codebook = freeze_codebook
-        self.kmeans_iters = kmeans_iters
+        self.kmeans_init, self.kmeans_iters = kmeans_init, kmeans_iters
         self.use_cosine_sim = use_cosine_sim
         self.threshold_ema_dead_code = threshold_ema_dead_code
         self.channel_dim = 1 if accept_image_fmap or not channel_last else -1
@@ -134,7 +134,8 @@ class VectorQuantize(nn.Module):
             if self.use_cosine_sim:
                 x = F.normalize(x, dim=-1)
         learning = self.training and not (self.freeze_codebook or freeze_codebook)
-        if learning and not self._codebook.initted:
+        # Without k-means the buffer is not asked: reading it would end torch.compile's graph and wait for the device.
+        if learning and self.kmeans_init and not self._codebook.initted:
             self._kmeans(x, mask, channel)
         codes = self.codebook
         if self.learnable_codebook and self.use_cosine_sim:

@@ -68,8 +68,18 @@ def vq_nearest_ref(
 
 @torch.library.register_fake("mmfast::vq_nearest")
 def _(x, codebook, metric, channel_dim, return_distance):
+    _check_fake("vq_nearest", x, codebook, channel_dim)
     sizes = _row_sizes(x, channel_dim)
     return x.new_empty(sizes, dtype=torch.long), x.new_empty(sizes if return_distance else [0], dtype=_wide(x))
+
+
+def _check_fake(op: str, x: Tensor, codebook: Tensor, channel_dim: int) -> None:
+    """What the kernel checks first: tensors on the meta device come here instead, also a codebook alone beside real rows."""
+    torch._check(x.device == codebook.device, lambda: f"{op}: x is on {x.device}, codebook on {codebook.device}; move one to the other's")
+    torch._check(
+        codebook.dim() == 2 and codebook.shape[1] == x.shape[channel_dim],
+        lambda: f"{op}: expected codebook [K, D={x.shape[channel_dim]}] like x {list(x.shape)}, got {list(codebook.shape)}",
+    )
 
 
 def _row_sizes(x: Tensor, channel_dim: int) -> list[int]:
@@ -166,6 +176,7 @@ def _rotate(x: Tensor, e: Tensor) -> Tensor:
 
 @torch.library.register_fake("mmfast::vq_quantize")
 def _(x, codebook, mask, channel_dim, gradient, commit_share, code_share):
+    _check_fake("vq_quantize", x, codebook, channel_dim)
     return (
         torch.empty_like(x),
         x.new_empty(_row_sizes(x, channel_dim), dtype=torch.long),

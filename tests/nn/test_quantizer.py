@@ -126,6 +126,24 @@ def test_checkpointed_call_matches():
     assert (ours._codebook.cluster_size == 1).all()
 
 
+@pytest.mark.parametrize("options", [{}, {"rotation_trick": False, "accept_image_fmap": True}, {"use_cosine_sim": True}], ids=str)
+def test_training_compiles_to_one_graph(options):
+    """With neither k-means start nor dead-code restart, which look at values and so break the graph."""
+    plain, x = VectorQuantize(dim=12, codebook_size=32, **options).train(), make_input(options)
+    fused = VectorQuantize(dim=12, codebook_size=32, **options).train()
+    fused.load_state_dict(plain.state_dict())
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        expected, got = plain(a), compiled(b)
+        (expected[0].square().sum() + expected[2]).backward()
+        (got[0].square().sum() + got[2]).backward()
+        assert torch.equal(got[1], expected[1])
+        torch.testing.assert_close(b.grad, a.grad)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fused.state_dict()[name], value)
+
+
 def test_indices_to_output():
     for options in ({}, {"channel_last": False}, {"accept_image_fmap": True}, {"codebook_dim": 5}):
         ours = VectorQuantize(dim=12, codebook_size=32, **options).eval()

@@ -499,6 +499,12 @@ def test_autocast():
             r"bool mask \[4\]",
         ),
         (
+            lambda: mmfast.vq_quantize(torch.randn(2, 3, 8), torch.randn(3, 8), mask=torch.ones(3, 2, dtype=torch.bool)),
+            r"bool mask \[2, 3\].* got Bool \[3, 2\]",
+        ),
+        (lambda: mmfast.vq_nearest(torch.randn(4, 8), torch.randn(3, 8, device="meta")), r"x is on cpu, codebook on meta"),
+        (lambda: mmfast.vq_quantize(torch.randn(4, 8), torch.randn(3, 8, device="meta")), r"x is on cpu, codebook on meta"),
+        (
             lambda: mmfast.vq_code_stats(torch.randn(4, 8), torch.tensor([0, 1, 2, 3]), 3),
             r"index 3 of row 3 is outside \[-1, K=3\)",
         ),

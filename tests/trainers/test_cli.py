@@ -49,6 +49,7 @@ WRONG = [
     (["lits"], "did you mean 'list'"),
     (["list", "--markdwon"], "unknown option '--markdwon'"),
     (["demo", "--steps", "0"], "--steps 0: expected at least 1"),
+    (["demo", "--scenes", "0"], "--scenes 0: expected at least 1"),
 ]
 
 
@@ -70,6 +71,9 @@ def test_an_existing_folder_is_refused(capsys, tmp_path):
         assert code == 2
         assert "exists and is not empty" in err
         assert err.count("\n") == 1
+        code, _, err = call(capsys, *argv, "--out", tmp_path / "old")
+        assert code == 2
+        assert "old is a file; choose another --out" in err
 
 
 def test_config_file_then_option_then_flag(capsys, tmp_path):
@@ -141,6 +145,7 @@ def test_training_on_own_records(capsys, tmp_path, monkeypatch):
     assert "2 of 6 records are faulty" in err
     assert "0.png cannot be read" in err
     assert "1.png cannot be read" in err
+    assert list((tmp_path / "a").iterdir()) == [], "nothing was trained, and the same command works once the pictures are mended"
     code, out, err = call(capsys, *train, "--out", tmp_path / "b", "--on-bad-record", "skip")
     assert (code, err) == (0, "")
     assert "left out 2 of 6 records" in out
