@@ -40,6 +40,7 @@ def parse(report: str, op: str, arch: str) -> list[dict[str, str]]:
     for block in re.split(r"Compiling entry function '", report)[1:]:
         name = block.split("' for ")[0]
         name = re.sub(r"\(anonymous namespace\)::|\bmmfast::|^void ", "", name)
+        name = re.sub(r"\(DType\)(\d)", lambda m: ("f32", "f16", "bf16", "f64")[int(m[1])], name)
         name = re.sub(r"\(.*", "", name)
         spills = sum(map(int, re.findall(r"(\d+) bytes spill", block)))
         registers = re.search(r"Used (\d+) registers", block).group(1)

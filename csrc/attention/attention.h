@@ -99,7 +99,7 @@ MMFAST_HD AttentionRow attention_row(const AttentionArgs& a, int64_t b, int64_t 
       return {0, n1, attention_clamp(t + 1, n2)};
     }
     default: {
-      const int64_t time = a.text_time[b * a.Nq + i], images = n1 / a.latents;
+      const int64_t time = a.text_time[b * a.Nq + i], images = int32_t(n1) / int32_t(a.latents);
       if (a.rule == AttentionRule::media_all) return {0, attention_clamp(time, images) * a.latents, 0};
       if (time < 1 || time > images) return {0, 0, 0};
       return {(time - 1) * a.latents, time * a.latents, 0};

@@ -112,6 +112,43 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const uint32_t (&a)[4], 
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// ---- arithmetic
+
+// Two floats rounded to nearest even in one word, `low` in its lower half.
+__device__ __forceinline__ uint32_t pack_f16(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+// 2^x, relative error below 2^-22, exactly 0 far below and for -Inf.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A kernel's (__grid_constant__) argument that is read where it is used. The compiler would otherwise load all of a large argument before
+// a loop, and spill what the loop needs.
+template <class T>
+__device__ __forceinline__ const T& reread(const T& argument) {
+  int zero;
+  asm volatile("mov.u32 %0, 0;" : "=r"(zero));
+  return (&argument)[zero];
+}
+
+// The most shared memory that a block may ask for, in bytes.
+inline size_t shared_memory_limit() {
+  int device = 0, bytes = 48 * 1024;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return size_t(bytes);
+}
+
 }  // namespace mmfast
 #endif  // MMFAST_EMULATE
 
@@ -144,5 +181,39 @@ __device__ __forceinline__ T warp_max(T v) {
   }
   return v;
 }
+
+// ---- host code of the launchers
+
+// Hands out pieces of the workspace; with base 0 it only measures.
+class Carver {
+ public:
+  explicit Carver(void* base) : at_(reinterpret_cast<uintptr_t>(base)), begin_(at_) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(at_);
+    at_ += (size_t(count) * sizeof(T) + 255) / 256 * 256;
+    return p;
+  }
+  size_t bytes() const { return at_ - begin_; }
+
+ private:
+  uintptr_t at_, begin_;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs launches until one fails.
+class Sequence {
+ public:
+  template <class Call>
+  Sequence& then(Call call) {
+    if (status_ == 0) status_ = call();
+    return *this;
+  }
+  int status() const { return status_; }
+
+ private:
+  int status_ = 0;
+};
 
 }  // namespace mmfast

@@ -67,38 +67,6 @@ __device__ float radius(const RowScalars& row, const PanelScalars& panel) {
 // ldmatrix fall on different banks; tiles are stored in this order, so a copy to shared memory is linear.
 __device__ int tile_at(int row, int k) { return row * kStep + ((((k >> 3) ^ (row >> 1)) & 3) << 3) + (k & 7); }
 
-// Hands out pieces of the workspace; with base 0 it only measures.
-class Carver {
- public:
-  explicit Carver(void* base) : at_(reinterpret_cast<uintptr_t>(base)), begin_(at_) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(at_);
-    at_ += (size_t(count) * sizeof(T) + 255) / 256 * 256;
-    return p;
-  }
-  size_t bytes() const { return at_ - begin_; }
-
- private:
-  uintptr_t at_, begin_;
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs launches until one fails.
-class Sequence {
- public:
-  template <class Call>
-  Sequence& then(Call call) {
-    if (status_ == 0) status_ = call();
-    return *this;
-  }
-  int status() const { return status_; }
-
- private:
-  int status_ = 0;
-};
-
 // ---- loads of any type
 
 // out[u] = data[offset[u]], 0 where the offset is negative. One branch on the type for all of them, so that the loads overlap.

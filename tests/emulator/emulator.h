@@ -17,10 +17,13 @@
 #include <type_traits>
 #include <utility>
 
+#include "../../csrc/common/dtype.h"
+
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
@@ -338,6 +341,7 @@ inline int fill_zero(void* data, size_t bytes, void* /*stream*/) {
   if (bytes) memset(data, 0, bytes);
   return 0;
 }
+inline size_t shared_memory_limit() { return 227 * 1024; }
 inline int multiprocessor_count() { return 3; }  // few, so that small grids count as full and large ones as several waves
 
 // Until the matching wait the destination holds NaN, and the source is read only then.
@@ -382,6 +386,14 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MMFAST_HERE) {
   emulator::Request r{.op = emulator::Op::mma_tf32, .mask = ~0u, .where = where, .c = c, .a = a, .b = b};
   emulator::warp_collective(r);
+}
+
+inline uint32_t pack_f16(float low, float high) { return float_to_f16(low) | uint32_t(float_to_f16(high)) << 16; }
+inline uint32_t pack_bf16(float low, float high) { return float_to_bf16(low) | uint32_t(float_to_bf16(high)) << 16; }
+inline float fast_exp2(float x) { return exp2f(x); }
+template <class T>
+const T& reread(const T& argument) {
+  return argument;
 }
 
 }  // namespace mmfast

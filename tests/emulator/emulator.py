@@ -13,6 +13,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -76,12 +77,15 @@ def build(*sources: str, sanitizer: str = "") -> Library:
 
 
 def _compile(paths: list[Path], target: Path, sanitizer: str) -> None:
-    objects = []
-    for path in [*paths, HERE / "emulator.cpp"]:
+    def compile_one(path: Path) -> Path:
         ours = path.name == "emulator.cpp"  # the scheduler itself is not instrumented
         flags = ["-O3", *([f"-DEMULATOR_{sanitizer.upper()}"] if sanitizer else [])] if ours else FLAGS[sanitizer]
-        objects.append(target.with_suffix(f".{path.stem}.o"))
-        _run([CXX, *BASE, *flags, "-DMMFAST_EMULATE", f"-I{HERE}", "-x", "c++", "-c", str(path), "-o", str(objects[-1])])
+        out = target.with_suffix(f".{path.stem}.o")
+        _run([CXX, *BASE, *flags, "-DMMFAST_EMULATE", f"-I{HERE}", "-x", "c++", "-c", str(path), "-o", str(out)])
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, [*paths, HERE / "emulator.cpp"]))
     part = target.with_suffix(".part")
     _run([CXX, "-shared", "-pthread", *FLAGS[sanitizer], *map(str, objects), "-o", str(part)])
     os.replace(part, target)
@@ -117,6 +121,41 @@ def _runtime(sanitizer: str) -> str:
 def has_sanitizer(sanitizer: str) -> bool:
     """Whether this compiler brings the runtime library."""
     return Path(_runtime(sanitizer)).is_absolute()
+
+
+DTYPES = ["f32", "f16", "bf16", "f64"]  # numbered as DType
+STORED = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "f64": np.float64}
+UNIT = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "f64": 2.0**-50}  # one rounding
+
+
+def store(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values in one of DTYPES; bf16 as its 16 bits."""
+    with np.errstate(over="ignore"):
+        return to_bf16(values) if dtype == "bf16" else np.ascontiguousarray(values).astype(STORED[dtype])
+
+
+def load(stored: np.ndarray, dtype: str) -> np.ndarray:
+    return (from_bf16(stored) if dtype == "bf16" else stored).astype(np.float64)
+
+
+def wide(dtype: str) -> type:
+    return np.float64 if dtype == "f64" else np.float32
+
+
+def call(library: Library, op: str, args: ctypes.Structure, sanitizer: str = "") -> None:
+    """``mmfast::{op}_cuda`` with a workspace exactly as large as ``{op}_cuda_workspace`` asks for, guarded at both ends."""
+    size = library.function(f"mmfast::{op}_cuda_workspace", ctypes.c_size_t)(ctypes.byref(args))
+    # Sanitizers watch the exact end of an allocation; otherwise 256 guard bytes do.
+    guard = 0 if sanitizer else 256
+    buffer = np.full(size + guard + 512, 0xA5, np.uint8)
+    begin = -buffer.ctypes.data % 256 + guard % 256
+    if sanitizer:
+        buffer = np.full(size, 0xA5, np.uint8)
+        begin = 0
+    workspace = buffer[begin : begin + size]
+    assert library.function(f"mmfast::{op}_cuda")(ctypes.byref(args), pointer(workspace), ctypes.c_void_p(None)) == 0
+    assert (buffer[:begin] == 0xA5).all()
+    assert (buffer[begin + size :] == 0xA5).all(), "written past the workspace"
 
 
 def pointer(array: np.ndarray | None) -> ctypes.c_void_p:

@@ -10,13 +10,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from emulator.emulator import build, from_bf16, has_sanitizer, pointer, run_sanitized, to_bf16
+from emulator import emulator
+from emulator.emulator import DTYPES, UNIT, build, has_sanitizer, load, pointer, run_sanitized, store, wide
 
 SOURCE = "csrc/vq/vq_cuda.cu"
-DTYPES = ["f32", "f16", "bf16", "f64"]  # numbered as DType
 METRICS = ["l2", "cosine", "ip"]
-STORED = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "f64": np.float64}
-UNIT = {"f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7, "f64": 2.0**-50}
 
 i64, ptr = ctypes.c_int64, ctypes.c_void_p
 
@@ -45,19 +43,6 @@ class StatsArgs(ctypes.Structure):
 class EmaArgs(ctypes.Structure):
     _fields_ = [("cluster_size", ptr), ("embed_avg", ptr), ("codebook", ptr), ("counts", ptr), ("sums", ptr), ("dtype", ctypes.c_int),
                 ("K", i64), ("D", i64), ("decay", ctypes.c_double), ("eps", ctypes.c_double), ("normalize", ctypes.c_bool)]  # fmt: skip
-
-
-def store(values: np.ndarray, dtype: str) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        return to_bf16(values) if dtype == "bf16" else np.ascontiguousarray(values).astype(STORED[dtype])
-
-
-def load(stored: np.ndarray, dtype: str) -> np.ndarray:
-    return (from_bf16(stored) if dtype == "bf16" else stored).astype(np.float64)
-
-
-def wide(dtype: str) -> type:
-    return np.float64 if dtype == "f64" else np.float32
 
 
 class Tensor:
@@ -93,19 +78,7 @@ class Tensor:
 
 
 def call(op: str, args: ctypes.Structure, sanitizer: str = "") -> None:
-    library = build(SOURCE, sanitizer=sanitizer)
-    size = library.function(f"mmfast::vq_{op}_cuda_workspace", ctypes.c_size_t)(ctypes.byref(args))
-    # Sanitizers watch the exact end of an allocation; otherwise 256 guard bytes do.
-    guard = 0 if sanitizer else 256
-    buffer = np.full(size + guard + 512, 0xA5, np.uint8)
-    begin = -buffer.ctypes.data % 256 + guard % 256
-    if sanitizer:
-        buffer = np.full(size, 0xA5, np.uint8)
-        begin = 0
-    workspace = buffer[begin : begin + size]
-    assert library.function(f"mmfast::vq_{op}_cuda")(ctypes.byref(args), pointer(workspace), ptr(None)) == 0
-    assert (buffer[:begin] == 0xA5).all()
-    assert (buffer[begin + size :] == 0xA5).all(), "written past the workspace"
+    emulator.call(build(SOURCE, sanitizer=sanitizer), f"vq_{op}", args, sanitizer)
 
 
 def costs(x: np.ndarray, e: np.ndarray, metric: str) -> np.ndarray:
