@@ -28,6 +28,7 @@ TOP_LEVEL = {
     "mmfast/nn": {"torch"},
     "mmfast/losses": {"torch"},
     "mmfast/data": {"torch", "numpy", "PIL"},
+    "mmfast/integrations": {"torch"},
 }
 
 
@@ -82,6 +83,15 @@ def test_import_brings_torch_alone():
     code = "import mmfast, sys; print([m for m in ('transformers', 'PIL', 'peft', 'jsonargparse', 'datasets') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
     assert out.strip() == "[]"
+
+
+def test_apply_loads_when_asked_for():
+    code = (
+        "import mmfast, sys; before = 'mmfast.integrations' in sys.modules; mmfast.apply; "
+        "print(before, 'mmfast.integrations.transformers' in sys.modules, 'transformers' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
+    assert out.split() == ["False", "True", "False"]
 
 
 def test_import_time():

@@ -1,5 +1,8 @@
 """Modules on top of the ops, with the state-dict keys of their upstream implementations."""
 
+from mmfast.nn.gated import GatedCrossAttention
+from mmfast.nn.qformer import QFormer
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
+from mmfast.nn.resampler import PerceiverResampler
 
-__all__ = ["VectorQuantize", "VectorQuantizer2"]
+__all__ = ["GatedCrossAttention", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2"]

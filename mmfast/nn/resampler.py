@@ -1,0 +1,97 @@
+"""The perceiver resampler: any number of image or video tokens to a fixed number of latents.
+
+Source: Flamingo (arXiv:2204.14198, section 2.2 and appendix A.1.1); modules, arguments and state-dict keys of open_flamingo. Letters: B batch,
+T media per sample, F frames per medium, N tokens per frame, L latents, D width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.ops import cross_attention
+
+
+def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
+    """LayerNorm and a two-layer network of ``mult`` times the width, exact GELU, no biases. Keys: ``0``, ``1``, ``3``."""
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim * mult, bias=False), nn.GELU(), nn.Linear(dim * mult, dim, bias=False))
+
+
+class PerceiverAttention(nn.Module):
+    """Latents read media and themselves: ``[B, N, D], [B, L, D] -> [B, L, D]``. Keys: ``norm_media, norm_latents, to_q, to_kv, to_out``."""
+
+    def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8):
+        super().__init__()
+        self.heads = heads
+        self.norm_media = nn.LayerNorm(dim)
+        self.norm_latents = nn.LayerNorm(dim)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, heads * dim_head * 2, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+
+    def forward(self, media: Tensor, latents: Tensor) -> Tensor:
+        latents = self.norm_latents(latents)
+        q = self.to_q(latents).unflatten(-1, (self.heads, -1))
+        # Media and latents are two segments of keys: neither the inputs nor the keys and values are concatenated.
+        k, v = self.to_kv(self.norm_media(media)).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        k2, v2 = self.to_kv(latents).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return self.to_out(cross_attention(q, k, v, k2, v2).flatten(-2))
+
+
+class PerceiverResampler(nn.Module):
+    """``[B, T, F, N, D] -> [B, T, L, D]``: every medium (an image, or a video of F frames) becomes L latents.
+
+    A block: ``z = z + attention(z on [media; z])``, ``z = z + feed_forward(z)``, both pre-norm; the media are normalised anew in every block
+    and never updated; a last LayerNorm. No masks, no dropout, no biases, scale ``dim_head ** -0.5``.
+
+    Differences: the paper's feed-forward has squared ReLU, open_flamingo and this module exact GELU. Idefics has ReLU and other names.
+
+    Args:
+        dim: D.
+        depth: blocks.
+        dim_head, heads: of the attention; their product need not be D.
+        num_latents: L.
+        max_num_media: learned embeddings of the place among the media, added to all their tokens; None (the released weights): none.
+        max_num_frames: learned embeddings of the frame within its medium; None: none.
+        ff_mult: width of the feed-forward over D.
+
+    Raises:
+        ValueError: x is not ``[B, T, F, N, D]``, or holds more media or frames than there are embeddings.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int = 6,
+        dim_head: int = 64,
+        heads: int = 8,
+        num_latents: int = 64,
+        max_num_media: int | None = None,
+        max_num_frames: int | None = None,
+        ff_mult: int = 4,
+    ):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
+        self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads), feed_forward(dim, ff_mult)]) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 5 or x.shape[-1] != self.latents.shape[-1]:
+            raise ValueError(f"PerceiverResampler: expected x [B, T, F, N, D={self.latents.shape[-1]}], got {list(x.shape)}")
+        batch, media, frames = x.shape[:3]
+        for count, name, table in ((frames, "frames", self.frame_embs), (media, "media", self.media_time_embs)):
+            if table is not None and count > len(table):
+                raise ValueError(f"PerceiverResampler: x {list(x.shape)} holds {count} {name}, there are embeddings for {len(table)}")
+        if self.frame_embs is not None:
+            x = x + self.frame_embs[:frames, None]
+        if self.media_time_embs is not None:
+            x = x + self.media_time_embs[:media, None]
+        x = x.flatten(2, 3).flatten(0, 1)
+        latents = self.latents.expand(batch * media, -1, -1)
+        for attention, ff in self.layers:
+            latents = latents + attention(x, latents)
+            latents = latents + ff(latents)
+        return self.norm(latents).unflatten(0, (batch, media))
