@@ -17,7 +17,7 @@
 // and where the keys are split over CTAs the partial results are added in order by one more kernel. So results repeat bit by bit.
 //
 // Types: f16 and bf16 through m16n8k16; f32 through m16n8k8 in tf32, each operand split into a big and a small part and three products
-// taken (3xTF32: about 21 bits). Softmax, sums and accumulators are fp32.
+// taken (3xTF32: about 22 bits). Softmax, sums and accumulators are fp32.
 //
 // Bound by: memory wherever rows are few (32 to 64 rows make 28 to 62 operations a byte; about 180 are needed), else by the tensor pipe
 // and the shared memory that feeds it. Sources: FlashAttention-2 (arXiv:2307.08691), 3xTF32 as in Ootomo and Yokota (arXiv:2203.03341).
@@ -182,9 +182,9 @@ struct Single {
   static constexpr int kChunk = 4;
   static MMFAST_HD constexpr int exchange_pitch(int columns) { return columns + kChunk; }
 
-  // v = big + small, both tf32 (the low bits that mma ignores are cut off); what is lost is below 2^-20 of v.
+  // v = big + small, both tf32: big is rounded, of small mma ignores the low bits; what is lost is below 2^-22 of v.
   static __device__ void split(float v, uint32_t& big, uint32_t& small) {
-    big = float_bits(v) & 0xffffe000u;
+    big = float_to_tf32(v);
     small = float_bits(v - bits_float(big));
   }
   // Both operands of a product, split.

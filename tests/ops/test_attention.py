@@ -89,6 +89,7 @@ def check_values_and_gradients(tensors):
             assert g.double().norm() <= GRAD[dtype] * expected[2].norm(), f"grad_{name}"
 
 
+@pytest.mark.reduced
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides(device, dtype):
     """Heads first, one tensor for keys and values, slices, an expanded batch, a transposed width: as .contiguous() would give."""
@@ -110,6 +111,7 @@ def test_strides(device, dtype):
             assert torch.equal(g, e)
 
 
+@pytest.mark.reduced
 def test_lengths_and_empty_rows(device):
     q, k, v, k2, v2 = inputs((4, 6, 20, 9, 2, 2, 16), device=device)
     lens, lens2 = torch.tensor([0, 20, 3, 0], device=device), torch.tensor([0, 9, 0, 4], device=device)
@@ -172,6 +174,7 @@ def test_extreme_scores(device):
     assert torch.allclose(mmfast.cross_attention(q * 1e3, k, ones), torch.ones_like(q), atol=1e-6)
 
 
+@pytest.mark.reduced
 def test_repeatable(device):
     tensors = inputs((2, 70, 300, 20, 4, 2, 64), device=device)
     weight = torch.randn(2, 70, 4, 64, dtype=torch.float64).to(device)
@@ -256,6 +259,7 @@ def test_media_by_hand():
 # ----------------------------------------------------------------------------------------------------- packed, dropout, merge
 
 
+@pytest.mark.reduced
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_sequences(device, dtype):
     for lens_q, lens_k in (([3, 0, 70, 1], [5, 9, 0, 33]), ([4], [4]), ([0, 0], [0, 3])):
@@ -299,6 +303,7 @@ def kept(seed, b, h, rows, keys, segment, threshold):
     return torch.from_numpy(keep)
 
 
+@pytest.mark.reduced
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_dropout_bit_by_bit(device, dtype):
     b, rows, n, n2, h, d, p = 2, 9, 37, 6, 2, 16, 0.3
@@ -335,6 +340,7 @@ def test_dropout_rate():
     assert mmfast.cross_attention(q, k, ones, dropout_p=0.9999999).isfinite().all()
 
 
+@pytest.mark.reduced
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merge(device, dtype):
     q, k, v, k2, v2 = inputs((2, 5, 20, 7, 4, 2, 33), dtype, device)
