@@ -155,8 +155,8 @@ def test_empty(device, size):
         assert not grads[0].any()
 
 
-def test_only_wanted_gradients():
-    q, k, v = inputs((1, 4, 9, 0, 1, 1, 8))
+def test_only_wanted_gradients(device):
+    q, k, v = inputs((1, 4, 9, 0, 1, 1, 8), device=device)
     for wanted in ([q], [k], [v], [q, v]):
         for t in (q, k, v):
             t.requires_grad_(any(t is w for w in wanted))
@@ -212,9 +212,9 @@ def test_qformer(device, dtype, mode, padding):
             )  # fmt: skip
 
 
-def test_caption_mask_by_hand():
+def test_caption_mask_by_hand(device):
     """Two queries and three words: what each row sees, read off the output by giving every key its own unit value."""
-    q, k, v = torch.randn(1, 5, 1, 5), torch.randn(1, 5, 1, 5), torch.eye(5).view(1, 5, 1, 5)
+    q, k, v = (*torch.randn(2, 1, 5, 1, 5).to(device).unbind(), torch.eye(5, device=device).view(1, 5, 1, 5))
     seen = mmfast.qformer_attention(q, k, v, num_queries=2, mask_mode="multimodal_causal")[0, :, 0] > 0
     rows = ["11000", "11000", "11100", "11110", "11111"]
     assert seen.tolist() == [[c == "1" for c in row] for row in rows]
@@ -242,16 +242,17 @@ def test_media(device, dtype, immediate):
         )
 
 
-def test_media_by_hand():
+def test_media_by_hand(device):
     """[x, I, a, b, E, I, c]: the first token sees nothing, an image token its own image, the end of a chunk the image before it."""
-    time = torch.tensor([[0, 1, 0, 0, 0, 1, 0]]).cumsum(1)
-    q, k, v = torch.randn(1, 7, 1, 128), torch.randn(1, 128, 1, 128), torch.eye(128).view(1, 128, 1, 128)
+    time = torch.tensor([[0, 1, 0, 0, 0, 1, 0]], device=device).cumsum(1)
+    q, k, _ = inputs((1, 7, 128, 0, 1, 1, 128), device=device)
+    v = torch.eye(128, device=device).view(1, 128, 1, 128)
     q.requires_grad_()
     out = mmfast.media_cross_attention(q, k, v, text_time=time, latents_per_media=64)
     seen = out[0, :, 0] > 0
     assert not out[0, 0].any()
     assert not torch.autograd.grad(out.sum(), q)[0][0, 0].any()
-    expected = torch.zeros(7, 128, dtype=torch.bool)
+    expected = torch.zeros(7, 128, dtype=torch.bool, device=device)
     expected[1:5, :64] = expected[5:, 64:] = True
     assert torch.equal(seen, expected)
 
@@ -331,9 +332,9 @@ def test_dropout_every_instruction_set(isa):
     test_dropout_bit_by_bit("cpu", torch.bfloat16)
 
 
-def test_dropout_rate():
-    q, k, _ = inputs((2, 32, 512, 0, 4, 4, 8))
-    ones = torch.ones(2, 512, 4, 8)
+def test_dropout_rate(device):
+    q, k, v = inputs((2, 32, 512, 0, 4, 4, 8), device=device)
+    ones = torch.ones_like(v)
     first, second = (mmfast.cross_attention(q, k, ones, dropout_p=0.1) for _ in range(2))
     assert (first - 1).mean().abs() < 0.01
     assert not torch.equal(first, second)
@@ -361,15 +362,15 @@ def test_merge(device, dtype):
 # -------------------------------------------------------------------------------------------------------------- integration
 
 
-def test_gradcheck():
-    tensors = [t.double().requires_grad_() for t in inputs((1, 3, 5, 2, 2, 1, 3))]
+def test_gradcheck(device):
+    tensors = [t.double().requires_grad_() for t in inputs((1, 3, 5, 2, 2, 1, 3), device=device)]
     assert torch.autograd.gradcheck(lambda *t: mmfast.cross_attention(*t, return_lse=True), tensors)
     q, k, v = tensors[:3]
     for mode in ("unimodal", "multimodal_causal"):
         assert torch.autograd.gradcheck(lambda *t, m=mode: mmfast.qformer_attention(*t, num_queries=2, mask_mode=m), (q, k, v))
-    time = torch.tensor([[0, 1, 5]])
+    time = torch.tensor([[0, 1, 5]], device=device)
     assert torch.autograd.gradcheck(lambda *t: mmfast.media_cross_attention(*t, text_time=time, latents_per_media=1), (q, k, v))
-    lse = torch.randn(2, 1, 2, 3, dtype=torch.float64, requires_grad=True)
+    lse = torch.randn(2, 1, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(mmfast.merge_attention, (q, lse[0], q.detach() * 2, lse[1]))
 
 
@@ -382,23 +383,23 @@ def test_registration(device):
     check_registration(torch.ops.mmfast.merge_attention.default, (out.detach(), lse.detach(), out.detach(), lse.detach()))
 
 
-def test_compile():
+def test_compile(device):
     def block(q, k, v, k2, v2, time):
         out, lse = mmfast.cross_attention(q * 2, k, v, k2, v2, return_lse=True)
         media = mmfast.media_cross_attention(out, k, v, text_time=time, latents_per_media=4)
         return mmfast.merge_attention(out, lse, media, lse)[0].sum() + lse.sum()
 
-    tensors = [t.requires_grad_() for t in inputs((2, 5, 8, 3, 2, 1, 16))]
-    time = torch.tensor([[0, 1, 1, 2, 2]] * 2)
+    tensors = [t.requires_grad_() for t in inputs((2, 5, 8, 3, 2, 1, 16), device=device)]
+    time = torch.tensor([[0, 1, 1, 2, 2]] * 2, device=device)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     assert torch.allclose(block(*tensors, time), compiled(*tensors, time))
     plain, made = (torch.autograd.grad(f(*tensors, time), tensors) for f in (block, compiled))
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, made, strict=True))
 
 
-def test_autocast():
-    q, k, v = inputs((1, 4, 9, 0, 2, 2, 16))
-    with torch.autocast("cpu", torch.bfloat16):
+def test_autocast(device):
+    q, k, v = inputs((1, 4, 9, 0, 2, 2, 16), device=device)
+    with torch.autocast(device, torch.bfloat16):
         out = mmfast.cross_attention(q, k.bfloat16(), v)
     assert out.dtype == torch.bfloat16
     assert torch.equal(out, mmfast.cross_attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
@@ -430,6 +431,42 @@ def test_errors():
     for call, message in cases:
         with pytest.raises((RuntimeError, ValueError), match=message):
             call()
+
+
+@pytest.mark.gpu
+def test_graph_and_stream():
+    """Captured in a graph and replayed on new values; launched on a side stream: the same bits as a plain call."""
+
+    def step():
+        out = mmfast.cross_attention(*tensors, return_lse=True)
+        return *out, *torch.autograd.grad(out[0].float().square().sum(), tensors)
+
+    tensors = [t.requires_grad_() for t in inputs((1, 40, 700, 30, 4, 4, 64), torch.bfloat16, "cuda")]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        aside = step()  # also what a capture wants done once before
+    torch.cuda.current_stream().wait_stream(side)
+    assert all(torch.equal(a, b) for a, b in zip(aside, step(), strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for t in tensors:
+            t.normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_memory_on_a_gpu():
+    """64 rows on 2,112 keys in two segments: the call needs its output and partial outputs, far less than a concatenation (33 MB)."""
+    tensors = inputs((8, 64, 2048, 64, 8, 8, 64), torch.bfloat16, "cuda")
+    mmfast.cross_attention(*tensors)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    mmfast.cross_attention(*tensors)
+    assert torch.cuda.max_memory_allocated() - before < 12 << 20
 
 
 def test_more_than_2_31_elements():
