@@ -304,11 +304,6 @@ bool all_on_bytes(const AttentionArgs& a, int64_t bytes, const Tensors&... t) {
   return a.D * dtype_size(a.dtype) % bytes == 0 && (on_bytes(a, t, bytes) && ...);
 }
 
-// Backward through one CTA a head: few rows, keys of their own, and no tile of keys that is left out.
-bool is_few(const AttentionArgs& a) {
-  return a.Nq <= kAttentionFewRows && a.G == a.H && a.rule != AttentionRule::media && a.rule != AttentionRule::media_all;
-}
-
 struct Planner {
   AttentionPlan plan{};
   Carver carve;
@@ -323,10 +318,10 @@ struct Planner {
     plan.warps = int(a.Nq < 64 ? ceil_div(a.Nq, 16) : 4);
     plan.splits = 1;
   }
-  // bytes(warps) of shared memory; fewer warps where a block may not have as much.
+  // Rows of a CTA whose shared memory takes bytes(warps).
   template <class Bytes>
-  void fit(const AttentionArgs& a, bool may_shrink, Bytes bytes) {
-    while (may_shrink && plan.warps > 1 && bytes(plan.warps) > shared_memory_limit()) plan.warps = (plan.warps + 1) / 2;
+  void own_rows(const AttentionArgs& a, Bytes bytes) {
+    while (plan.warps > 1 && bytes(plan.warps) > shared_memory_limit()) plan.warps = (plan.warps + 1) / 2;
     plan.shared = bytes(plan.warps);
     plan.tiles = int(ceil_div(a.Nq, 16 * plan.warps));
   }
@@ -347,33 +342,46 @@ Planner plan_forward(const AttentionArgs& a, void* workspace) {
   if (is_plain(a)) return p;
   p.plan.aligned = all_on_bytes(a, 16, a.q, a.k1, a.v1, a.k2, a.v2);
   p.plan.pairs = all_on_bytes(a, 2 * dtype_size(a.dtype), a.out);
-  p.fit(a, true, [&](int warps) { return p.row_bytes * size_t(16 * warps + 4 * p.keys); });
+  p.own_rows(a, [&](int warps) { return p.row_bytes * size_t(16 * warps + 4 * p.keys); });
   p.split(a);
   if (p.plan.splits > 1) p.plan.part_state = p.carve.take<float>(p.plan.splits * a.B * a.H * a.Nq * 2);
   return p;
 }
 
-// `keys`: for grad_keys; else for grad_few or grad_rows.
-Planner plan_backward(const AttentionBackwardArgs& args, void* workspace, bool keys) {
-  const AttentionArgs& a = args.forward;
-  Planner p(a, workspace, true);
-  if (is_plain(a)) return p;
-  p.plan.aligned = all_on_bytes(a, 16, a.q, a.k1, a.v1, a.k2, a.v2, args.grad_out);
-  p.plan.pairs = all_on_bytes(a, 2 * dtype_size(a.dtype), args.grad_q, args.grad_k1, args.grad_v1, args.grad_k2, args.grad_v2);
-  const size_t exchange = size_t(p.keys + (a.dtype == DType::f32 ? 4 : 8)) * dtype_size(a.dtype);
-  if (keys) {
-    const int tile = attention_tile_rows(a.dtype == DType::f32);
-    p.plan.shared = p.row_bytes * size_t(2 * kAttentionOwnKeys + 4 * tile) + 2 * size_t(tile) * 24;
-  } else if (is_few(a)) {
-    p.fit(a, false, [&](int warps) { return p.row_bytes * size_t(32 * warps + 4 * p.keys) + 32 * size_t(warps) * exchange; });
-    p.split(a);
-    return p;
-  } else {
-    p.fit(a, true, [&](int warps) { return p.row_bytes * size_t(32 * warps + 4 * p.keys); });
+// How backward goes. few: one CTA a head, for rows that it holds all, keys that no other head shares and no tile of keys left out. many:
+// grad_rows and grad_keys, each with its own plan. plain: what no tile serves, or what a block has too little shared memory for.
+struct BackwardPlan {
+  enum Route { plain, few, many } route = plain;
+  AttentionPlan rows{}, keys{};
+  size_t bytes = 0;
+
+  BackwardPlan(const AttentionBackwardArgs& args, void* workspace) {
+    const AttentionArgs& a = args.forward;
+    if (is_plain(a)) return;
+    Planner p(a, workspace, true);
+    p.plan.aligned = all_on_bytes(a, 16, a.q, a.k1, a.v1, a.k2, a.v2, args.grad_out);
+    p.plan.pairs = all_on_bytes(a, 2 * dtype_size(a.dtype), args.grad_q, args.grad_k1, args.grad_v1, args.grad_k2, args.grad_v2);
+    const bool f32 = a.dtype == DType::f32, media = a.rule == AttentionRule::media || a.rule == AttentionRule::media_all;
+    const size_t exchange = size_t(p.keys + (f32 ? 4 : 8)) * dtype_size(a.dtype), limit = shared_memory_limit();
+    const size_t few_bytes = p.row_bytes * size_t(32 * p.plan.warps + 4 * p.keys) + 32 * size_t(p.plan.warps) * exchange;
+    const int tile = attention_tile_rows(f32);
+    const size_t keys_bytes = p.row_bytes * size_t(2 * kAttentionOwnKeys + 4 * tile) + 2 * size_t(tile) * 24;
+    if (a.Nq <= kAttentionFewRows && a.G == a.H && !media && few_bytes <= limit) {
+      route = few;
+      p.plan.tiles = 1;
+      p.plan.shared = few_bytes;
+      p.split(a);
+    } else if (keys_bytes <= limit) {
+      route = many;
+      p.own_rows(a, [&](int warps) { return p.row_bytes * size_t(32 * warps + 4 * p.keys); });
+      p.plan.delta = p.carve.take<float>(a.B * a.H * a.Nq);
+      keys = p.plan;
+      keys.shared = keys_bytes;
+    }
+    rows = p.plan;
+    bytes = p.carve.bytes();
   }
-  p.plan.delta = p.carve.take<float>(a.B * a.H * a.Nq);
-  return p;
-}
+};
 
 // Calls f with the type as a constant.
 template <class F>
@@ -416,15 +424,16 @@ int attention_cuda(const AttentionArgs& a, void* workspace, void* stream) {
   return run.status();
 }
 
-size_t attention_backward_cuda_workspace(const AttentionBackwardArgs& args) { return plan_backward(args, nullptr, false).carve.bytes(); }
+size_t attention_backward_cuda_workspace(const AttentionBackwardArgs& args) { return BackwardPlan(args, nullptr).bytes; }
 
 int attention_backward_cuda(const AttentionBackwardArgs& args, void* workspace, void* stream) {
   const AttentionArgs& a = args.forward;
   if (too_many_blocks(a)) return kInvalidConfiguration;
   const bool want_q = args.grad_q.data, want_keys = args.grad_k1.data || args.grad_k2.data;
   const dim3 block(kThreads);
+  const BackwardPlan plan(args, workspace);
   Sequence run;
-  if (is_plain(a)) {
+  if (plan.route == BackwardPlan::plain) {
     const int64_t chunks = ceil_div(a.D, kPlainColumns);
     const dim3 rows = warp_grid(a.B * a.H * a.Nq, chunks), keys = warp_grid(a.B * a.G * (a.N1 + a.N2), chunks);
     return with_any_type(a.dtype, [&](auto type) {
@@ -433,20 +442,18 @@ int attention_backward_cuda(const AttentionBackwardArgs& args, void* workspace, 
       return run.status();
     });
   }
-  const AttentionPlan plan = plan_backward(args, workspace, false).plan;
-  if (is_few(a)) {
-    run.then([&] { return with_type(a.dtype, [&](auto type) { return attention_grad_few_tiles<type.value>(args, plan, stream); }); });
-    if (want_q && plan.splits > 1)
-      run.then([&] { return launch(join_grad_kernel, warp_grid(a.B * a.H * a.Nq), block, 0, stream, args, plan); });
+  return with_type(a.dtype, [&](auto type) {
+    if (plan.route == BackwardPlan::few) {
+      run.then([&] { return attention_grad_few_tiles<type.value>(args, plan.rows, stream); });
+      if (want_q && plan.rows.splits > 1)
+        run.then([&] { return launch(join_grad_kernel, warp_grid(a.B * a.H * a.Nq), block, 0, stream, args, plan.rows); });
+    } else {
+      run.then([&] { return attention_delta<type.value>(args, plan.rows, stream); });
+      if (want_q) run.then([&] { return attention_grad_rows_tiles<type.value>(args, plan.rows, stream); });
+      if (want_keys) run.then([&] { return attention_grad_keys_tiles<type.value>(args, plan.keys, stream); });
+    }
     return run.status();
-  }
-  const AttentionPlan key_plan = plan_backward(args, workspace, true).plan;
-  run.then([&] { return with_type(a.dtype, [&](auto type) { return attention_delta<type.value>(args, plan, stream); }); });
-  if (want_q)
-    run.then([&] { return with_type(a.dtype, [&](auto type) { return attention_grad_rows_tiles<type.value>(args, plan, stream); }); });
-  if (want_keys)
-    run.then([&] { return with_type(a.dtype, [&](auto type) { return attention_grad_keys_tiles<type.value>(args, key_plan, stream); }); });
-  return run.status();
+  });
 }
 
 int attention_merge_cuda(const AttentionMergeArgs& a, void* stream) {

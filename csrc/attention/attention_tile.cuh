@@ -611,34 +611,36 @@ __device__ void grad_scores(float (&s)[kN / 8][4], float (&dp)[kN / 8][4], const
     }
 }
 
-// out . grad_out - grad_lse of one row, by a warp; every lane gets it.
+// out . grad_out - grad_lse of row i, by the four lanes that share it in an accumulator (all lanes of the warp call this).
 template <class T>
 __device__ float row_delta(const AttentionBackwardArgs& args, const AttentionSequence& seq, int64_t b, int64_t h, int64_t i) {
   using Elem = typename T::Elem;
   const AttentionArgs& a = args.forward;
+  const bool there = i < seq.q_count;
   float sum = 0;
-  if (args.grad_out.data) {
+  if (there && args.grad_out.data) {
     const Elem* out = row_of<const Elem>(a.out, b, seq.q_begin + i, h);
     const Elem* grad = row_of<const Elem>(args.grad_out, b, seq.q_begin + i, h);
-    for (int d = lane_id(); d < a.D; d += 32) sum += T::widen(out[d]) * T::widen(grad[d]);
-    sum = warp_sum(sum);
+#pragma unroll 4
+    for (int d = lane_id() % 4; d < a.D; d += 4) sum += T::widen(out[d]) * T::widen(grad[d]);
   }
+  sum = quad_sum(sum);
   const int64_t at = b * a.lse_stride_b + h * a.lse_stride_h + seq.q_begin + i;
-  if (static_cast<const float*>(a.lse)[at] == -kInf) return 0.0f;
+  if (!there || static_cast<const float*>(a.lse)[at] == -kInf) return 0.0f;
   return args.grad_lse ? sum - static_cast<const float*>(args.grad_lse)[at] : sum;
 }
 
+// Four lanes a row: 32 rows a block.
 template <DType kType>
 __global__ void __launch_bounds__(128)
     delta_kernel(const __grid_constant__ AttentionBackwardArgs args, const __grid_constant__ AttentionPlan p) {
   const AttentionArgs& a = args.forward;
-  const unsigned index = blockIdx.x * 4 + unsigned(warp_id()), heads = unsigned(a.H), n = unsigned(a.Nq);
-  if (index >= unsigned(a.B) * heads * n) return;
-  const int64_t i = index % n, h = index / n % heads, b = index / n / heads;
+  const unsigned index = blockIdx.x * 32 + threadIdx.x / 4, heads = unsigned(a.H), n = unsigned(a.Nq);
+  const bool inside = index < unsigned(a.B) * heads * n;
+  const int64_t i = inside ? index % n : n, h = inside ? index / n % heads : 0, b = inside ? index / n / heads : 0;
   const AttentionSequence seq = attention_sequence(a, b);
-  if (i >= seq.q_count) return;
   const float delta = row_delta<Ops<kType>>(args, seq, b, h, i);
-  if (lane_id() == 0) p.delta[index] = delta;
+  if (inside && i < seq.q_count && lane_id() % 4 == 0) p.delta[index] = delta;
 }
 
 // Rows of q and grad_out into two tiles behind each other.
@@ -676,19 +678,18 @@ __global__ void __launch_bounds__(128, kD <= 64 ? 3 : 2)
   Elem* weights = buffers + 4 * kKeys * kPitch;  // [tile_rows, kExchange], with kFew
   Elem* slopes = weights + tile_rows * kExchange;
   fetch_rows<Elem, kD>(queries, args, p, seq, at.b, at.h, row0, tile_rows, rows);
-  const View view(a, at.b, row0, rows, kKeys);
+  View view(a, at.b, row0, rows, kKeys);
+  if constexpr (kFew) {  // not for the media rules: the compiler may know that every view starts at key 0
+    view.begin1[0] = view.begin1[1] = view.low1 = view.all_low1 = 0;
+    view.seen = nullptr;
+  }
 
   const int row = row0 + warp_id() * 16 + lane_id() / 4;
   const float lse2[2] = {lse2_of(a, seq, at.b, at.h, row), lse2_of(a, seq, at.b, at.h, row + 8)};
   float delta[2] = {};
   if constexpr (kFew) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      for (int r = 0; r < 8; ++r) {
-        const int i = row0 + warp_id() * 16 + half * 8 + r;
-        const float d = i < seq.q_count ? row_delta<T>(args, seq, at.b, at.h, i) : 0.0f;
-        if (lane_id() / 4 == r) delta[half] = d;
-      }
+    for (int i = 0; i < 2; ++i) delta[i] = row_delta<T>(args, seq, at.b, at.h, row + 8 * i);
   } else {
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -959,7 +960,7 @@ int attention_grad_keys_tiles(const AttentionBackwardArgs& args, const Attention
 template <DType kType>
 int attention_delta(const AttentionBackwardArgs& args, const AttentionPlan& p, void* stream) {
   const AttentionArgs& a = args.forward;
-  return launch(delta_kernel<kType>, dim3(unsigned(ceil_div(a.B * a.H * a.Nq, 4))), dim3(128), 0, stream, args, p);
+  return launch(delta_kernel<kType>, dim3(unsigned(ceil_div(a.B * a.H * a.Nq, 32))), dim3(128), 0, stream, args, p);
 }
 
 #define MMFAST_ATTENTION_INSTANCES(type)                                                                   \

@@ -9,6 +9,7 @@
 #pragma once
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include <algorithm>
@@ -341,7 +342,10 @@ inline int fill_zero(void* data, size_t bytes, void* /*stream*/) {
   if (bytes) memset(data, 0, bytes);
   return 0;
 }
-inline size_t shared_memory_limit() { return 227 * 1024; }
+inline size_t shared_memory_limit() {  // of sm_90, or of a smaller device
+  const char* given = getenv("MMFAST_EMULATE_SHARED");
+  return given ? size_t(atoll(given)) : 227 * 1024;
+}
 inline int multiprocessor_count() { return 3; }  // few, so that small grids count as full and large ones as several waves
 
 // Until the matching wait the destination holds NaN, and the source is read only then.

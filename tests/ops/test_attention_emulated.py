@@ -285,7 +285,9 @@ REDUCED = [
     Case(18, 70, 5, 36, "f32", b=1, h=1, g=1, layout="sliced"), Case(66, 40, 0, 32, "f32", b=1, h=1, g=1),
     Case(40, 150, d=32, rule="media", latents=30, b=1, h=1, g=1), Case(3, 5, 2, 5, "f64", b=1, h=1, g=1), Case(16, 320, d=32, b=1, h=1, g=1),
 ]  # fmt: skip
-MORE = [Case(20, 70, 9, 128, t, b=1, h=1, g=1) for t in TYPES] + [Case(52, 32, 20, 64, rule="multimodal_causal", valid=True, b=1, h=1, g=1)]
+MORE = [Case(n, 70, 9, 128, t, b=1, h=1, g=1) for t in TYPES for n in (20, 66)] + [
+    Case(52, 32, 20, 64, rule="multimodal_causal", valid=True, b=1, h=1, g=1)
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -375,6 +377,12 @@ def test_merge(dtype, backward):
     check_merge(dtype, backward)
 
 
+def test_small_shared_memory():
+    """Where a block may have 64 KB: CTAs of fewer rows, and where that does not help, other kernels."""
+    done = run_sanitized("ops.test_attention_emulated", "", env={"MMFAST_EMULATE_SHARED": "65536"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_sanitizer_finds_nothing(sanitizer):
     if not has_sanitizer(sanitizer):
@@ -385,7 +393,7 @@ def test_sanitizer_finds_nothing(sanitizer):
 
 if __name__ == "__main__":
     sanitizer = sys.argv[1]
-    for case in REDUCED + MORE * (sanitizer == "address"):
+    for case in REDUCED + MORE * (sanitizer != "thread"):
         check(case, sanitizer)
     check_packed("bf16", [3, 0, 20], [5, 9, 33], sanitizer)
     check_merge("f16", True, sanitizer)
