@@ -154,12 +154,14 @@ COLUMNS = [
 ]
 
 
-def write_rows(op: str, rows: list[dict], device: str = "cpu") -> Path:
-    """Writes ``bench/results/<device>/<op>.csv`` (the newest run) and ``env.json`` beside it."""
+def write_rows(op: str, rows: list[dict], device: str = "cpu", columns: list[str] = COLUMNS) -> Path:
+    """Writes ``bench/results/<device>/<op>.csv`` (the newest run) and, beside it, what it ran on: entry ``op`` of ``env.json``."""
     folder = device_folder(device)
     with open(folder / f"{op}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "env.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+    env = folder / "env.json"
+    known = json.loads(env.read_text()) if env.exists() else {}
+    env.write_text(json.dumps(known | {op: environment(device)}, indent=2, sort_keys=True) + "\n")
     return folder / f"{op}.csv"

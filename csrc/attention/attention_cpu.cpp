@@ -411,7 +411,12 @@ void backward_task(const Work& w, const AttentionBackwardArgs& args, int64_t b, 
         w.pack_rows(at(w.key(segment), a.dtype, b, first, g), w.key(segment).stride_n, seen, seen + 2, keys);
         w.pack_rows(at(w.value(segment), a.dtype, b, first, g), w.value(segment).stride_n, seen, seen, values);
       }
-      if (want_kv) std::fill_n(dk, size * width, 0.0f), std::fill_n(dv, size * width, 0.0f);
+      bool empty = true;  // dk and dv hold nothing yet
+      const auto clear = [&] {
+        std::fill_n(dk, size * width, 0.0f);
+        std::fill_n(dv, size * width, 0.0f);
+        empty = false;
+      };
       int64_t paired = -1;
       for (int64_t t = 0; t < count; ++t) {
         const Tile& tile = tiles[size_t(t)];
@@ -427,14 +432,16 @@ void backward_task(const Work& w, const AttentionBackwardArgs& args, int64_t b, 
         k.grad({scores, dp, m, tile.n, w.c, w.mask(tile, b, segment, from, m, limits, factors), st.lse2, st.delta,
                 w.bf16 ? p_rows : nullptr, ds_rows, ds_pairs});
         if (want_kv) {
+          if (empty && m < size) clear();
           float *to_k = dk + offset * width, *to_v = dv + offset * width;
           if (w.bf16) {
-            w.product(m, width, tile.n / 2, p_rows, tile.n / 2, 1, st.grad, width, to_v, width, true);
-            w.product(m, width, tile.n / 2, ds_rows, tile.n / 2, 1, st.q, width, to_k, width, true);
+            w.product(m, width, tile.n / 2, p_rows, tile.n / 2, 1, st.grad, width, to_v, width, !empty);
+            w.product(m, width, tile.n / 2, ds_rows, tile.n / 2, 1, st.q, width, to_k, width, !empty);
           } else {
-            w.product(m, width, tile.rows, scores, tile.n, 1, st.grad, width, to_v, width, true);
-            w.product(m, width, tile.rows, dp, tile.n, 1, st.q, width, to_k, width, true);
+            w.product(m, width, tile.rows, scores, tile.n, 1, st.grad, width, to_v, width, !empty);
+            w.product(m, width, tile.rows, dp, tile.n, 1, st.q, width, to_k, width, !empty);
           }
+          empty = false;
         }
         if (want_q) {
           if (w.bf16) {
@@ -450,6 +457,7 @@ void backward_task(const Work& w, const AttentionBackwardArgs& args, int64_t b, 
         }
       }
       if (!want_kv) continue;
+      if (empty) clear();
       for (int64_t j = 0; j < size; ++j) {
         k.store_row(dk + j * width, float(a.scale), a.D, a.dtype, grad_k.data,
                     b * grad_k.stride_b + (first + j) * grad_k.stride_n + g * grad_k.stride_h);

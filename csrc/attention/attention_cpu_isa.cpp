@@ -23,7 +23,6 @@ constexpr int kTileRows = W == 16 ? 12 : 6;
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef int32_t VecI __attribute__((vector_size(4 * W)));
 typedef uint32_t VecU __attribute__((vector_size(4 * W)));
-typedef uint64_t Vec2U __attribute__((vector_size(8 * W)));
 typedef uint16_t VecH __attribute__((vector_size(2 * W)));
 typedef Vec VecM __attribute__((aligned(4), may_alias));
 typedef VecI VecIM __attribute__((aligned(4), may_alias));
@@ -135,8 +134,21 @@ MMFAST_INLINE VecU round_bf16(Vec v) {
   const VecU u = (VecU)v;
   return u + 0x7fffu + ((u >> 16) & 1u);
 }
-MMFAST_INLINE VecU pair_bf16(Vec low, Vec high) { return (round_bf16(low) >> 16) | (round_bf16(high) & 0xffff0000u); }
+#ifdef __AVX512BF16__
+MMFAST_INLINE VecH to_bf16(Vec v) { return (VecH)_mm512_cvtneps_pbh((__m512)v); }
+MMFAST_INLINE VecU pair_bf16(Vec low, Vec high) {
+  typedef uint16_t Words __attribute__((vector_size(4 * W)));
+  Words order;
+  for (int l = 0; l < W; ++l) {
+    order[2 * l] = uint16_t(l);
+    order[2 * l + 1] = uint16_t(W + l);
+  }
+  return (VecU)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+#else
 MMFAST_INLINE VecH to_bf16(Vec v) { return __builtin_convertvector(round_bf16(v) >> 16, VecH); }
+MMFAST_INLINE VecU pair_bf16(Vec low, Vec high) { return (round_bf16(low) >> 16) | (round_bf16(high) & 0xffff0000u); }
+#endif
 
 // The scores of one vector of rows at one key, or `hidden` where the row does not see the key.
 template <bool Masked>
@@ -227,39 +239,53 @@ void grad(const AttentionGradTile& t) {
 
 // ---- dropout
 
-MMFAST_INLINE void multiply_wide(VecU a, uint32_t b, VecU& high, VecU& low) {
-  const Vec2U product = __builtin_convertvector(a, Vec2U) * uint64_t(b);
-  high = __builtin_convertvector(product >> 32, VecU);
-  low = __builtin_convertvector(product, VecU);
+typedef uint64_t VecL __attribute__((vector_size(4 * W)));  // half as many lanes of 64 bits
+
+// Products of the low halves of 64-bit lanes, whatever their high halves hold. Written as a * b, it compiles to a full 64-bit multiply.
+MMFAST_INLINE VecL multiply_low(VecL a, uint32_t b) {
+#if MMFAST_LANES == 16
+  return (VecL)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(int64_t(b)));  // unmasked, GCC 12 warns about its own header
+#elif MMFAST_LANES == 8
+  return (VecL)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(int64_t(b)));
+#else
+  return (a & 0xffffffffu) * uint64_t(b);
+#endif
 }
 
+// Philox with the even rows in one half and the odd rows in the other, so that a product needs no shuffling; high halves of lanes are
+// left as they come, for nothing reads them.
 void dropout(float* keep, int64_t keys, int64_t n, int64_t seed, int64_t bh, int64_t first_row, int64_t first_key, int segment,
              uint32_t threshold) {
   const float kept = 65536.0f / float(65536u - threshold);
-  VecU iota;
-  for (int l = 0; l < W; ++l) iota[l] = uint32_t(l);
+  VecL lane_rows[2];
+  for (int l = 0; l < W; ++l) lane_rows[l % 2][l / 2] = uint64_t(l);
   for (int64_t lane = 0; lane < n; lane += W)
     for (int64_t j0 = 0; j0 < keys; j0 += 32)
       for (int quad = 0; quad < 4; ++quad) {  // a Philox call for keys j0 + 8 word + 2 quad + {0, 1}
-        VecU c0 = VecU{} + uint32_t((first_key + j0) / 32 * 4 + quad), c1 = iota + uint32_t(first_row + lane), c2 = VecU{} + uint32_t(bh),
-             c3 = VecU{} + uint32_t(segment);
+        VecL c[2][4];
+        for (int half = 0; half < 2; ++half) {
+          c[half][0] = VecL{} + uint64_t((first_key + j0) / 32 * 4 + quad);
+          c[half][1] = lane_rows[half] + uint64_t(first_row + lane);
+          c[half][2] = VecL{} + uint64_t(bh);
+          c[half][3] = VecL{} + uint64_t(segment);
+        }
         uint32_t k0 = uint32_t(seed), k1 = uint32_t(uint64_t(seed) >> 32);
         for (int round = 0; round < 10; ++round) {
-          VecU h0, l0, h1, l1;
-          multiply_wide(c0, 0xD2511F53u, h0, l0);
-          multiply_wide(c2, 0xCD9E8D57u, h1, l1);
-          c0 = h1 ^ c1 ^ k0;
-          c2 = h0 ^ c3 ^ k1;
-          c1 = l1;
-          c3 = l0;
+          for (auto& h : c) {
+            const VecL p0 = multiply_low(h[0], 0xD2511F53u), p1 = multiply_low(h[2], 0xCD9E8D57u);
+            h[0] = (p1 >> 32) ^ h[1] ^ uint64_t(k0);
+            h[2] = (p0 >> 32) ^ h[3] ^ uint64_t(k1);
+            h[1] = p1;
+            h[3] = p0;
+          }
           k0 += 0x9E3779B9u;
           k1 += 0xBB67AE85u;
         }
-        const VecU words[4] = {c0, c1, c2, c3};
         for (int word = 0; word < 4; ++word) {
+          const VecU bits = (VecU)((c[0][word] & 0xffffffffu) | (c[1][word] << 32));
           const int64_t j = j0 + 8 * word + 2 * quad;
-          if (j < keys) store(keep + j * n + lane, (VecI)(words[word] & 0xffffu) >= int32_t(threshold) ? splat(kept) : Vec{});
-          if (j + 1 < keys) store(keep + (j + 1) * n + lane, (VecI)(words[word] >> 16) >= int32_t(threshold) ? splat(kept) : Vec{});
+          if (j < keys) store(keep + j * n + lane, (VecI)(bits & 0xffffu) >= int32_t(threshold) ? splat(kept) : Vec{});
+          if (j + 1 < keys) store(keep + (j + 1) * n + lane, (VecI)(bits >> 16) >= int32_t(threshold) ? splat(kept) : Vec{});
         }
       }
 }
@@ -326,9 +352,13 @@ void load_rows(const void* data, DType dtype, int64_t stride, int64_t rows, int6
 }
 
 void copy_rows(const uint16_t* data, int64_t stride, int64_t rows, int64_t D, uint16_t* to, int64_t padded_rows, int64_t width) {
-  for (int64_t r = 0; r < rows; ++r) {
-    __builtin_memcpy(to + r * width, data + r * stride, size_t(2 * D));
-    for (int64_t d = D; d < width; ++d) to[r * width + d] = 0;
+  for (int64_t r = 0; r < rows; ++r) {  // rows are too short for a call to memcpy to pay
+    const uint16_t* from = data + r * stride;
+    uint16_t* row = to + r * width;
+    int64_t d = 0;
+    for (; d + W <= D; d += W) *reinterpret_cast<VecHM*>(row + d) = *reinterpret_cast<const VecHM*>(from + d);
+    for (; d < D; ++d) row[d] = from[d];
+    for (; d < width; ++d) row[d] = 0;
   }
   for (int64_t i = rows * width; i < padded_rows * width; ++i) to[i] = 0;
 }
