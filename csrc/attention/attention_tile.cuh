@@ -153,17 +153,8 @@ struct Half {
       apply_step<kD>(o, a, at + k * 16 * kPitch);
     }
   }
-  // The accumulator into a row-major tile [.., exchange_pitch(kN)], this warp's 16 rows of it.
-  template <int kN>
-  static __device__ void put(const float (&s)[kN / 8][4], Elem* to) {
-    Elem* at = to + lane_id() / 4 * exchange_pitch(kN) + lane_id() % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kN / 8; ++n) {
-      store_pair(at + n * 8, s[n][0], s[n][1]);
-      store_pair(at + 8 * exchange_pitch(kN) + n * 8, s[n][2], s[n][3]);
-    }
-  }
-  // o += (16 columns of such a tile)' (columns of Y): both pointers are at the first of the columns, both have `rows` rows.
+  // o += (16 columns of such a tile)' (columns of Y), of a tile that put() filled: both pointers are at the first of the columns.
+  // `rows` rows.
   template <int kD, int kN, int kColumns>
   static __device__ void apply_transposed(float (&o)[kColumns / 8][4], const Elem* s, const Elem* y, int rows) {
     constexpr int kPitch = kD + kChunk, kFrom = exchange_pitch(kN);
@@ -238,15 +229,6 @@ struct Single {
 #pragma unroll
     for (int k = 0; k < kN / 8; ++k) apply_step<kD, kD>(o, Left(s[k][0], s[k][2], s[k][1], s[k][3]), at + k * 8 * (kD + kChunk));
   }
-  template <int kN>
-  static __device__ void put(const float (&s)[kN / 8][4], Elem* to) {
-    Elem* at = to + lane_id() / 4 * exchange_pitch(kN) + lane_id() % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kN / 8; ++n) {
-      store_pair(at + n * 8, s[n][0], s[n][1]);
-      store_pair(at + 8 * exchange_pitch(kN) + n * 8, s[n][2], s[n][3]);
-    }
-  }
   template <int kD, int kN, int kColumns>
   static __device__ void apply_transposed(float (&o)[kColumns / 8][4], const Elem* s, const Elem* y, int rows) {
     constexpr int kFrom = exchange_pitch(kN);
@@ -269,6 +251,17 @@ struct OpsOf<DType::f32> {
 };
 template <DType kType>
 using Ops = typename OpsOf<kType>::Type;
+
+// An accumulator into a row-major tile [.., exchange_pitch(kN)], this warp's 16 rows of it.
+template <class T, int kN>
+__device__ void put(const float (&s)[kN / 8][4], typename T::Elem* to) {
+  typename T::Elem* at = to + lane_id() / 4 * T::exchange_pitch(kN) + lane_id() % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < kN / 8; ++n) {
+    T::store_pair(at + n * 8, s[n][0], s[n][1]);
+    T::store_pair(at + 8 * T::exchange_pitch(kN) + n * 8, s[n][2], s[n][3]);
+  }
+}
 
 // ---- where things are
 
@@ -709,8 +702,8 @@ __global__ void __launch_bounds__(128, kD <= 64 ? 3 : 2)
     const uint32_t keep = a.dropout_threshold ? kept<kKeys>(a, at.b * a.H + at.h, row, segment, begin) : ~0u;
     grad_scores<kKeys>(s, dp, lse2, delta, keep, factor);
     if constexpr (kFew) {
-      T::template put<kKeys>(s, weights + warp_id() * 16 * kExchange);
-      T::template put<kKeys>(dp, slopes + warp_id() * 16 * kExchange);
+      put<T, kKeys>(s, weights + warp_id() * 16 * kExchange);
+      put<T, kKeys>(dp, slopes + warp_id() * 16 * kExchange);
     }
     T::template apply<kD, kKeys>(grad_q, dp, keys);
     if constexpr (kFew) {
