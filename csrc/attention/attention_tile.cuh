@@ -154,7 +154,7 @@ struct Half {
     }
   }
   // o += (16 columns of such a tile)' (columns of Y), of a tile that put() filled: both pointers are at the first of the columns.
-  // `rows` rows.
+  // Both tiles have `rows` rows.
   template <int kD, int kN, int kColumns>
   static __device__ void apply_transposed(float (&o)[kColumns / 8][4], const Elem* s, const Elem* y, int rows) {
     constexpr int kPitch = kD + kChunk, kFrom = exchange_pitch(kN);
