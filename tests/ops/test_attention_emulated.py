@@ -222,7 +222,7 @@ def check(c: Case, sanitizer: str = "") -> None:
     args = p.args(out, lse)
     emulator.call(library, "attention", args, sanitizer)
     want, want_lse, gradients = reference(p)
-    steep = max(1.0, abs(p.scale))  # how much an error of a score counts
+    steep = min(max(1.0, abs(p.scale)), 10.0)  # how much an error of a score counts, up to 1e-5 in fp32
     close(out.values(), want, steep * OUT[c.dtype], "out")
     empty = np.isinf(want_lse)
     assert (np.isneginf(lse) == empty).all()
