@@ -179,11 +179,11 @@ struct Work {
   }
 
   // Scores, or their gradient: m keys against a tile, fetching ahead between slices.
-  void score(int64_t m, int64_t n, const uint32_t* keys, const uint32_t* rows, float* to, Ahead& next) const {
+  void score(int64_t m, int64_t n, const uint32_t* keys, int64_t stride, const uint32_t* rows, float* to, Ahead& next) const {
     constexpr int64_t kSlice = 12;
     for (int64_t i = 0; i < m; i += kSlice) {
       next.fetch(kSlice);
-      product(std::min(kSlice, m - i), n, depth(), keys + i * row_words(), row_words(), 1, rows, n, to + i * n, n, false);
+      product(std::min(kSlice, m - i), n, depth(), keys + i * stride, stride, 1, rows, n, to + i * n, n, false);
     }
   }
 
@@ -274,7 +274,12 @@ void forward_task(const Work& w, int64_t b, int64_t g, const Tile* tiles, int64_
       next = w.ahead(b, g, n.segment, (n.segment ? 0 : seq.k_begin) + n.low, n.high - n.low);
     }
     const int64_t first = (segment ? 0 : seq.k_begin) + low;
-    w.pack_rows(at(w.key(segment), a.dtype, b, first, g), w.key(segment).stride_n, high - low, high - low, keys);
+    const AttentionTensor& source = w.key(segment);
+    // A single tile reads each key once, so fp32 keys serve as they lie; not when rows are whole pages apart and fall on one set of L1.
+    const bool direct = a.dtype == DType::f32 && count == 1 && source.stride_n % 1024 != 0;
+    const uint32_t* key_rows = direct ? at<uint32_t>(source, a.dtype, b, first, g) : keys;
+    const int64_t key_stride = direct ? source.stride_n : words;
+    if (!direct) w.pack_rows(at(source, a.dtype, b, first, g), source.stride_n, high - low, high - low, keys);
     // bf16 pairs the values' rows along the keys from where a tile begins; the rows of zeros complete the last pair.
     w.pack_rows(at(w.value(segment), a.dtype, b, first, g), w.value(segment).stride_n, high - low, high - low + (w.bf16 ? 2 : 0),
                 w.bf16 ? static_cast<void*>(raw) : values);
@@ -284,7 +289,7 @@ void forward_task(const Work& w, int64_t b, int64_t g, const Tile* tiles, int64_
       State& st = state[size_t(t)];
       const int64_t from = std::max(block, tile.begin[segment]), to = std::min(end, tile.end[segment]), m = to - from;
       if (m <= 0) continue;
-      w.score(m, tile.n, keys + (from - low) * words, st.q, scores, next);
+      w.score(m, tile.n, key_rows + (from - low) * key_stride, key_stride, st.q, scores, next);
       if (a.dropout_threshold)
         k.dropout(keep, to - block, tile.n, *a.seed, b * a.H + tile.head, tile.row, block, segment, a.dropout_threshold);
       const float* factors = a.dropout_threshold ? keep + (from - block) * tile.n : nullptr;
@@ -424,8 +429,8 @@ void backward_task(const Work& w, const AttentionBackwardArgs& args, int64_t b, 
         const int64_t from = std::max(block, tile.begin[segment]), to = std::min(block + size, tile.end[segment]), m = to - from;
         if (m <= 0) continue;
         const int64_t offset = from - block;
-        w.score(m, tile.n, keys + offset * words, st.q_t, scores, next);
-        w.score(m, tile.n, values + offset * words, st.do_t, dp, next);
+        w.score(m, tile.n, keys + offset * words, words, st.q_t, scores, next);
+        w.score(m, tile.n, values + offset * words, words, st.do_t, dp, next);
         if (a.dropout_threshold)
           k.dropout(keep, to - block, tile.n, *a.seed, b * a.H + tile.head, tile.row, block, segment, a.dropout_threshold);
         const float* factors = a.dropout_threshold ? keep + offset * tile.n : nullptr;
