@@ -12,6 +12,17 @@ from mmfast.ops.attention import (
     qformer_attention,
     qformer_attention_ref,
 )
+from mmfast.ops.linear_logp import (
+    LogpStats,
+    label_logp,
+    label_logp_ref,
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
+    linear_logp,
+    linear_logp_pair,
+    linear_logp_pair_ref,
+    linear_logp_ref,
+)
 from mmfast.ops.vq import (
     vq_code_stats,
     vq_code_stats_ref,
@@ -30,6 +41,15 @@ __all__ = [
     "cross_attention_ref",
     "cross_attention_varlen",
     "cross_attention_varlen_ref",
+    "LogpStats",
+    "label_logp",
+    "label_logp_ref",
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
+    "linear_logp",
+    "linear_logp_pair",
+    "linear_logp_pair_ref",
+    "linear_logp_ref",
     "media_cross_attention",
     "media_cross_attention_ref",
     "merge_attention",

@@ -1,0 +1,183 @@
+// Copyright the mmfast authors. SPDX-License-Identifier: Apache-2.0
+//
+// Log-probabilities on the CPU: rows in parallel, each row's block read once; fp64 takes the plain loops.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "../common/cpu_isa.h"
+#include "../common/parallel.h"
+#include "linear_logp.h"
+#include "linear_logp_cpu_isa.h"
+
+namespace mmfast {
+namespace {
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+const LogpCpuKernels& kernels() {
+#if defined(__x86_64__) && defined(MMFAST_X86_KERNELS)
+  switch (cpu_isa_active()) {
+    case CpuIsa::avx512_bf16:
+      return *logp_cpu_kernels_avx512_bf16();
+    case CpuIsa::avx512:
+      return *logp_cpu_kernels_avx512();
+    case CpuIsa::avx2:
+      return *logp_cpu_kernels_avx2();
+    default:
+      break;
+  }
+#endif
+  return *logp_cpu_kernels_baseline();
+}
+
+const char* row_of(const LogpBlock& b, DType dtype, int64_t r) {
+  return b.data ? static_cast<const char*>(b.data) + r * b.stride * dtype_size(dtype) : nullptr;
+}
+
+// z and dz/dlogit of one logit; the label's are worked out here, outside the vector loops.
+struct Capped {
+  double z, slope;
+};
+Capped capped(const LogpRows& rows, double logit) {
+  double slope = 1 / rows.temperature;
+  if (rows.softcap != 0) {
+    const double t = std::tanh(logit / rows.softcap);
+    logit = rows.softcap * t;
+    slope *= 1 - t * t;
+  }
+  return {logit / rows.temperature, slope};
+}
+
+// T: the type of state and out.
+template <class T>
+struct Row {
+  T* data;
+  int64_t n;
+  T& operator[](int row) const { return data[row * n]; }
+};
+
+void update_double(const LogpUpdateArgs& a, const double* z, const double* z0, const Row<double>& s) {
+  for (int64_t c = 0; c < a.rows.columns; ++c) {
+    const double v = capped(a.rows, z[c]).z;
+    if (v > s[kTop] || (v != v)) {
+      const double shrink = s[kTop] == -kInf ? 0.0 : std::exp(s[kTop] - v);
+      s[kDot] = s[kSum] > 0 ? (s[kDot] + s[kSum] * (s[kTop] - v)) * shrink : 0.0;
+      s[kSum] *= shrink, s[kSquare] *= shrink * shrink;
+      s[kTop] = v;
+      s[kBest] = double(a.rows.first + c);
+    }
+    const double e = v == -kInf ? 0.0 : std::exp(v - s[kTop]);
+    s[kSum] += e, s[kDot] += v == -kInf ? 0.0 : e * (v - s[kTop]), s[kSquare] += e * e;
+    if (!z0) continue;
+    const double v0 = capped(a.rows, z0[c]).z;
+    if (v0 > s[kTop0]) {
+      const double shrink = s[kTop0] == -kInf ? 0.0 : std::exp(s[kTop0] - v0);
+      s[kSum0] *= shrink, s[kCross] *= shrink;
+      s[kTop0] = v0;
+    }
+    const double e0 = v0 == -kInf ? 0.0 : std::exp(v0 - s[kTop0]);
+    s[kSum0] += e0, s[kCross] += v0 == -kInf ? 0.0 : e0 * (v0 - v);
+  }
+}
+
+template <class T>
+void finish(const LogpUpdateArgs& a, int64_t label, const Row<T>& s, const Row<T>& out) {
+  const T lse = s[kTop] + std::log(s[kSum]);
+  out[kLse] = lse;
+  out[kLogp] = std::min(s[kLabel] - lse, T(0));
+  if (s[kLabel] != s[kLabel] || lse != lse) out[kLogp] = std::numeric_limits<T>::quiet_NaN();
+  if (a.wants_more) {
+    out[kEntropy] = std::log(s[kSum]) - s[kDot] / s[kSum];
+    out[kSquares] = s[kSquare] / (s[kSum] * s[kSum]);
+    out[kHit] = T(int64_t(s[kBest]) == label);
+  }
+  if (a.z0.data) {
+    const T lse0 = s[kTop0] + std::log(s[kSum0]);
+    out[kLse0] = lse0;
+    out[kLogp0] = std::min(s[kLabel0] - lse0, T(0));
+    out[kKl] = s[kCross] / s[kSum0] - lse0 + lse;
+  }
+}
+
+template <class T>
+void update(const LogpUpdateArgs& a) {
+  const LogpRows& rows = a.rows;
+  const LogpCpuKernels& k = kernels();
+  parallel_for(rows.n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Row<T> s{static_cast<T*>(a.state) + r, rows.n}, out{static_cast<T*>(a.out) + r, rows.n};
+      const int64_t label = rows.labels[r], at = label - rows.first;
+      if (label == rows.ignore_index) {
+        if (a.ends)
+          for (int i = 0; i < kLogpOutputs; ++i) out[i] = 0;
+        continue;
+      }
+      if (a.begins) {
+        for (int i = 0; i < kLogpStates; ++i) s[i] = 0;
+        s[kTop] = s[kTop0] = T(-kInf);
+      }
+      const char *z = row_of(a.z, rows.dtype, r), *z0 = row_of(a.z0, rows.dtype, r);
+      if constexpr (sizeof(T) == 8) {
+        update_double(a, reinterpret_cast<const double*>(z), reinterpret_cast<const double*>(z0), s);
+      } else {
+        LogpRowState state{s[kTop], s[kSum], s[kDot], s[kSquare], int64_t(s[kBest]), s[kTop0], s[kSum0], s[kCross]};
+        k.update(z, z0, rows.dtype, rows.columns, rows.first, float(rows.temperature), float(rows.softcap), a.wants_more, &state);
+        s[kTop] = state.top, s[kSum] = state.sum, s[kDot] = state.dot, s[kSquare] = state.square, s[kBest] = T(state.best);
+        s[kTop0] = state.top0, s[kSum0] = state.sum0, s[kCross] = state.cross;
+      }
+      if (at >= 0 && at < rows.columns) {
+        s[kLabel] = T(capped(rows, load_double(z, rows.dtype, at)).z);
+        if (z0) s[kLabel0] = T(capped(rows, load_double(z0, rows.dtype, at)).z);
+      }
+      if (a.ends) finish(a, label, s, out);
+    }
+  });
+}
+
+template <class T>
+void grad(const LogpGradArgs& a) {
+  const LogpRows& rows = a.rows;
+  const LogpCpuKernels& kernel = kernels();
+  const auto value = [](const void* p, int64_t r) { return p ? static_cast<const T*>(p)[r] : T(0); };
+  parallel_for(rows.n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Row<const T> out{static_cast<const T*>(a.out) + r, rows.n};
+      char* to = const_cast<char*>(row_of(a.grad, rows.dtype, r));
+      const int64_t at = rows.labels[r] - rows.first;
+      const T g = value(a.g, r), e = value(a.e, r), q = value(a.q, r), k = a.z0.data ? value(a.k, r) : T(0);
+      const T lse = out[kLse], A = k + value(a.r, r) - g - e * (out[kEntropy] - lse) - 2 * q * out[kSquares], B = -e, C = 2 * q;
+      if (rows.labels[r] == rows.ignore_index || (A == 0 && B == 0 && C == 0 && g == 0 && k == 0)) {
+        std::fill_n(to, rows.columns * dtype_size(rows.dtype), char(0));
+        continue;
+      }
+      const char *z = row_of(a.z, rows.dtype, r), *z0 = k != 0 ? row_of(a.z0, rows.dtype, r) : nullptr;
+      const bool here = at >= 0 && at < rows.columns;
+      const Capped label = here ? capped(rows, load_double(z, rows.dtype, at)) : Capped{};
+      const double label0 = here && z0 ? capped(rows, load_double(z0, rows.dtype, at)).z : 0.0;
+      if constexpr (sizeof(T) == 8) {
+        const double *from = reinterpret_cast<const double*>(z), *from0 = reinterpret_cast<const double*>(z0);
+        for (int64_t c = 0; c < rows.columns; ++c) {
+          const Capped v = capped(rows, from[c]);
+          const double p = std::exp(v.z - lse), p0 = z0 ? std::exp(capped(rows, from0[c]).z - out[kLse0]) : 0.0;
+          reinterpret_cast<double*>(to)[c] = (p * (A + (B == 0 || v.z == -kInf ? 0.0 : B * v.z) + C * p) - k * p0) * v.slope;
+        }
+      } else {
+        kernel.grad(z, z0, to, rows.dtype, rows.columns, float(rows.temperature), float(rows.softcap), lse, z0 ? out[kLse0] : 0.0f, A, B, C,
+                    k);
+      }
+      if (here) {  // anew, for rounding p and adding 1 to it would lose bits
+        const double p = std::exp(label.z - double(lse)), p0 = z0 ? std::exp(label0 - double(out[kLse0])) : 0.0;
+        store_double(to, rows.dtype, at, (p * (A + (B == 0 ? 0.0 : B * label.z) + C * p) + g - k * p0) * label.slope);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void logp_update_cpu(const LogpUpdateArgs& a) { a.rows.dtype == DType::f64 ? update<double>(a) : update<float>(a); }
+void logp_grad_cpu(const LogpGradArgs& a) { a.rows.dtype == DType::f64 ? grad<double>(a) : grad<float>(a); }
+
+}  // namespace mmfast

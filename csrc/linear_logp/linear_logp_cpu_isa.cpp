@@ -1,0 +1,147 @@
+// Copyright the mmfast authors. SPDX-License-Identifier: Apache-2.0
+//
+// Inner loops over one row of logits, in portable vectors. A piece of kPiece logits is widened (and capped) into a buffer that stays in
+// L1; its maximum is found first, so that the exponentials of the piece need no correction on the way.
+#include "linear_logp_cpu_isa.h"
+
+#include "../common/cpu_vec.h"
+
+namespace mmfast {
+namespace {
+
+constexpr int64_t kPiece = 2048;
+constexpr float kLog2e = 1.4426950408889634f;
+
+MMFAST_INLINE float max_of(Vec v) {
+  float m = v[0];
+  for (int l = 1; l < W; ++l) m = v[l] > m ? v[l] : m;
+  return m;
+}
+MMFAST_INLINE float sum_of(Vec v) {
+  float s = v[0];
+  for (int l = 1; l < W; ++l) s += v[l];
+  return s;
+}
+MMFAST_INLINE float exp_of(float x) { return exp2(splat(x * kLog2e))[0]; }
+
+// tanh to an absolute 1e-7, which is what softcap multiplies.
+MMFAST_INLINE Vec tanh_of(Vec x) {
+  const Vec magnitude = x < 0.0f ? -x : x;
+  const Vec e = exp2(magnitude * (-2.0f * kLog2e));
+  const Vec t = (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -t : t;
+}
+
+// z of `count` logits in `to`, the last vector filled up with -inf. NaN passes through.
+MMFAST_INLINE void widen(const void* data, DType dtype, int64_t offset, int64_t count, float temperature, float softcap, float* to) {
+  load_row(data, dtype, offset, count, to);
+  if (softcap != 0.0f || temperature != 1.0f) {
+    const float inverse = 1.0f / temperature;
+    for (int64_t i = 0; i < count; i += W) {
+      Vec v = load(to + i);
+      if (softcap != 0.0f) v = tanh_of(v / softcap) * softcap;
+      store(to + i, v * inverse);
+    }
+  }
+  for (int64_t i = count; i % W; ++i) to[i] = -kInf;
+}
+
+MMFAST_INLINE float top_of(const float* z, int64_t count) {
+  Vec top = load(z);
+  for (int64_t i = W; i < count; i += W) {
+    const Vec v = load(z + i);
+    top = v > top ? v : top;
+  }
+  return max_of(top);
+}
+
+void update(const void* z, const void* z0, DType dtype, int64_t count, int64_t first, float temperature, float softcap, bool wants_more,
+            LogpRowState* state) {
+  alignas(64) float buffer[kPiece + W], buffer0[kPiece + W];
+  LogpRowState s = *state;
+  for (int64_t from = 0; from < count; from += kPiece) {
+    const int64_t m = count - from < kPiece ? count - from : kPiece;
+    widen(z, dtype, from, m, temperature, softcap, buffer);
+    const float top = top_of(buffer, m);
+    if (top > s.top) {
+      if (wants_more) {
+        int64_t at = 0;
+        while (at + 1 < m && buffer[at] != top) ++at;
+        s.best = first + from + at;
+      }
+      const float shrink = exp_of(s.top - top);
+      s.dot = s.sum > 0 ? (s.dot + s.sum * (s.top - top)) * shrink : 0.0f;
+      s.sum *= shrink;
+      s.square *= shrink * shrink;
+      s.top = top;
+    }
+    const float base = s.top == -kInf ? 0.0f : s.top;
+    Vec sum{}, dot{}, square{};
+    if (wants_more) {
+      for (int64_t i = 0; i < m; i += W) {
+        const Vec v = load(buffer + i) - base, e = exp2(v * kLog2e);
+        sum += e;
+        dot += v == -kInf ? Vec{} : e * v;
+        square += e * e;
+      }
+      s.dot += sum_of(dot);
+      s.square += sum_of(square);
+    } else {
+      for (int64_t i = 0; i < m; i += W) sum += exp2((load(buffer + i) - base) * kLog2e);
+    }
+    s.sum += sum_of(sum);
+    if (!z0) continue;
+    widen(z0, dtype, from, m, temperature, softcap, buffer0);
+    const float top0 = top_of(buffer0, m);
+    if (top0 > s.top0) {
+      const float shrink = exp_of(s.top0 - top0);
+      s.sum0 *= shrink;
+      s.cross *= shrink;
+      s.top0 = top0;
+    }
+    const float base0 = s.top0 == -kInf ? 0.0f : s.top0;
+    Vec sum0{}, cross{};
+    for (int64_t i = 0; i < m; i += W) {
+      const Vec v0 = load(buffer0 + i), e = exp2((v0 - base0) * kLog2e);
+      sum0 += e;
+      cross += v0 == -kInf ? Vec{} : e * (v0 - load(buffer + i));
+    }
+    s.sum0 += sum_of(sum0);
+    s.cross += sum_of(cross);
+  }
+  *state = s;
+}
+
+void grad(const void* z, const void* z0, void* grad, DType dtype, int64_t count, float temperature, float softcap, float lse, float lse0,
+          float a, float b, float c, float k) {
+  alignas(64) float buffer[kPiece + W], buffer0[kPiece + W];
+  const float inverse = 1.0f / temperature;
+  for (int64_t from = 0; from < count; from += kPiece) {
+    const int64_t m = count - from < kPiece ? count - from : kPiece;
+    widen(z, dtype, from, m, temperature, softcap, buffer);
+    if (z0) widen(z0, dtype, from, m, temperature, softcap, buffer0);
+    for (int64_t i = 0; i < m; i += W) {
+      const Vec v = load(buffer + i), p = exp2((v - lse) * kLog2e);
+      Vec d = p * (b == 0.0f ? splat(a) : a + b * (v == -kInf ? Vec{} : v));
+      d += p * p * c;
+      if (z0) d -= exp2((load(buffer0 + i) - lse0) * kLog2e) * k;
+      d *= inverse;
+      if (softcap != 0.0f) {
+        const Vec t = v * (temperature / softcap);
+        d *= 1.0f - t * t;
+      }
+      store(buffer + i, d);
+    }
+    store_row(buffer, 1.0f, m, dtype, grad, from);
+  }
+}
+
+const LogpCpuKernels kKernels = {update, grad};
+
+}  // namespace
+
+#define MMFAST_JOIN2(a, b) a##b
+#define MMFAST_JOIN(a, b) MMFAST_JOIN2(a, b)
+const LogpCpuKernels* MMFAST_JOIN(logp_cpu_kernels_, MMFAST_ISA)() { return &kKernels; }
+
+}  // namespace mmfast

@@ -1,0 +1,33 @@
+// Copyright the mmfast authors. SPDX-License-Identifier: Apache-2.0
+//
+// Inner loops of log-probabilities on the CPU, one instance per instruction set (linear_logp_cpu_isa.cpp is compiled once for each). Shared
+// with code compiled for newer machines: no inline functions, no templates of the standard library here.
+#pragma once
+#include <cstdint>
+
+#include "../common/dtype.h"
+
+namespace mmfast {
+
+// One row's share of a block, in units of z. `top` etc. as in LogpState; the row's own numbers are read and written in place.
+struct LogpRowState {
+  float top, sum, dot, square;
+  int64_t best;
+  float top0, sum0, cross;
+};
+
+struct LogpCpuKernels {
+  // Folds `count` logits (and z0's, or null) starting at vocabulary index `first` into the state.
+  void (*update)(const void* z, const void* z0, DType, int64_t count, int64_t first, float temperature, float softcap, bool wants_more,
+                 LogpRowState*);
+  // grad[j] = (p (a + b z + c p) - k p0) dz/dlogit for one row's block; the label's own term is the caller's.
+  void (*grad)(const void* z, const void* z0, void* grad, DType, int64_t count, float temperature, float softcap, float lse, float lse0,
+               float a, float b, float c, float k);
+};
+
+const LogpCpuKernels* logp_cpu_kernels_baseline();
+const LogpCpuKernels* logp_cpu_kernels_avx2();
+const LogpCpuKernels* logp_cpu_kernels_avx512();
+const LogpCpuKernels* logp_cpu_kernels_avx512_bf16();
+
+}  // namespace mmfast
