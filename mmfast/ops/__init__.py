@@ -12,6 +12,7 @@ from mmfast.ops.attention import (
     qformer_attention,
     qformer_attention_ref,
 )
+from mmfast.ops.preference import preference_loss, preference_loss_ref, segment_logp, segment_logp_ref
 from mmfast.ops.vq import (
     vq_code_stats,
     vq_code_stats_ref,
@@ -36,6 +37,10 @@ __all__ = [
     "merge_attention_ref",
     "qformer_attention",
     "qformer_attention_ref",
+    "preference_loss",
+    "preference_loss_ref",
+    "segment_logp",
+    "segment_logp_ref",
     "vq_code_stats",
     "vq_code_stats_ref",
     "vq_ema_step_",
