@@ -198,6 +198,7 @@ class _Settings(NamedTuple):
     tau: float
     divergence: str
     alpha: float
+    side_weights: tuple[float, float]
 
 
 def preference_loss(
@@ -288,14 +289,12 @@ def preference_loss(
     _known("preference_loss", "f_divergence_type", f_divergence_type, _DIVERGENCES)
     _known("preference_loss", "reduction", reduction, ("mean", "none"))
     answers = _Answers(chosen, rejected, ref_chosen, ref_rejected, chosen_lens, rejected_lens, rejected_scale, margin)
-    settings = _Settings(beta, label_smoothing, discopop_tau, f_divergence_type, f_alpha_divergence_coef)
+    sides = desirable_weight, undesirable_weight
+    settings = _Settings(beta, label_smoothing, discopop_tau, f_divergence_type, f_alpha_divergence_coef, sides)
     _refuse(names, weights, answers, settings, pair_weights, reduction)
     evaluate, total, rewards = _evaluate or _evaluate_op, 0.0, None
     for name, weight in zip(names, weights, strict=True):
-        if name == "kto":
-            losses, *won_lost = _kto(evaluate, answers, settings, (desirable_weight, undesirable_weight))
-        else:
-            losses, *won_lost = _SPECIAL.get(name, _pair)(name, evaluate, answers, settings)
+        losses, *won_lost = _SPECIAL.get(name, _pair)(name, evaluate, answers, settings)
         if pair_weights is not None:
             losses = losses * pair_weights.detach().to(losses.dtype)
         total = total + weight * (losses.sum() / max(losses.numel(), 1) if reduction == "mean" else losses)
@@ -311,37 +310,39 @@ def preference_loss_ref(
 
 
 def _refuse(names, weights, answers, settings, pair_weights, reduction) -> None:
-    """What cannot be, in one sentence."""
+    """What cannot be, in one sentence; sentences are made only when needed, since their numbers may be symbols of torch.compile."""
 
-    def check(good: bool, sentence: str) -> None:
+    def check(good: bool, sentence: Callable[[], str]) -> None:
         if not good:
-            raise ValueError(f"preference_loss: {sentence}")
+            raise ValueError(f"preference_loss: {sentence()}")
 
     chosen, rejected, ref_chosen, ref_rejected = answers[:4]
-    check(len(names) > 0 and len(weights) == len(names), f"expected a weight for each loss_type, got {len(weights)} for {len(names)}")
-    check(settings.beta > 0, f"expected beta > 0, got {settings.beta}")
-    check(0.0 <= settings.label_smoothing < 0.5, f"expected 0 <= label_smoothing < 0.5, got {settings.label_smoothing}")
-    check(rejected is None or (ref_chosen is None) == (ref_rejected is None), "give both ref_chosen and ref_rejected, or neither")
-    check(answers.margin is None or any(_LOSSES[n].margin is not None for n in names), f"{names[0]} has no margin")
+    check(len(weights) == len(names) > 0, lambda: f"expected a weight for each loss_type, got {len(weights)} for {len(names)}")
+    check(settings.beta > 0, lambda: f"expected beta > 0, got {settings.beta}")
+    check(0.0 <= settings.label_smoothing < 0.5, lambda: f"expected 0 <= label_smoothing < 0.5, got {settings.label_smoothing}")
+    check(rejected is None or (ref_chosen is None) == (ref_rejected is None), lambda: "give both ref_chosen and ref_rejected, or neither")
+    check(answers.margin is None or any(_LOSSES[n].margin is not None for n in names), lambda: f"{names[0]} has no margin")
     check(
         "kto" in names or rejected is None or rejected.shape == chosen.shape,
-        f"expected chosen and rejected [P] alike, got {list(chosen.shape)} and {None if rejected is None else list(rejected.shape)}",
+        lambda: f"expected chosen and rejected [P] alike, got {list(chosen.shape)} and {list(rejected.shape)}",
     )
     for name in names:
         loss = _LOSSES[name]
-        check(rejected is not None or name in ("anchor", "sft"), f"{name} compares pairs, rejected is None")
+        check(rejected is not None or name in ("anchor", "sft"), lambda: f"{name} compares pairs, rejected is None")
         check(
             not loss.lens or (answers.chosen_lens is not None and (name == "sft" or answers.rejected_lens is not None)),
-            f"{name} divides by the answers' lengths: give chosen_lens and rejected_lens (ones, if the log-probabilities are means already)",
+            lambda: f"{name} divides by the answers' lengths: give chosen_lens and rejected_lens (ones, if the inputs are means already)",
         )
-        check(loss.reference or ref_chosen is None, f"{name} has no reference; leave ref_chosen and ref_rejected out")
-        check(loss.reference or settings.divergence == "reverse_kl", f"{name} has no reference, so no {settings.divergence} from it")
-        batchwise = name in ("aot", "aot_unpaired", "kto")  # what is averaged are not the given pairs
-        check(not batchwise or pair_weights is None, f"{name} has no pairs for pair_weights to weigh")
-        check(answers.rejected_scale is None or not (batchwise or name in ("sft", "anchor")), f"{name} has no use for rejected_scale")
+        check(loss.reference or ref_chosen is None, lambda: f"{name} has no reference; leave ref_chosen and ref_rejected out")
         check(
-            name != "kto" or len(names) == 1 or reduction == "mean", "kto has a loss for each answer and cannot be added to pairs' losses"
+            loss.reference or settings.divergence == "reverse_kl", lambda: f"{name} has no reference, so no {settings.divergence} from it"
         )
+        batchwise = name in ("aot", "aot_unpaired", "kto")  # what is averaged are not the given pairs
+        check(not batchwise or pair_weights is None, lambda: f"{name} has no pairs for pair_weights to weigh")
+        scales = not batchwise and name not in ("sft", "anchor")
+        check(scales or answers.rejected_scale is None, lambda: f"{name} has no use for rejected_scale")
+        single = len(names) == 1 or reduction == "mean"
+        check(name != "kto" or single, lambda: "kto has a loss for each answer and cannot be added to pairs' losses")
 
 
 def _rewards(answers: _Answers, beta: float) -> tuple[Tensor, Tensor]:
@@ -352,7 +353,7 @@ def _rewards(answers: _Answers, beta: float) -> tuple[Tensor, Tensor]:
 
 def _pair(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
     loss, lens = _LOSSES[name], (answers.chosen_lens, answers.rejected_lens)
-    margin = loss.margin if answers.margin is None else answers.margin if loss.margin is not None else None
+    margin = None if loss.margin is None else answers.margin if answers.margin is not None else loss.margin or None
     answers = answers._replace(margin=margin)
     if not loss.lens:
         answers = answers._replace(chosen_lens=None, rejected_lens=None)
@@ -370,34 +371,36 @@ def _sft(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) 
 
 
 def _aot(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    a, c, ref_a, ref_c = (None if x is None else x.to(_wide(answers.chosen)).reshape(-1) for x in answers[:4])
+    a, c, ref_a, ref_c = (None if x is None else x.double().reshape(-1) for x in answers[:4])
     if ref_a is None:
         ref_a, ref_c = torch.zeros_like(a), torch.zeros_like(c)
     first, second = (a - c, ref_a - ref_c) if name == "aot" else (a - ref_a, c - ref_c)
     ranked = _Answers(first.sort().values, second.sort().values, None, None)
-    return evaluate("sigmoid", ranked, settings)[0].view(answers.chosen.shape), *_rewards(answers, settings.beta)
+    losses = evaluate("sigmoid", ranked, settings._replace(divergence="reverse_kl"))[0].to(_wide(answers.chosen))
+    return losses.view(answers.chosen.shape), *_rewards(answers, settings.beta)
 
 
-def _kto(evaluate: Callable, answers: _Answers, settings: _Settings, factors: tuple[float, float]) -> tuple[Tensor, Tensor, Tensor]:
+def _kto(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
     losses = []
     sides = (answers.chosen, answers.ref_chosen, 1), (answers.rejected, answers.ref_rejected, -1)
-    for (x, ref, sign), factor in zip(sides, factors, strict=True):  # a loss to be undone is a gain: the same curve, mirrored
+    for (x, ref, sign), factor in zip(sides, settings.side_weights, strict=True):  # a loss to be undone is a gain: the same curve, mirrored
         side = _Answers(x.reshape(-1), None, None if ref is None else ref.reshape(-1), None, margin=answers.margin)
         losses.append(factor * evaluate("prospect", side, settings._replace(beta=sign * settings.beta))[0])
     return torch.cat(losses), *_rewards(answers, settings.beta)
 
 
-_SPECIAL = {"sft": _sft, "aot": _aot, "aot_unpaired": _aot}
+_SPECIAL = {"sft": _sft, "aot": _aot, "aot_unpaired": _aot, "kto": _kto}
 
 
 def _evaluate_op(kernel: str, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    def column(x):
-        if x is None or isinstance(x, Tensor):
-            return x if x is None else (x if x.is_floating_point() else x.double()).reshape(-1)
-        return torch.full((1,), x, dtype=torch.float64, device=answers.chosen.device) if x else None
-
+    margin = answers.margin
+    if margin is not None and not isinstance(margin, Tensor):
+        margin = torch.full((1,), margin, dtype=torch.float64, device=answers.chosen.device)
+    # Lengths and severities are often whole numbers.
+    numbers = (x.double() if x is not None and not x.is_floating_point() else x for x in answers[4:7])
+    columns = (x if x is None else x.reshape(-1) for x in (*answers[:4], *numbers, margin))
     losses, rewards, _ = torch.ops.mmfast.preference_pairs(
-        *map(column, answers), _KERNELS.index(kernel), _DIVERGENCES.index(settings.divergence), settings.alpha, *settings[:3]
+        *columns, _KERNELS.index(kernel), _DIVERGENCES.index(settings.divergence), settings.alpha, *settings[:3]
     )
     return tuple(x.view(answers.chosen.shape) for x in (losses, *rewards))
 
@@ -408,7 +411,7 @@ def _evaluate_ref(kernel: str, answers: _Answers, settings: _Settings) -> tuple[
     chosen, rejected, ref_chosen, ref_rejected, n, n_, scale, m = (
         None if x is None else x.to(wide) if isinstance(x, Tensor) else x * one for x in answers
     )
-    b, eps, tau, divergence, alpha = settings
+    b, eps, tau, divergence, alpha, _ = settings
     a = chosen - (0 if ref_chosen is None else ref_chosen)
     lost = torch.zeros_like(a) if rejected is None else rejected - (0 if ref_rejected is None else ref_rejected)
     c = lost if scale is None else scale * lost
