@@ -1,6 +1,28 @@
 """Objectives as pure functions of log-probabilities and logits."""
 
 from mmfast.losses.lm import label_logp, token_cross_entropy
-from mmfast.losses.preference import preference_loss, segment_logp
+from mmfast.losses.preference import (
+    anchor,
+    contrast,
+    forward_kl,
+    kto_margin,
+    likelihood,
+    phrase_contrast,
+    preference_loss,
+    segment_logp,
+    wpo_weights,
+)
 
-__all__ = ["label_logp", "preference_loss", "segment_logp", "token_cross_entropy"]
+__all__ = [
+    "anchor",
+    "contrast",
+    "forward_kl",
+    "kto_margin",
+    "label_logp",
+    "likelihood",
+    "phrase_contrast",
+    "preference_loss",
+    "segment_logp",
+    "token_cross_entropy",
+    "wpo_weights",
+]

@@ -1,101 +1,109 @@
-"""Preference terms: pure functions of sequence log-probabilities.
+"""The terms of preference objectives, pure functions of what policy and reference make of an answer.
 
-Letters: S sequences, P pairs, T tokens. A sequence's log-probability is the sum over its scored tokens; everything is accumulated in fp32
-at least, because half-precision sums over a few hundred tokens are off by whole units.
+A method is a sum of terms over views (a text scored under an image): DPO is one contrast, mDPO two contrasts and an anchor, STIC a
+contrast and a likelihood, POVID two half contrasts, RLHF-V a contrast of sums with dense token weights, HALVA a phrase contrast and a
+forward KL. ``preference_loss`` has the other pair losses by name.
+
+Letters: S sequences, P pairs, B samples, K phrases, V vocabulary. Unless said otherwise a sequence's log-probability is the sum over its
+answer's tokens (``segment_logp``), and terms average over pairs.
 """
 
-import difflib
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-LOSS_TYPES = ("sigmoid",)
-
-
-def segment_logp(
-    logp: Tensor,
-    seq_ids: Tensor,
-    *,
-    token_weights: Tensor | None = None,
-    norm: str = "none",
-    num_segments: int | None = None,
-) -> Tensor:
-    """Sum token log-probabilities by sequence.
-
-    Args:
-        logp: ``[...]`` token log-probabilities.
-        seq_ids: ``[...]`` int64, which sequence a token belongs to; negative: none (prompt, image, padding).
-        token_weights: ``[...]``, a factor for each token, say more for corrected words (RLHF-V, arXiv:2312.00849).
-        norm: ``none`` for the sum; ``count`` divides by the number of tokens, ``weight`` by the sum of their weights.
-        num_segments: S; read from ``seq_ids`` when left out, which waits for the device.
-
-    Returns:
-        ``[S]`` in fp32 (fp64 for fp64 input). A sequence without tokens gets 0.
-    """
-    if logp.shape != seq_ids.shape or (token_weights is not None and token_weights.shape != logp.shape):
-        weights = None if token_weights is None else list(token_weights.shape)
-        raise ValueError(
-            f"segment_logp: expected one shape, got logp {list(logp.shape)}, seq_ids {list(seq_ids.shape)}, token_weights {weights}"
-        )
-    if norm not in ("none", "count", "weight"):
-        raise ValueError(f"segment_logp: unknown norm {norm!r}, expected none, count or weight")
-    if num_segments is None:
-        num_segments = int(seq_ids.max()) + 1 if seq_ids.numel() else 0
-    keep = seq_ids >= 0
-    ids, values = seq_ids[keep], logp[keep]
-    values = values if values.dtype == torch.float64 else values.float()
-    weights = torch.ones_like(values) if token_weights is None else token_weights[keep].to(values.dtype)
-    zeros = values.new_zeros(num_segments)
-    sums = zeros.index_add(0, ids, values * weights)
-    if norm == "none":
-        return sums
-    per_token = torch.ones_like(values) if norm == "count" else weights
-    return sums / zeros.index_add(0, ids, per_token).clamp_min(torch.finfo(values.dtype).tiny)
+from mmfast.ops.preference import preference_loss, segment_logp
 
 
-def preference_loss(
+def contrast(
     chosen: Tensor,
     rejected: Tensor,
     ref_chosen: Tensor | None = None,
     ref_rejected: Tensor | None = None,
     *,
-    loss_type: str = "sigmoid",
     beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    reduction: str = "mean",
+    severity: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """How well the policy tells the better of two answers.
+    """``-log sigmoid(beta [(chosen - ref_chosen) - severity (rejected - ref_rejected)])``: DPO (arXiv:2305.18290, eq. 7).
 
-    With ``a = chosen - ref_chosen``, ``c = rejected - ref_rejected`` and ``d = beta (a - c)``:
+    ``rejected`` may be another answer, the same answer under a degraded image (the conditional contrast of mDPO, arXiv:2406.11839), or the
+    tokens that a noised image suggests in its place (POVID, arXiv:2402.11411). ``severity`` (HSA-DPO, arXiv:2404.14233): how bad the
+    rejected answer is, 1 to 3. Returns the loss and both rewards, as ``preference_loss``.
+    """
+    return preference_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta, rejected_scale=severity)
 
-    ``sigmoid``  ``(1 - eps) softplus(-d) + eps softplus(d)``, eps the label smoothing: DPO (arXiv:2305.18290, eq. 7), and with eps > 0
-    its conservative form (the labels are wrong with probability eps). ``softplus`` stays linear where ``-log(sigmoid)`` would overflow.
+
+def anchor(chosen: Tensor, ref_chosen: Tensor, *, beta: float = 0.1, margin: float = 0.0) -> Tensor:
+    """``-log sigmoid(beta (chosen - ref_chosen) - margin)``: the chosen reward shall exceed a margin (mDPO, arXiv:2406.11839).
+
+    Without it a contrast may sink both answers as long as the rejected one sinks faster.
+    """
+    return preference_loss(chosen, None, ref_chosen, loss_type="anchor", beta=beta, margin=margin)[0]
+
+
+def likelihood(logp: Tensor, lens: Tensor | None = None) -> Tensor:
+    """The negative log-probability of answers: a mean over sequences of their sums, or with ``lens`` a mean over all their tokens.
+
+    STIC's weight (arXiv:2405.19716; 1 / 1024 in its code) belongs to the first; that of RPO (arXiv:2404.19733), CPO, ORPO and supervised
+    training to the second, the same as ``preference_loss``'s ``sft``.
+    """
+    total = logp.to(torch.float64 if logp.dtype == torch.float64 else torch.float32).sum()
+    return -total / (max(logp.numel(), 1) if lens is None else lens.sum().clamp_min(1))
+
+
+def phrase_contrast(correct: Tensor, wrong: Tensor, present: Tensor | None = None, *, padded_mean: bool = False) -> Tensor:
+    """``log(1 + exp(wrong - correct))`` for every pair of aligned phrases, no reference: HALVA (arXiv:2405.18654).
 
     Args:
-        chosen, rejected: ``[P]`` log-probabilities under the policy. ref_chosen, ref_rejected: the same under the reference; left out
-            both, the reference is uniform (its ratio is 1).
-        reduction: ``mean`` or ``none``.
-
-    Returns:
-        ``(loss, chosen_rewards, rejected_rewards)``: the loss, a scalar or ``[P]``; the implicit rewards ``beta a`` and ``beta c``,
-        ``[P]``, without gradient.
+        correct, wrong: ``[B, K]`` or any one shape, sums over a phrase's tokens (``segment_logp`` with ``segment_ids``), each token
+            conditioned on its own text. The two texts of a sample must have the same number of phrases.
+        present: bool, which phrases exist; default those that do not sum to 0 on both sides.
+        padded_mean: average over all places, absent phrases giving log 2 (HALVA's code), instead of over the phrases that exist (its
+            paper). Samples with fewer phrases than the batch's largest then pull less.
     """
-    if loss_type not in LOSS_TYPES:
-        close = difflib.get_close_matches(loss_type, LOSS_TYPES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f", expected one of {', '.join(LOSS_TYPES)}"
-        raise ValueError(f"preference_loss: unknown loss_type {loss_type!r}{hint}")
-    if (ref_chosen is None) != (ref_rejected is None):
-        raise ValueError("preference_loss: give both ref_chosen and ref_rejected, or neither")
-    if not 0.0 <= label_smoothing < 0.5:
-        raise ValueError(f"preference_loss: expected 0 <= label_smoothing < 0.5, got {label_smoothing}")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"preference_loss: unknown reduction {reduction!r}, expected mean or none")
-    a, c = (x if x.dtype == torch.float64 else x.float() for x in (chosen, rejected))
-    if ref_chosen is not None:
-        a, c = a - ref_chosen.to(a.dtype), c - ref_rejected.to(c.dtype)
-    if a.shape != c.shape:
-        raise ValueError(f"preference_loss: expected chosen and rejected [P] alike, got {list(a.shape)} and {list(c.shape)}")
-    d = beta * (a - c)
-    loss = (1 - label_smoothing) * F.softplus(-d) + (label_smoothing * F.softplus(d) if label_smoothing else 0.0)
-    return (loss.mean() if reduction == "mean" else loss), (beta * a).detach(), (beta * c).detach()
+    losses = preference_loss(correct, wrong, beta=1.0, reduction="none")[0]
+    if padded_mean:
+        return losses.sum() / max(losses.numel(), 1)
+    present = (correct != 0) | (wrong != 0) if present is None else present
+    return torch.where(present, losses, 0.0).sum() / present.sum().clamp_min(1)
+
+
+def forward_kl(
+    logits: Tensor, ref_logits: Tensor, keep: Tensor | None = None, *, total: float | Tensor | None = None, chunk: int = 1024
+) -> Tensor:
+    """``KL(reference || policy)`` over the whole vocabulary, summed over tokens, divided by ``total``.
+
+    HALVA (arXiv:2405.18654) keeps the policy near the reference on other samples by it, dividing by their number.
+
+    Args:
+        logits, ref_logits: ``[.., V]``, logits or log-probabilities; the reference is a constant.
+        keep: bool ``[..]``, the tokens that count; default all.
+        total: what to divide by; default the number of tokens.
+        chunk: tokens at a time, in backward too: beside the gradient, nothing of the size of all logits is made.
+    """
+    flat, ref = logits.reshape(-1, logits.shape[-1]), ref_logits.detach().reshape(-1, logits.shape[-1])
+    rows = torch.arange(len(flat), device=flat.device) if keep is None else keep.reshape(-1).nonzero().squeeze(-1)
+    pieces = [checkpoint(_kl_of_rows, flat, ref, part, use_reentrant=False) for part in rows.split(chunk)]
+    return sum(pieces) / (max(len(rows), 1) if total is None else total)
+
+
+def _kl_of_rows(logits: Tensor, ref: Tensor, rows: Tensor) -> Tensor:
+    logq, logp = (x[rows].to(torch.float64 if x.dtype == torch.float64 else torch.float32).log_softmax(-1) for x in (logits, ref))
+    p = logp.exp()
+    return torch.where(p > 0, p * (logp - logq), 0.0).sum()  # a token that the reference excludes adds 0, not 0 times infinity
+
+
+def kto_margin(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """KTO's reference point ``max(0, mean(logp - ref_logp))`` over answers that belong to other prompts (arXiv:2402.01306), a constant.
+
+    Average over ranks before use; give it to ``preference_loss`` as the margin.
+    """
+    return (logp.detach() - ref_logp.detach()).double().mean().clamp_min(0)
+
+
+def wpo_weights(logp: Tensor, log_square_sum: Tensor, seq_ids: Tensor, num_segments: int | None = None) -> Tensor:
+    """``exp(mean_t[logp_t - log sum_v p_tv^2])`` of each sequence, a constant: WPO (arXiv:2406.11827).
+
+    A pair's weight is the product of its two answers'. ``log_square_sum`` is ``logsumexp(2 z) - 2 logsumexp(z)`` over a token's logits z.
+    """
+    return segment_logp(logp.detach() - log_square_sum.detach(), seq_ids, norm="count", num_segments=num_segments).exp()

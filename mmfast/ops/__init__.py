@@ -23,6 +23,7 @@ from mmfast.ops.linear_logp import (
     linear_logp_pair_ref,
     linear_logp_ref,
 )
+from mmfast.ops.preference import preference_loss, preference_loss_ref, segment_logp, segment_logp_ref
 from mmfast.ops.vq import (
     vq_code_stats,
     vq_code_stats_ref,
@@ -56,6 +57,10 @@ __all__ = [
     "merge_attention_ref",
     "qformer_attention",
     "qformer_attention_ref",
+    "preference_loss",
+    "preference_loss_ref",
+    "segment_logp",
+    "segment_logp_ref",
     "vq_code_stats",
     "vq_code_stats_ref",
     "vq_ema_step_",
