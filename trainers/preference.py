@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mmfast.data import chat, images
 from mmfast.data.supervised import read_records, report_faults
-from mmfast.losses import label_logp, preference_loss, segment_logp
+from mmfast.losses import preference_loss, segment_logp
+from mmfast.ops import linear_logp
 from mmfast.spec import Alignment, Contrast
 
 from .evaluate import caption_all
@@ -95,9 +96,9 @@ def view_logps(session: Session, source: PairSource, states: Tensor, texts: list
     ids, labels = chat.stack([source.rows[text].batch(index) for text in texts], session.tokenizer.pad_token_id)
     model, rows = session.model, torch.arange(len(index)).repeat(len(texts))
     hidden = model.hidden(ids, image_embeds=model.connector(states[source.picture_of[index]])[rows])
-    keep = labels[:, 1:] != chat.IGNORE
-    logp = label_logp(model.language.get_output_embeddings()(hidden[:, :-1][keep]), labels[:, 1:][keep])
-    sequence = torch.arange(len(ids)).unsqueeze(1).expand_as(keep)[keep]
+    keep, head = labels[:, 1:] != chat.IGNORE, model.language.get_output_embeddings()
+    logp = linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias)
+    sequence = torch.arange(len(ids)).unsqueeze(1).where(keep, -1)
     total = segment_logp(logp, sequence, num_segments=len(ids))
     return list(total.chunk(len(texts))), list(keep.sum(-1).chunk(len(texts)))
 

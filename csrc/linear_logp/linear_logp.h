@@ -42,6 +42,11 @@ enum LogpOutput : int {
   kLogp0,
   kLse0,
   kKl,  // sum p0 (log p0 - log p)
+  // Where the gradient starts from: exp(z - lse) is formed as exp((z - top) - log sum), for lse alone is rounded where z is large.
+  kShift,   // top
+  kLogSum,  // log sum e
+  kShift0,
+  kLogSum0,
   kLogpOutputs
 };
 
@@ -69,8 +74,8 @@ struct LogpUpdateArgs {
   void* out;    // [kLogpOutputs, n]  the same type
 };
 
-// dz_j = [ p_j (a + b z_j + c p_j) + g [j = label] - k p0_j ] dz/dlogit,  from the gradients g of logp, r of lse, e of entropy, q of
-// squares, k of kl:   a = k + r - g - e (H - lse) - 2 q S,   b = -e,   c = 2 q,   H the entropy, S the sum of squares.
+// dz_j = [ p_j (a + b (z_j - top) + c p_j) + g [j = label] - k p0_j ] dz/dlogit,  from the gradients g of logp, r of lse, e of entropy, q
+// of squares, k of kl:   a = k + r - g - e (H - log sum) - 2 q S,   b = -e,   c = 2 q,   H the entropy, S the sum of squares.
 struct LogpGradArgs {
   LogpRows rows;
   LogpBlock z, z0;

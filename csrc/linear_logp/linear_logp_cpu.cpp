@@ -36,10 +36,11 @@ const char* row_of(const LogpBlock& b, DType dtype, int64_t r) {
   return b.data ? static_cast<const char*>(b.data) + r * b.stride * dtype_size(dtype) : nullptr;
 }
 
-// z and dz/dlogit of one logit; the label's are worked out here, outside the vector loops.
+// z and dz/dlogit of one logit; the label's are worked out here, outside the vector loops, and with their rounding of z.
 struct Capped {
   double z, slope;
 };
+template <class T>
 Capped capped(const LogpRows& rows, double logit) {
   double slope = 1 / rows.temperature;
   if (rows.softcap != 0) {
@@ -47,7 +48,7 @@ Capped capped(const LogpRows& rows, double logit) {
     logit = rows.softcap * t;
     slope *= 1 - t * t;
   }
-  return {logit / rows.temperature, slope};
+  return {double(T(logit) * (T(1) / T(rows.temperature))), slope};
 }
 
 // T: the type of state and out.
@@ -58,9 +59,10 @@ struct Row {
   T& operator[](int row) const { return data[row * n]; }
 };
 
-void update_double(const LogpUpdateArgs& a, const double* z, const double* z0, const Row<double>& s) {
+void update_double(const LogpUpdateArgs& a, const double* z, const double* z0, int64_t at, const Row<double>& s) {
   for (int64_t c = 0; c < a.rows.columns; ++c) {
-    const double v = capped(a.rows, z[c]).z;
+    const double v = capped<double>(a.rows, z[c]).z;
+    if (c == at) s[kLabel] = v;
     if (v > s[kTop] || (v != v)) {
       const double shrink = s[kTop] == -kInf ? 0.0 : std::exp(s[kTop] - v);
       s[kDot] = s[kSum] > 0 ? (s[kDot] + s[kSum] * (s[kTop] - v)) * shrink : 0.0;
@@ -71,7 +73,8 @@ void update_double(const LogpUpdateArgs& a, const double* z, const double* z0, c
     const double e = v == -kInf ? 0.0 : std::exp(v - s[kTop]);
     s[kSum] += e, s[kDot] += v == -kInf ? 0.0 : e * (v - s[kTop]), s[kSquare] += e * e;
     if (!z0) continue;
-    const double v0 = capped(a.rows, z0[c]).z;
+    const double v0 = capped<double>(a.rows, z0[c]).z;
+    if (c == at) s[kLabel0] = v0;
     if (v0 > s[kTop0]) {
       const double shrink = s[kTop0] == -kInf ? 0.0 : std::exp(s[kTop0] - v0);
       s[kSum0] *= shrink, s[kCross] *= shrink;
@@ -84,20 +87,21 @@ void update_double(const LogpUpdateArgs& a, const double* z, const double* z0, c
 
 template <class T>
 void finish(const LogpUpdateArgs& a, int64_t label, const Row<T>& s, const Row<T>& out) {
-  const T lse = s[kTop] + std::log(s[kSum]);
-  out[kLse] = lse;
-  out[kLogp] = std::min(s[kLabel] - lse, T(0));
-  if (s[kLabel] != s[kLabel] || lse != lse) out[kLogp] = std::numeric_limits<T>::quiet_NaN();
+  const T log_sum = std::log(s[kSum]), logp = (s[kLabel] - s[kTop]) - log_sum;
+  out[kLogp] = logp > T(0) ? T(0) : logp;
+  out[kLse] = s[kTop] + log_sum;
+  out[kShift] = s[kTop], out[kLogSum] = log_sum;
   if (a.wants_more) {
-    out[kEntropy] = std::log(s[kSum]) - s[kDot] / s[kSum];
+    out[kEntropy] = log_sum - s[kDot] / s[kSum];
     out[kSquares] = s[kSquare] / (s[kSum] * s[kSum]);
     out[kHit] = T(int64_t(s[kBest]) == label);
   }
   if (a.z0.data) {
-    const T lse0 = s[kTop0] + std::log(s[kSum0]);
-    out[kLse0] = lse0;
-    out[kLogp0] = std::min(s[kLabel0] - lse0, T(0));
-    out[kKl] = s[kCross] / s[kSum0] - lse0 + lse;
+    const T log_sum0 = std::log(s[kSum0]), logp0 = (s[kLabel0] - s[kTop0]) - log_sum0;
+    out[kLogp0] = logp0 > T(0) ? T(0) : logp0;
+    out[kLse0] = s[kTop0] + log_sum0;
+    out[kShift0] = s[kTop0], out[kLogSum0] = log_sum0;
+    out[kKl] = s[kCross] / s[kSum0] + (s[kTop] - s[kTop0]) + (log_sum - log_sum0);
   }
 }
 
@@ -120,16 +124,13 @@ void update(const LogpUpdateArgs& a) {
       }
       const char *z = row_of(a.z, rows.dtype, r), *z0 = row_of(a.z0, rows.dtype, r);
       if constexpr (sizeof(T) == 8) {
-        update_double(a, reinterpret_cast<const double*>(z), reinterpret_cast<const double*>(z0), s);
+        update_double(a, reinterpret_cast<const double*>(z), reinterpret_cast<const double*>(z0), at, s);
       } else {
-        LogpRowState state{s[kTop], s[kSum], s[kDot], s[kSquare], int64_t(s[kBest]), s[kTop0], s[kSum0], s[kCross]};
-        k.update(z, z0, rows.dtype, rows.columns, rows.first, float(rows.temperature), float(rows.softcap), a.wants_more, &state);
+        LogpRowState state{s[kTop], s[kSum], s[kDot], s[kSquare], int64_t(s[kBest]), s[kTop0], s[kSum0], s[kCross], s[kLabel], s[kLabel0]};
+        k.update(z, z0, rows.dtype, rows.columns, rows.first, at, float(rows.temperature), float(rows.softcap), a.wants_more, &state);
         s[kTop] = state.top, s[kSum] = state.sum, s[kDot] = state.dot, s[kSquare] = state.square, s[kBest] = T(state.best);
         s[kTop0] = state.top0, s[kSum0] = state.sum0, s[kCross] = state.cross;
-      }
-      if (at >= 0 && at < rows.columns) {
-        s[kLabel] = T(capped(rows, load_double(z, rows.dtype, at)).z);
-        if (z0) s[kLabel0] = T(capped(rows, load_double(z0, rows.dtype, at)).z);
+        s[kLabel] = state.label, s[kLabel0] = state.label0;
       }
       if (a.ends) finish(a, label, s, out);
     }
@@ -147,30 +148,32 @@ void grad(const LogpGradArgs& a) {
       char* to = const_cast<char*>(row_of(a.grad, rows.dtype, r));
       const int64_t at = rows.labels[r] - rows.first;
       const T g = value(a.g, r), e = value(a.e, r), q = value(a.q, r), k = a.z0.data ? value(a.k, r) : T(0);
-      const T lse = out[kLse], A = k + value(a.r, r) - g - e * (out[kEntropy] - lse) - 2 * q * out[kSquares], B = -e, C = 2 * q;
+      const T top = out[kShift], log_sum = out[kLogSum];
+      const double A =
+          double(k) + value(a.r, r) - g - (e != 0 ? double(e) * (out[kEntropy] - log_sum) : 0.0) - (q != 0 ? 2.0 * q * out[kSquares] : 0.0);
+      const T B = -e, C = 2 * q;
       if (rows.labels[r] == rows.ignore_index || (A == 0 && B == 0 && C == 0 && g == 0 && k == 0)) {
         std::fill_n(to, rows.columns * dtype_size(rows.dtype), char(0));
         continue;
       }
       const char *z = row_of(a.z, rows.dtype, r), *z0 = k != 0 ? row_of(a.z0, rows.dtype, r) : nullptr;
+      const T top0 = z0 ? out[kShift0] : T(0), log_sum0 = z0 ? out[kLogSum0] : T(0);
+      const auto slope_at = [&](double logit, double logit0, double one) {
+        const Capped v = capped<T>(rows, logit);
+        const double y = v.z - top, p = std::exp(y - log_sum), p0 = z0 ? std::exp(capped<T>(rows, logit0).z - top0 - log_sum0) : 0.0;
+        return (p * (A + (B == 0 || v.z == -kInf ? 0.0 : B * y) + C * p) + one - k * p0) * v.slope;
+      };
       const bool here = at >= 0 && at < rows.columns;
-      const Capped label = here ? capped(rows, load_double(z, rows.dtype, at)) : Capped{};
-      const double label0 = here && z0 ? capped(rows, load_double(z0, rows.dtype, at)).z : 0.0;
+      const double label = here ? load_double(z, rows.dtype, at) : 0.0, label0 = here && z0 ? load_double(z0, rows.dtype, at) : 0.0;
       if constexpr (sizeof(T) == 8) {
         const double *from = reinterpret_cast<const double*>(z), *from0 = reinterpret_cast<const double*>(z0);
-        for (int64_t c = 0; c < rows.columns; ++c) {
-          const Capped v = capped(rows, from[c]);
-          const double p = std::exp(v.z - lse), p0 = z0 ? std::exp(capped(rows, from0[c]).z - out[kLse0]) : 0.0;
-          reinterpret_cast<double*>(to)[c] = (p * (A + (B == 0 || v.z == -kInf ? 0.0 : B * v.z) + C * p) - k * p0) * v.slope;
-        }
+        for (int64_t c = 0; c < rows.columns; ++c) reinterpret_cast<double*>(to)[c] = slope_at(from[c], z0 ? from0[c] : 0.0, 0.0);
       } else {
-        kernel.grad(z, z0, to, rows.dtype, rows.columns, float(rows.temperature), float(rows.softcap), lse, z0 ? out[kLse0] : 0.0f, A, B, C,
-                    k);
+        kernel.grad(z, z0, to, rows.dtype, rows.columns, float(rows.temperature), float(rows.softcap), top, log_sum, top0, log_sum0, A, B,
+                    C, k);
       }
-      if (here) {  // anew, for rounding p and adding 1 to it would lose bits
-        const double p = std::exp(label.z - double(lse)), p0 = z0 ? std::exp(label0 - double(out[kLse0])) : 0.0;
-        store_double(to, rows.dtype, at, (p * (A + (B == 0 ? 0.0 : B * label.z) + C * p) + g - k * p0) * label.slope);
-      }
+      // The label's own, anew from the logit read before it was overwritten: adding 1 to a rounded p would lose bits.
+      if (here) store_double(to, rows.dtype, at, slope_at(label, label0, g));
     }
   });
 }

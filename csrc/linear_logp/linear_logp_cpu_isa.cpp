@@ -55,19 +55,21 @@ MMFAST_INLINE float top_of(const float* z, int64_t count) {
   return max_of(top);
 }
 
-void update(const void* z, const void* z0, DType dtype, int64_t count, int64_t first, float temperature, float softcap, bool wants_more,
-            LogpRowState* state) {
+void update(const void* z, const void* z0, DType dtype, int64_t count, int64_t first, int64_t at, float temperature, float softcap,
+            bool wants_more, LogpRowState* state) {
   alignas(64) float buffer[kPiece + W], buffer0[kPiece + W];
   LogpRowState s = *state;
   for (int64_t from = 0; from < count; from += kPiece) {
     const int64_t m = count - from < kPiece ? count - from : kPiece;
+    const bool here = at >= from && at < from + m;
     widen(z, dtype, from, m, temperature, softcap, buffer);
+    if (here) s.label = buffer[at - from];
     const float top = top_of(buffer, m);
     if (top > s.top) {
       if (wants_more) {
-        int64_t at = 0;
-        while (at + 1 < m && buffer[at] != top) ++at;
-        s.best = first + from + at;
+        int64_t best = 0;
+        while (best + 1 < m && buffer[best] != top) ++best;
+        s.best = first + from + best;
       }
       const float shrink = exp_of(s.top - top);
       s.dot = s.sum > 0 ? (s.dot + s.sum * (s.top - top)) * shrink : 0.0f;
@@ -92,6 +94,7 @@ void update(const void* z, const void* z0, DType dtype, int64_t count, int64_t f
     s.sum += sum_of(sum);
     if (!z0) continue;
     widen(z0, dtype, from, m, temperature, softcap, buffer0);
+    if (here) s.label0 = buffer0[at - from];
     const float top0 = top_of(buffer0, m);
     if (top0 > s.top0) {
       const float shrink = exp_of(s.top0 - top0);
@@ -112,8 +115,8 @@ void update(const void* z, const void* z0, DType dtype, int64_t count, int64_t f
   *state = s;
 }
 
-void grad(const void* z, const void* z0, void* grad, DType dtype, int64_t count, float temperature, float softcap, float lse, float lse0,
-          float a, float b, float c, float k) {
+void grad(const void* z, const void* z0, void* grad, DType dtype, int64_t count, float temperature, float softcap, float top, float log_sum,
+          float top0, float log_sum0, float a, float b, float c, float k) {
   alignas(64) float buffer[kPiece + W], buffer0[kPiece + W];
   const float inverse = 1.0f / temperature;
   for (int64_t from = 0; from < count; from += kPiece) {
@@ -121,10 +124,10 @@ void grad(const void* z, const void* z0, void* grad, DType dtype, int64_t count,
     widen(z, dtype, from, m, temperature, softcap, buffer);
     if (z0) widen(z0, dtype, from, m, temperature, softcap, buffer0);
     for (int64_t i = 0; i < m; i += W) {
-      const Vec v = load(buffer + i), p = exp2((v - lse) * kLog2e);
-      Vec d = p * (b == 0.0f ? splat(a) : a + b * (v == -kInf ? Vec{} : v));
+      const Vec v = load(buffer + i), y = v - top, p = exp2((y - log_sum) * kLog2e);
+      Vec d = p * (b == 0.0f ? splat(a) : a + b * (v == -kInf ? Vec{} : y));
       d += p * p * c;
-      if (z0) d -= exp2((load(buffer0 + i) - lse0) * kLog2e) * k;
+      if (z0) d -= exp2((load(buffer0 + i) - top0 - log_sum0) * kLog2e) * k;
       d *= inverse;
       if (softcap != 0.0f) {
         const Vec t = v * (temperature / softcap);

@@ -14,15 +14,17 @@ struct LogpRowState {
   float top, sum, dot, square;
   int64_t best;
   float top0, sum0, cross;
+  float label, label0;  // set by the block that holds the label
 };
 
 struct LogpCpuKernels {
-  // Folds `count` logits (and z0's, or null) starting at vocabulary index `first` into the state.
-  void (*update)(const void* z, const void* z0, DType, int64_t count, int64_t first, float temperature, float softcap, bool wants_more,
-                 LogpRowState*);
-  // grad[j] = (p (a + b z + c p) - k p0) dz/dlogit for one row's block; the label's own term is the caller's.
-  void (*grad)(const void* z, const void* z0, void* grad, DType, int64_t count, float temperature, float softcap, float lse, float lse0,
-               float a, float b, float c, float k);
+  // Folds `count` logits (and z0's, or null) starting at vocabulary index `first` into the state; the label is logit `at`, if there.
+  void (*update)(const void* z, const void* z0, DType, int64_t count, int64_t first, int64_t at, float temperature, float softcap,
+                 bool wants_more, LogpRowState*);
+  // grad[j] = (p (a + b y + c p) - k p0) dz/dlogit for one row's block, y = z - top, p = exp(y - log_sum); the label's own term is the
+  // caller's.
+  void (*grad)(const void* z, const void* z0, void* grad, DType, int64_t count, float temperature, float softcap, float top, float log_sum,
+               float top0, float log_sum0, float a, float b, float c, float k);
 };
 
 const LogpCpuKernels* logp_cpu_kernels_baseline();

@@ -214,19 +214,23 @@ __global__ void __launch_bounds__(kThreads, 2) update_kernel(LogpUpdateArgs a) {
     return;
   }
   const A bad = label < 0 || label >= rows.V ? A(__builtin_nan("")) : A(0);
-  const A lse = s.top + log(s.sum), logp = at_label - lse;
+  const A log_sum = log(s.sum), logp = (at_label - s.top) - log_sum;
   out[kLogp * rows.n] = (logp > A(0) ? A(0) : logp) + bad;
-  out[kLse * rows.n] = lse + bad;
+  out[kLse * rows.n] = s.top + log_sum + bad;
+  out[kShift * rows.n] = s.top;
+  out[kLogSum * rows.n] = log_sum + bad;
   if constexpr (More) {
-    out[kEntropy * rows.n] = log(s.sum) - s.dot / s.sum + bad;
+    out[kEntropy * rows.n] = log_sum - s.dot / s.sum + bad;
     out[kSquares * rows.n] = s.square / (s.sum * s.sum) + bad;
     out[kHit * rows.n] = s.best == label ? A(1) : A(0);
   }
   if constexpr (Reference) {
-    const A lse0 = s.top0 + log(s.sum0), logp0 = at_label0 - lse0;
+    const A log_sum0 = log(s.sum0), logp0 = (at_label0 - s.top0) - log_sum0;
     out[kLogp0 * rows.n] = (logp0 > A(0) ? A(0) : logp0) + bad;
-    out[kLse0 * rows.n] = lse0 + bad;
-    out[kKl * rows.n] = s.cross / s.sum0 - lse0 + lse + bad;
+    out[kLse0 * rows.n] = s.top0 + log_sum0 + bad;
+    out[kShift0 * rows.n] = s.top0;
+    out[kLogSum0 * rows.n] = log_sum0 + bad;
+    out[kKl * rows.n] = s.cross / s.sum0 + (s.top - s.top0) + (log_sum - log_sum0) + bad;
   }
 }
 
@@ -239,11 +243,13 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(LogpGradArgs a) {
   const auto upstream = [&](const void* p) { return p ? static_cast<const A*>(p)[r] : A(0); };
   const auto known = [&](int i) { return out[i * rows.n]; };
   const int64_t label = rows.labels[r];
-  const A g = upstream(a.g), e = upstream(a.e), q = upstream(a.q), k = a.z0.data ? upstream(a.k) : A(0), lse = known(kLse);
+  const A g = upstream(a.g), e = upstream(a.e), q = upstream(a.q), k = a.z0.data ? upstream(a.k) : A(0), top = known(kShift),
+          log_sum = known(kLogSum);
   const A b = -e, c = 2 * q;
-  const A line = k + upstream(a.r) - g - (e != A(0) ? e * (known(kEntropy) - lse) : A(0)) - (q != A(0) ? 2 * q * known(kSquares) : A(0));
+  const A line =
+      k + upstream(a.r) - g - (e != A(0) ? e * (known(kEntropy) - log_sum) : A(0)) - (q != A(0) ? 2 * q * known(kSquares) : A(0));
   const bool ignored = label == rows.ignore_index;
-  const A lse0 = k != A(0) ? known(kLse0) : A(0);
+  const A top0 = k != A(0) ? known(kShift0) : A(0), log_sum0 = k != A(0) ? known(kLogSum0) : A(0);
   const Cap<A> cap{A(1 / rows.temperature), A(rows.softcap)};
   const char *z = static_cast<const char*>(a.z.data) + r * a.z.stride * E::kSize,
              *z0 = k != A(0) ? static_cast<const char*>(a.z0.data) + r * a.z0.stride * E::kSize : nullptr;
@@ -261,9 +267,9 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(LogpGradArgs a) {
     for (int u = 0; u < kPack<E>; ++u) {
       A d = 0;
       if (!ignored) {
-        const A x = cap(v[u]), p = exponential(x - lse);
-        d = p * (line + (b == A(0) || x == -infinity<A>() ? A(0) : b * x) + c * p);
-        if (z0) d -= k * exponential(cap(v0[u]) - lse0);
+        const A x = cap(v[u]), y = x - top, p = exponential(y - log_sum);
+        d = p * (line + (b == A(0) || x == -infinity<A>() ? A(0) : b * y) + c * p);
+        if (z0) d -= k * exponential(cap(v0[u]) - top0 - log_sum0);
         if (rows.first + i + u == label) d += g;
         d *= cap.slope(x);
       }

@@ -1,6 +1,6 @@
 """Objectives as pure functions of log-probabilities and logits."""
 
-from mmfast.losses.lm import label_logp, token_cross_entropy
+from mmfast.losses.lm import token_cross_entropy
 from mmfast.losses.preference import (
     anchor,
     contrast,
@@ -12,6 +12,7 @@ from mmfast.losses.preference import (
     segment_logp,
     wpo_weights,
 )
+from mmfast.ops.linear_logp import label_logp
 
 __all__ = [
     "anchor",

@@ -1,34 +1,12 @@
-"""Log-probabilities of labels, and the language-model loss made of them.
+"""The language-model loss, made of ``mmfast.label_logp``.
 
-Shape letters: B batch, T text tokens, V vocabulary. Half-precision logits are widened before the log-sum-exp, and the label's own logit is
-read from the widened row too: taking the two from different precisions can give a log-probability above zero.
+Letters: B batch, T text tokens, V vocabulary.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def label_logp(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, temperature: float = 1.0) -> Tensor:
-    """``log softmax(logits / temperature)`` at the labels; 0 where ignored. Nothing is shifted.
-
-    Args:
-        logits: ``[..., V]``, any float type.
-        labels: ``[...]`` int64, each ``ignore_index`` or in ``0 .. V - 1``.
-
-    Returns:
-        ``[...]`` in fp32 (fp64 for fp64 logits), never positive.
-    """
-    if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"label_logp: expected labels {list(logits.shape[:-1])} like logits [..., V], got {list(labels.shape)}")
-    keep = labels != ignore_index
-    rows = _wide(logits[keep]) / temperature
-    scored = -F.cross_entropy(rows, labels[keep], reduction="none")
-    return torch.zeros(labels.shape, dtype=scored.dtype, device=logits.device).masked_scatter(keep, scored)
+from mmfast.ops.linear_logp import label_logp
 
 
 def token_cross_entropy(
@@ -43,12 +21,12 @@ def token_cross_entropy(
             ranks), add the pieces' losses, and the step's loss does not depend on how the batch was cut.
 
     Returns:
-        A scalar in fp32; 0 with zero gradient when nothing is scored.
+        A scalar in fp32 (fp64 for fp64 logits); 0 with zero gradient when nothing is scored.
     """
-    labels = labels[:, 1:]
-    keep = labels != -100
-    losses = F.cross_entropy(_wide(logits[:, :-1][keep]), labels[keep], reduction="none")
-    weights = torch.ones_like(losses) if token_weights is None else token_weights[:, 1:][keep].to(losses.dtype)
+    logp = label_logp(logits[:, :-1], labels[:, 1:])
+    weights = (labels[:, 1:] != -100).to(logp.dtype)
+    if token_weights is not None:
+        weights = weights * token_weights[:, 1:].to(logp.dtype)
     if total is None:
-        total = weights.sum().clamp_min(torch.finfo(losses.dtype).tiny)
-    return (losses * weights).sum() / total
+        total = weights.sum().clamp_min(torch.finfo(logp.dtype).tiny)
+    return -(logp * weights).sum() / total

@@ -23,8 +23,10 @@ from torch import Tensor
 
 import mmfast.ops.library  # noqa: F401  registers torch.ops.mmfast
 
-LOGP, LSE, ENTROPY, SQUARES, HIT, REF_LOGP, _REF_LSE, KL = range(8)  # rows of the ops' output, as in csrc/linear_logp/linear_logp.h
-_STATES, _OUTPUTS = 10, 8
+LOGP, LSE, ENTROPY, SQUARES, HIT, REF_LOGP, _REF_LSE, KL = range(
+    8
+)  # the first rows of the ops' output, as in csrc/linear_logp/linear_logp.h
+_STATES, _OUTPUTS = 10, 12
 _WORKSPACE_MB = {"cpu": 128, "cuda": 1024}
 _LEAST_COLUMNS = 1024
 
@@ -111,8 +113,8 @@ def linear_logp(
         gradient is not formed when it needs none.
 
     Raises:
-        ValueError: unknown options. RuntimeError: shapes, types or devices that do not fit; on the CPU also a label out of range (on CUDA,
-            where raising would cost a synchronisation, its row is NaN).
+        ValueError: unknown options; shapes, types or devices that do not fit. RuntimeError: on the CPU, a label out of range (on CUDA, where
+            raising would cost a synchronisation, its row is NaN).
     """
     options = _options(
         "linear_logp", hidden.device, ignore_index, temperature, softcap, logits_dtype, return_entropy or return_stats, workspace_mb, num_valid
@@ -387,7 +389,7 @@ def _stacked(policy: Head, reference: Head | None) -> bool:
 
 
 def _forward(policy: Head, labels: Tensor, reference: Head | None, options: _Options, keep: bool) -> tuple[Tensor, tuple | None]:
-    """``[8, n]`` outputs, and the logits if they are to be kept and are one block."""
+    """``[12, n]`` outputs, and the logits if they are to be kept and are one block."""
     hidden, weight, _ = policy
     n, V = len(hidden), len(weight)
     kind = _z_type(hidden, options)
@@ -477,35 +479,27 @@ def _accumulate(total: Tensor | None, x: Tensor, y: Tensor, wide: bool) -> Tenso
 
 
 def _check(op: str, policy, labels: Tensor, reference) -> None:
+    first, V = policy[0], policy[1].shape[0]
     for name, head in (("", policy), ("ref_", reference)):
         if head is None:
             continue
         hidden, weight, bias = head
-        torch._check(
-            hidden.dim() >= 1 and weight.dim() == 2 and hidden.shape[-1] == weight.shape[1] and hidden.shape[:-1] == labels.shape,
-            lambda hidden=hidden, weight=weight, name=name: (
+        if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or hidden.shape[:-1] != labels.shape:
+            raise ValueError(
                 f"{op}: expected {name}hidden [.., H], {name}weight [V, H] and labels [..], got {list(hidden.shape)}, {list(weight.shape)} "
                 f"and {list(labels.shape)}"
-            ),
-        )
-        torch._check(
-            bias is None or bias.shape == weight.shape[:1],
-            lambda weight=weight, bias=bias, name=name: f"{op}: expected {name}bias [V={weight.shape[0]}], got {list(bias.shape)}",
-        )
-        for what, t in (("weight", weight), ("bias", bias), ("hidden", hidden)):
-            torch._check(
-                t is None or (t.dtype == policy[0].dtype and t.device == policy[0].device),
-                lambda t=t, what=what, name=name: (
-                    f"{op}: hidden is {policy[0].dtype} on {policy[0].device} but {name}{what} {t.dtype} on {t.device}; make them alike"
-                ),
             )
-    torch._check(weight.shape[0] >= 1, lambda: f"{op}: expected a vocabulary, got weight {list(weight.shape)}")
-    torch._check(labels.dtype == torch.long, lambda: f"{op}: expected labels of type int64, got {labels.dtype}")
-    if reference is not None:
-        torch._check(
-            reference[1].shape[0] == policy[1].shape[0],
-            lambda: f"{op}: policy and reference differ in vocabulary, {policy[1].shape[0]} and {reference[1].shape[0]}",
-        )
+        if weight.shape[0] != V:
+            raise ValueError(f"{op}: policy and reference differ in vocabulary, {V} and {weight.shape[0]}")
+        if V == 0:
+            raise ValueError(f"{op}: expected at least one token in the vocabulary, got weight {list(weight.shape)}")
+        if bias is not None and bias.shape != (V,):
+            raise ValueError(f"{op}: expected {name}bias [V={V}], got {list(bias.shape)}")
+        for what, t in ((f"{name}weight", weight), (f"{name}bias", bias), (f"{name}hidden", hidden)):
+            if t is not None and (t.dtype != first.dtype or t.device != first.device):
+                raise ValueError(f"{op}: hidden is {first.dtype} on {first.device} but {what} {t.dtype} on {t.device}; make them alike")
+    if labels.dtype != torch.long:
+        raise ValueError(f"{op}: expected labels of type int64, got {labels.dtype}")
 
 
 def _compact(labels: Tensor, options: _Options) -> Tensor | None:
@@ -533,7 +527,7 @@ def _fit(policy, labels: Tensor, reference, options: _Options, keep_logits: bool
 
 
 def _walk_forward(policy, labels, reference, options, keep_logits) -> tuple[Tensor, Tensor | None, tuple | None]:
-    """``[8, N]`` outputs, the rows that count (None: all), the logits if kept."""
+    """``[12, N]`` outputs, the rows that count (None: all), the logits if kept."""
     hidden = policy[0].reshape(-1, policy[0].shape[-1])
     policy = (hidden, *policy[1:])
     reference = None if reference is None else (reference[0].reshape(hidden.shape), *reference[1:])
@@ -547,7 +541,7 @@ def _walk_forward(policy, labels, reference, options, keep_logits) -> tuple[Tens
 
 
 def _walk_backward(grad, policy, labels, reference, options, out, rows, needs, kept=None):
-    """Gradients of hidden, weight and bias from ``[8, N]`` of the outputs."""
+    """Gradients of hidden, weight and bias from ``[12, N]`` of the outputs."""
     shape = policy[0].shape
     hidden = policy[0].reshape(-1, shape[-1])
     labels = labels.reshape(-1).contiguous()

@@ -60,5 +60,5 @@ def test_nothing_scored_is_zero_with_zero_gradient():
 
 
 def test_shapes_that_differ_are_named():
-    with pytest.raises(ValueError, match=r"labels \[2, 3\] like logits \[\.\.\., V\], got \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"labels \[2, 3\] like logits \[\.\., V\], got \[3, 2\]"):
         label_logp(torch.zeros(2, 3, 4), torch.zeros(3, 2, dtype=torch.long))
