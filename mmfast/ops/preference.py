@@ -346,9 +346,9 @@ def _refuse(names, weights, answers, settings, pair_weights, reduction) -> None:
 
 
 def _rewards(answers: _Answers, beta: float) -> tuple[Tensor, Tensor]:
-    sides = (answers.chosen, answers.ref_chosen), (answers.rejected, answers.ref_rejected)
-    chosen, rejected = ((None if x is None else beta * (x.detach().to(_wide(x)) - (0 if ref is None else ref))) for x, ref in sides)
-    return chosen, torch.zeros_like(chosen) if rejected is None else rejected
+    wide, sides = _wide(answers.chosen), ((answers.chosen, answers.ref_chosen), (answers.rejected, answers.ref_rejected))
+    chosen, rejected = (None if x is None else beta * (x.double() - (0 if ref is None else ref)).detach() for x, ref in sides)
+    return chosen.to(wide), (torch.zeros_like(chosen) if rejected is None else rejected).to(wide)
 
 
 def _pair(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -366,8 +366,8 @@ def _pair(name: str, evaluate: Callable, answers: _Answers, settings: _Settings)
 
 
 def _sft(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    tokens_of_an_answer = answers.chosen_lens.sum() / max(answers.chosen.numel(), 1)
-    return -answers.chosen.to(_wide(answers.chosen)) / tokens_of_an_answer.clamp_min(1e-9), *_rewards(answers, settings.beta)
+    tokens_of_an_answer = answers.chosen_lens.double().sum().clamp_min(1) / max(answers.chosen.numel(), 1)
+    return -answers.chosen.to(_wide(answers.chosen)) / tokens_of_an_answer, *_rewards(answers, settings.beta)
 
 
 def _aot(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
