@@ -232,7 +232,8 @@ def preference_loss(
     ``sp(y) = log(1 + exp(y))``:
 
     ================  ==========================================================================================================
-    ``sigmoid``       ``(1 - eps) sp(m - x) + eps sp(x - m)``: DPO (arXiv:2305.18290, eq. 7); with eps the labels are wrong that often
+    ``sigmoid``       ``(1 - eps) sp(m - x) + eps sp(x - m)``: DPO (arXiv:2305.18290, eq. 7); with eps the labels are wrong that
+                      often (cDPO; TRL 1.x ignores eps here)
     ``hinge``         ``max(0, 1 - x)``: SLiC-HF (arXiv:2305.10425)
     ``ipo``           ``(u / n - v / n' - 1 / (2 beta))^2``: IPO (arXiv:2310.12036) on token means
     ``exo_pair``      ``KL((s(x), s(-x)) || (1 - eps, eps))``, eps 0 meaning 1e-3: EXO (arXiv:2402.00856)
@@ -268,7 +269,7 @@ def preference_loss(
         pair_weights: ``[..]`` constant factors (WPO, arXiv:2406.11827).
         rejected_scale: ``[..]`` the severity of the rejected answer (HSA-DPO, arXiv:2404.14233); does not show in the rewards.
         f_divergence_type: the score ``f(r)`` (arXiv:2309.16240): ``reverse_kl`` r, ``forward_kl`` -exp(-r), ``js_divergence`` log s(r),
-            ``alpha_divergence`` exp((alpha - 1) r) / (alpha - 1), exponents at most 80. ``aot``, ``aot_unpaired``, ``apo_zero`` and the
+            ``alpha_divergence`` exp((alpha - 1) r) / (alpha - 1), at alpha 1 reverse_kl; exponents at most 80. ``aot``, ``aot_unpaired``, ``apo_zero`` and the
             first term of ``apo_down`` look at r itself.
         reduction: ``mean``, 0 for an empty batch, or ``none``.
 
@@ -288,18 +289,22 @@ def preference_loss(
         _known("preference_loss", "loss_type", name, LOSS_TYPES)
     _known("preference_loss", "f_divergence_type", f_divergence_type, _DIVERGENCES)
     _known("preference_loss", "reduction", reduction, ("mean", "none"))
+    if f_divergence_type == "alpha_divergence" and abs(f_alpha_divergence_coef - 1) < 1e-6:  # its limit; the formula divides by 0 there
+        f_divergence_type = "reverse_kl"
     answers = _Answers(chosen, rejected, ref_chosen, ref_rejected, chosen_lens, rejected_lens, rejected_scale, margin)
     sides = desirable_weight, undesirable_weight
     settings = _Settings(beta, label_smoothing, discopop_tau, f_divergence_type, f_alpha_divergence_coef, sides)
     _refuse(names, weights, answers, settings, pair_weights, reduction)
-    evaluate, total, rewards = _evaluate or _evaluate_op, 0.0, None
+    parts, rewards = [], []
     for name, weight in zip(names, weights, strict=True):
-        losses, *won_lost = _SPECIAL.get(name, _pair)(name, evaluate, answers, settings)
+        losses, *rewards_of = _SPECIAL.get(name, _pair)(name, _evaluate or _evaluate_op, answers, settings)
         if pair_weights is not None:
             losses = losses * pair_weights.detach().to(losses.dtype)
-        total = total + weight * (losses.sum() / max(losses.numel(), 1) if reduction == "mean" else losses)
-        rewards = rewards or won_lost
-    return total, *rewards
+        if reduction == "mean":
+            losses = losses.mean() if losses.numel() else losses.sum()
+        parts.append(losses if weight == 1 else weight * losses)  # on a GPU every step of this chain is a launch
+        rewards = rewards or rewards_of
+    return sum(parts[1:], parts[0]), *rewards
 
 
 def preference_loss_ref(
@@ -346,15 +351,15 @@ def _refuse(names, weights, answers, settings, pair_weights, reduction) -> None:
 
 
 def _rewards(answers: _Answers, beta: float) -> tuple[Tensor, Tensor]:
-    sides = (answers.chosen, answers.ref_chosen), (answers.rejected, answers.ref_rejected)
-    chosen, rejected = ((None if x is None else beta * (x.detach().to(_wide(x)) - (0 if ref is None else ref))) for x, ref in sides)
-    return chosen, torch.zeros_like(chosen) if rejected is None else rejected
+    wide, sides = _wide(answers.chosen), ((answers.chosen, answers.ref_chosen), (answers.rejected, answers.ref_rejected))
+    chosen, rejected = (None if x is None else beta * (x.double() - (0 if ref is None else ref)).detach() for x, ref in sides)
+    return chosen.to(wide), (torch.zeros_like(chosen) if rejected is None else rejected).to(wide)
 
 
 def _pair(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
     loss, lens = _LOSSES[name], (answers.chosen_lens, answers.rejected_lens)
-    margin = None if loss.margin is None else answers.margin if answers.margin is not None else loss.margin or None
-    answers = answers._replace(margin=margin)
+    if loss.margin is None or answers.margin is None:
+        answers = answers._replace(margin=loss.margin or None)
     if not loss.lens:
         answers = answers._replace(chosen_lens=None, rejected_lens=None)
     if name == "exo_pair" and settings.label_smoothing == 0:
@@ -366,8 +371,8 @@ def _pair(name: str, evaluate: Callable, answers: _Answers, settings: _Settings)
 
 
 def _sft(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    tokens_of_an_answer = answers.chosen_lens.sum() / max(answers.chosen.numel(), 1)
-    return -answers.chosen.to(_wide(answers.chosen)) / tokens_of_an_answer.clamp_min(1e-9), *_rewards(answers, settings.beta)
+    tokens_of_an_answer = answers.chosen_lens.double().sum().clamp_min(1) / max(answers.chosen.numel(), 1)
+    return -answers.chosen.to(_wide(answers.chosen)) / tokens_of_an_answer, *_rewards(answers, settings.beta)
 
 
 def _aot(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -468,11 +473,10 @@ def _pairs_setup(ctx, inputs, output):
 def _pairs_backward(ctx, grad, *_):
     if torch.is_grad_enabled():  # a second derivative would silently take the slopes for constants
         raise RuntimeError("preference_loss: the op has first derivatives only; preference_loss_ref has all of them")
-    needs, slopes = ctx.needs_input_grad[:2], ctx.saved_tensors[0]
-    wanted = (
-        (grad * slope).to(type) if grad is not None and need else None for slope, type, need in zip(slopes, ctx.types, needs, strict=True)
-    )
-    return *wanted, *(None,) * 12
+    if grad is None:
+        return (None,) * 14
+    both = zip(grad * ctx.saved_tensors[0], ctx.types, strict=True)
+    return *(g.to(kind) if need else None for (g, kind), need in zip(both, ctx.needs_input_grad[:2], strict=True)), *(None,) * 12
 
 
 torch.library.register_autograd("mmfast::preference_pairs", _pairs_backward, setup_context=_pairs_setup)
