@@ -131,7 +131,7 @@ def test_narrow_types_are_as_good_as_logits_in_that_type(batch, dtype):
 
 
 def test_frozen_head_eval_and_masks(batch):
-    hidden, weight, bias = leaves_of(batch, torch.float32)
+    hidden, weight, _ = leaves_of(batch, torch.float32)
     fused, tail = FusedLinearDPOLoss(), (batch["ref_hidden"].float(), batch["ref_weight"].float())
     loss, _ = fused(weight.detach(), hidden, batch["labels"], None, *tail)
     loss.backward()
