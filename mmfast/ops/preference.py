@@ -269,8 +269,8 @@ def preference_loss(
         pair_weights: ``[..]`` constant factors (WPO, arXiv:2406.11827).
         rejected_scale: ``[..]`` the severity of the rejected answer (HSA-DPO, arXiv:2404.14233); does not show in the rewards.
         f_divergence_type: the score ``f(r)`` (arXiv:2309.16240): ``reverse_kl`` r, ``forward_kl`` -exp(-r), ``js_divergence`` log s(r),
-            ``alpha_divergence`` exp((alpha - 1) r) / (alpha - 1), at alpha 1 reverse_kl; exponents at most 80. ``aot``, ``aot_unpaired``, ``apo_zero`` and the
-            first term of ``apo_down`` look at r itself.
+            ``alpha_divergence`` exp((alpha - 1) r) / (alpha - 1), at alpha 1 reverse_kl; exponents at most 80. ``aot``,
+            ``aot_unpaired``, ``apo_zero`` and the first term of ``apo_down`` look at r itself.
         reduction: ``mean``, 0 for an empty batch, or ``none``.
 
     Returns:
