@@ -172,14 +172,21 @@ class View:
     image: Literal["clean"] = "clean"
 
 
+PairLoss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down",
+    "discopop", "sigmoid_norm", "simpo", "cpo", "orpo",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Contrast:
-    """-log sigmoid(beta (logratio(better) - logratio(worse))) over sequence log-probabilities (DPO, arXiv:2305.18290)."""
+    """-log sigmoid(beta (logratio(better) - logratio(worse))) over sequence log-probabilities (DPO, arXiv:2305.18290), or another pair loss
+    of ``mmfast.preference_loss``."""
 
     better: str
     worse: str
     weight: float = 1.0
-    loss_type: Literal["sigmoid"] = "sigmoid"
+    loss_type: PairLoss = "sigmoid"
     label_smoothing: float = 0.0
 
 

@@ -15,6 +15,7 @@ from mmfast.data import chat, images
 from mmfast.data.supervised import read_records, report_faults
 from mmfast.losses import preference_loss, segment_logp
 from mmfast.ops import linear_logp
+from mmfast.ops.preference import LOSSES
 from mmfast.spec import Alignment, Contrast
 
 from .evaluate import caption_all
@@ -126,8 +127,10 @@ def train_alignment(
         loss, logged = torch.zeros(()), {}
         for term in alignment.terms:
             if isinstance(term, Contrast):
+                pair, facts = (term.better, term.worse), LOSSES[term.loss_type]
+                lens = dict(zip(("chosen_lens", "rejected_lens"), (tokens[v] for v in pair), strict=True)) if facts.lens else {}
                 value, won, lost = preference_loss(
-                    logps[term.better], logps[term.worse], reference[term.better][index], reference[term.worse][index],
+                    *(logps[v] for v in pair), *(reference[v][index] for v in pair if facts.reference), **lens,
                     loss_type=term.loss_type, beta=alignment.beta, label_smoothing=term.label_smoothing,
                 )  # fmt: skip
                 logged |= {

@@ -105,11 +105,14 @@ void finish(const LogpUpdateArgs& a, int64_t label, const Row<T>& s, const Row<T
   }
 }
 
+// Rows that are worth waking a thread for.
+int64_t grain(const LogpRows& rows) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, rows.columns)); }
+
 template <class T>
 void update(const LogpUpdateArgs& a) {
   const LogpRows& rows = a.rows;
   const LogpCpuKernels& k = kernels();
-  parallel_for(rows.n, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(rows.n, grain(rows), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Row<T> s{static_cast<T*>(a.state) + r, rows.n}, out{static_cast<T*>(a.out) + r, rows.n};
       const int64_t label = rows.labels[r], at = label - rows.first;
@@ -142,7 +145,7 @@ void grad(const LogpGradArgs& a) {
   const LogpRows& rows = a.rows;
   const LogpCpuKernels& kernel = kernels();
   const auto value = [](const void* p, int64_t r) { return p ? static_cast<const T*>(p)[r] : T(0); };
-  parallel_for(rows.n, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(rows.n, grain(rows), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const Row<const T> out{static_cast<const T*>(a.out) + r, rows.n};
       char* to = const_cast<char*>(row_of(a.grad, rows.dtype, r));

@@ -7,10 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfast.ops.linear_logp import linear_logp, linear_objective, objective_options
-from mmfast.ops.preference import preference_loss, segment_logp
-
-_WHOLE_BATCH = {"aot", "aot_unpaired", "sft", "kto"}  # a pair's loss depends on the other pairs
-_BY_LENGTH = {"ipo", "sigmoid_norm", "simpo", "orpo", "sft"}
+from mmfast.ops.preference import loss_facts, preference_loss, segment_logp
 
 
 class FusedLinearDPOLoss(nn.Module):
@@ -26,7 +23,7 @@ class FusedLinearDPOLoss(nn.Module):
         loss_type: any name of :func:`mmfast.preference_loss`; those that sort or average over the batch form the logits a second time.
         average_log_prob: divide sums by the number of tokens first (with ``simpo`` and the like this is done by the loss itself).
         compute_nll_loss, alpha: add alpha times the cross-entropy of the chosen answers.
-        use_ref_model: whether there is a reference at all.
+        use_ref_model: whether there is a reference at all; losses without one (``simpo``, ``cpo``, ``orpo``) do not look for it.
         label_smoothing, loss_options: passed on to :func:`mmfast.preference_loss`.
         temperature, softcap, logits_dtype, workspace_mb: as in :func:`mmfast.linear_logp`.
         chunk_size: the most pairs in a chunk; None: what the workspace holds. compiled: accepted for Liger's sake; there is nothing to compile.
@@ -52,7 +49,8 @@ class FusedLinearDPOLoss(nn.Module):
         **loss_options,
     ):
         super().__init__()
-        self.ignore_index, self.beta, self.loss_type, self.use_ref_model = ignore_index, beta, loss_type, use_ref_model
+        facts = loss_facts("FusedLinearDPOLoss", loss_type)
+        self.ignore_index, self.beta, self.facts, self.use_ref_model = ignore_index, beta, facts, use_ref_model and facts.reference
         self.average_log_prob, self.alpha, self.chunk_size = average_log_prob, alpha if compute_nll_loss else 0.0, chunk_size
         self.loss_options = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, **loss_options)
         self.head = dict(
@@ -99,7 +97,7 @@ class FusedLinearDPOLoss(nn.Module):
         sizes = counts.tolist()  # the one synchronisation: rows are dropped before the first product
         rows = (flat != self.ignore_index).nonzero()[:, 0].split(sizes)  # of each sequence
         reference = self._reference(target, counts, weights, ref_input, ref_weight, ref_bias, ref_chosen_logps, ref_rejected_logps)
-        loss_lens = dict(chosen_lens=counts[:pairs], rejected_lens=counts[pairs:]) if self.loss_type in _BY_LENGTH else {}
+        loss_lens = dict(chosen_lens=counts[:pairs], rejected_lens=counts[pairs:]) if self.facts.lens else {}
         chosen_tokens = max(sum(sizes[:pairs]), 1)
 
         def values(logp: Tensor, first: int, last: int, which: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +129,7 @@ class FusedLinearDPOLoss(nn.Module):
             nll.sub_(chosen_sum.detach() / chosen_tokens)
             return loss.sum() / max(pairs, 1) - self.alpha * chosen_sum / chosen_tokens if self.alpha else loss.sum() / max(pairs, 1)
 
-        if self.loss_type in _WHOLE_BATCH:
+        if self.facts.whole:
             loss = self._whole(lin_weight, _input, target, bias, values, reference, loss_lens, chosen_tokens, logps, rewards, nll)
         else:
             options = objective_options(_input, **self.head)

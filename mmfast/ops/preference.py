@@ -147,36 +147,44 @@ _KERNELS = (
 _DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")  # numbered as Divergence
 
 
-class _Loss(NamedTuple):
+class Loss(NamedTuple):
+    """What a caller of ``preference_loss`` has to know about a name."""
+
     kernel: str
     lens: bool = False  # divides by the answers' lengths
     reference: bool = True
     margin: float | None = None  # the default margin; None: the loss has none
+    whole: bool = False  # a pair's loss depends on the rest of the batch
 
 
-_LOSSES = {
-    "sigmoid": _Loss("sigmoid", margin=0.0),
-    "hinge": _Loss("hinge"),
-    "ipo": _Loss("ipo", lens=True),
-    "exo_pair": _Loss("exo"),
-    "nca_pair": _Loss("nca"),
-    "robust": _Loss("robust"),
-    "bco_pair": _Loss("bco", margin=0.0),
-    "sppo_hard": _Loss("sppo"),
-    "aot": _Loss("sigmoid"),
-    "aot_unpaired": _Loss("sigmoid"),
-    "apo_zero": _Loss("apo_zero"),
-    "apo_down": _Loss("apo_down"),
-    "discopop": _Loss("discopop"),
-    "sft": _Loss("", lens=True),
-    "sigmoid_norm": _Loss("sigmoid", lens=True, margin=0.0),
-    "simpo": _Loss("sigmoid", lens=True, reference=False, margin=0.5),
-    "cpo": _Loss("sigmoid", reference=False, margin=0.0),
-    "orpo": _Loss("odds_ratio", lens=True, reference=False),
-    "kto": _Loss("prospect", margin=0.0),
-    "anchor": _Loss("anchor", margin=0.0),
+LOSSES = {
+    "sigmoid": Loss("sigmoid", margin=0.0),
+    "hinge": Loss("hinge"),
+    "ipo": Loss("ipo", lens=True),
+    "exo_pair": Loss("exo"),
+    "nca_pair": Loss("nca"),
+    "robust": Loss("robust"),
+    "bco_pair": Loss("bco", margin=0.0),
+    "sppo_hard": Loss("sppo"),
+    "aot": Loss("sigmoid", whole=True),
+    "aot_unpaired": Loss("sigmoid", whole=True),
+    "apo_zero": Loss("apo_zero"),
+    "apo_down": Loss("apo_down"),
+    "discopop": Loss("discopop"),
+    "sft": Loss("", lens=True, whole=True),
+    "sigmoid_norm": Loss("sigmoid", lens=True, margin=0.0),
+    "simpo": Loss("sigmoid", lens=True, reference=False, margin=0.5),
+    "cpo": Loss("sigmoid", reference=False, margin=0.0),
+    "orpo": Loss("odds_ratio", lens=True, reference=False),
+    "kto": Loss("prospect", margin=0.0, whole=True),
+    "anchor": Loss("anchor", margin=0.0),
 }
-LOSS_TYPES = tuple(_LOSSES)
+LOSS_TYPES = tuple(LOSSES)
+
+
+def loss_facts(op: str, name: str) -> Loss:
+    """The facts about a loss type; an unknown one is refused with the nearest name."""
+    return LOSSES[_known(op, "loss_type", name, LOSS_TYPES)]
 
 
 class _Answers(NamedTuple):
@@ -326,13 +334,13 @@ def _refuse(names, weights, answers, settings, pair_weights, reduction) -> None:
     check(settings.beta > 0, lambda: f"expected beta > 0, got {settings.beta}")
     check(0.0 <= settings.label_smoothing < 0.5, lambda: f"expected 0 <= label_smoothing < 0.5, got {settings.label_smoothing}")
     check(rejected is None or (ref_chosen is None) == (ref_rejected is None), lambda: "give both ref_chosen and ref_rejected, or neither")
-    check(answers.margin is None or any(_LOSSES[n].margin is not None for n in names), lambda: f"{names[0]} has no margin")
+    check(answers.margin is None or any(LOSSES[n].margin is not None for n in names), lambda: f"{names[0]} has no margin")
     check(
         "kto" in names or rejected is None or rejected.shape == chosen.shape,
         lambda: f"expected chosen and rejected [P] alike, got {list(chosen.shape)} and {list(rejected.shape)}",
     )
     for name in names:
-        loss = _LOSSES[name]
+        loss = LOSSES[name]
         check(rejected is not None or name in ("anchor", "sft"), lambda: f"{name} compares pairs, rejected is None")
         check(
             not loss.lens or (answers.chosen_lens is not None and (name == "sft" or answers.rejected_lens is not None)),
@@ -357,7 +365,7 @@ def _rewards(answers: _Answers, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _pair(name: str, evaluate: Callable, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    loss, lens = _LOSSES[name], (answers.chosen_lens, answers.rejected_lens)
+    loss, lens = LOSSES[name], (answers.chosen_lens, answers.rejected_lens)
     if loss.margin is None or answers.margin is None:
         answers = answers._replace(margin=loss.margin or None)
     if not loss.lens:

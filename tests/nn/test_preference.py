@@ -187,8 +187,8 @@ def test_wrong_input_is_named(batch):
         FusedLinearDPOLoss()(weight, hidden, batch["labels"])
     with pytest.raises(ValueError, match=r"expected _input \[2P, T, H\], target and token_weights \[2P, T\], got \[9, 13, 16\]"):
         FusedLinearDPOLoss()(weight, hidden[:9], batch["labels"][:9])
-    with pytest.raises(ValueError, match="did you mean 'sigmoid'"):
-        FusedLinearDPOLoss(loss_type="sigmoidd", use_ref_model=False)(weight, hidden, batch["labels"])
+    with pytest.raises(ValueError, match="FusedLinearDPOLoss: unknown loss_type 'sigmoidd'; did you mean 'sigmoid'"):
+        FusedLinearDPOLoss(loss_type="sigmoidd")
 
 
 def test_rows_are_those_that_segment_logp_sums(batch):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +21,7 @@ from mmfast.trainers.recipes.architectures.llava import RECIPE as LLAVA
 from mmfast import spec
 from mmfast.data import supervised as data
 from mmfast.models import tiny
+from mmfast.ops.preference import LOSSES
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +145,18 @@ def test_dpo_starts_at_ln_2_and_learns_the_pairs(base, tmp_path):
         if name.startswith(("encoder.", "connector.")) and not torch.equal(p, weights[name])
     ]
     assert frozen == []
+
+
+@pytest.mark.parametrize("loss_type", typing.get_args(spec.PairLoss))
+def test_every_pair_loss_pulls_the_answers_apart(base, tmp_path, loss_type):
+    assert loss_type in LOSSES
+    session, weights = base
+    session.model.load_state_dict(weights)
+    term = replace(ALIGN.terms[0], loss_type=loss_type, label_smoothing=0.1 if loss_type in ("exo_pair", "robust") else 0.0)
+    optim = replace(ALIGN.optim, steps=6)
+    preference.train_alignment(replace(ALIGN, terms=(term,), optim=optim), session, Run(tmp_path), quiet=True)
+    margins = [m for (m,) in rows(tmp_path, "rewards/margins")]
+    assert margins[-1] > margins[0]
 
 
 def test_pairs_are_the_models_own_false_captions(base):
