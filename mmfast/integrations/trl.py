@@ -51,7 +51,7 @@ def patch(trainer):
         for head in _heads(_base(model)) if methods else ():
             _exchange_head(head)
         print(f"mmfast: {role} {type(_base(model)).__name__} -> linear_logp")
-    for name, method in methods.items():
+    for name, method in methods.items() if not vars(trainer).keys() & methods.keys() else ():
         setattr(trainer, name, types.MethodType(_reading_scores(method), trainer))
     if "reference" not in models:
         known = getattr(trainer, "precompute_ref_logps", False)
