@@ -9,7 +9,7 @@ imported: its functions are known by the names they use. Two designs are known:
 - TRL 0.29 to 1.14: the loss takes log-probabilities and metrics from logits. The head returns ``_Scores`` instead, which stand for logits
   there; the trainer gets copies of its methods that know how to read them.
 
-Letters: B sequences, T tokens, N scored tokens, H hidden width, V vocabulary.
+Letters: B sequences, T tokens, H hidden width, V vocabulary.
 """
 
 import functools
@@ -56,7 +56,7 @@ def patch(trainer):
     if "reference" not in models:
         known = getattr(trainer, "precompute_ref_logps", False)
         print(f"mmfast: reference {'left alone: computed in advance' if known else 'is the policy without its adapter'}")
-    print(f"mmfast: loss ({', '.join(trainer.loss_types)}) and metrics left to TRL")
+    print("mmfast: loss and metrics left to TRL")
     return trainer
 
 
@@ -78,7 +78,7 @@ def restore(trainer):
 
 
 def _models(trainer) -> dict[str, nn.Module]:
-    if not isinstance(getattr(trainer, "model", None), nn.Module) or not hasattr(trainer, "loss_types"):
+    if not isinstance(getattr(trainer, "model", None), nn.Module) or not hasattr(trainer, "accelerator"):
         raise TypeError(f"mmfast.integrations.trl: expected a TRL DPOTrainer, got {type(trainer).__name__}")
     models = {"policy": trainer.model, "reference": getattr(trainer, "ref_model", None)}
     return {role: model for role, model in models.items() if model is not None}
@@ -139,14 +139,10 @@ class _Kernel:
         scale: float = 1.0,
         outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
     ) -> tuple[Tensor | None, ...]:
-        """hidden [N, H], weight [V, H], bias [V], labels [N] -> log-probability, entropy, log sum of p^2, mean logit, label is the mode; [N] each.
+        """hidden [.., H], weight [V, H], bias [V], labels [..] -> log-probability, entropy, log sum of p^2, mean logit, label is the mode.
 
         Logits are ``softcap tanh(scale (hidden weight^T + bias) / softcap) / temperature``.
         """
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            hidden, weight, bias = (x if x is None else x.to(dtype) for x in (hidden, weight, bias))
         # The scale comes before the softcap in TRL and does not exist in linear_logp; both can absorb it.
         softcap, temperature = softcap and softcap / scale, temperature / scale
         stats = "log_sum_sq_probs" in outputs or "is_top1" in outputs
@@ -155,20 +151,22 @@ class _Kernel:
         )
         logp, *more = got if isinstance(got, tuple) else (got,)
         entropy = more.pop(0) if "entropy" in outputs else None
-        _, sum_sq, top = more.pop() if stats else (None, None, None)
+        _, squares, top = more.pop() if stats else (None, None, None)
         with torch.no_grad():
             mean = _mean_logit(hidden, weight, bias, softcap, temperature) if "mean_logits" in outputs else None
-            log_sq = sum_sq.log() if "log_sum_sq_probs" in outputs else None
-        return logp, entropy, log_sq, mean, top.bool() if "is_top1" in outputs else None
+            log_sq = squares.clamp_min(1e-30).log() if "log_sum_sq_probs" in outputs else None  # 0 where there is no label
+        return logp, entropy, log_sq, mean, top if "is_top1" in outputs else None
 
 
 def _mean_logit(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, temperature: float) -> Tensor:
-    """[N] in fp32: the mean of a linear map is a linear map, so one pass over the weight will do, unless a softcap bends the logits."""
+    """[..] in fp32: the mean of a linear map is a linear map, so one pass over the weight will do, unless a softcap bends the logits."""
     if softcap is None:
-        mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
         return (mean if bias is None else mean + bias.float().mean()) / temperature
-    means = [(softcap * torch.tanh(F.linear(h, weight, bias).float() / softcap)).mean(-1) for h in hidden.split(256)]
-    return torch.cat(means) / temperature if means else hidden.new_zeros(0, dtype=torch.float32)
+    rows = hidden.flatten(0, -2).split(256)
+    means = [(softcap * torch.tanh(F.linear(row, weight, bias).float() / softcap)).mean(-1) for row in rows]
+    return torch.cat(means).view(hidden.shape[:-1]) / temperature
 
 
 # ------------------------------------------------------------------------------------------------------------ TRL 1.15 and later
@@ -245,15 +243,9 @@ def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
     labels = _labels.get()
     if labels is None:
         return head._mmfast_stock(hidden) if head._mmfast_stock else type(head).forward(head, hidden)
-    if hidden.shape[:2] != labels.shape:
-        raise RuntimeError(
-            f"mmfast.integrations.trl: expected hidden states [B, T, H] of labels {list(labels.shape)}, got {list(hidden.shape)}"
-        )
     labels = F.pad(labels[:, 1:], (0, 1), value=-100).to(hidden.device)
-    scored = labels != -100
-    logp, entropy, log_sq, mean, top = _Kernel.apply(hidden[scored], head.weight, head.bias, labels[scored])
-    columns = torch.stack([logp, entropy.detach(), log_sq, mean, torch.where(top, labels[scored], -1)], -1)
-    return columns.new_zeros(*labels.shape, 5).masked_scatter(scored[..., None], columns).as_subclass(_Scores)
+    logp, entropy, log_sq, mean, top = _Kernel.apply(hidden, head.weight, head.bias, labels)
+    return torch.stack([logp, entropy.detach(), log_sq, mean, torch.where(top, labels, -1)], -1).as_subclass(_Scores)
 
 
 def _logit_methods(trainer) -> dict[str, types.FunctionType]:

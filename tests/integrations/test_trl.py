@@ -54,7 +54,7 @@ def llava():
 
 def processor():
     square = {"height": 28, "width": 28}
-    images = tf.CLIPImageProcessorPil(size=square, crop_size=square)
+    images = getattr(tf, "CLIPImageProcessorPil", tf.CLIPImageProcessor)(size=square, crop_size=square)
     return tf.LlavaProcessor(
         images, word_tokenizer(WORDS), patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
@@ -107,19 +107,19 @@ def assert_same(got, want, tolerance=1e-5):
     for entry, expected in zip(log, want_log, strict=True):
         assert entry.keys() == expected.keys()
         for key, value in expected.items():
-            assert entry[key] == pytest.approx(value, abs=tolerance, rel=tolerance), f"{key} at step {expected.get('step')}"
+            assert entry[key] == pytest.approx(value, abs=tolerance, rel=tolerance, nan_ok=True), f"{key} at step {expected.get('step')}"
     for name, p in want_parameters.items():
         assert (parameters[name] - p).abs().max() <= tolerance, f"{name} off by {(parameters[name] - p).abs().max():.1e}"
 
 
 @pytest.fixture
 def rows(monkeypatch) -> list[int]:
-    """How many rows each call of linear_logp had."""
+    """How many rows with a label each call of linear_logp had."""
     counts = []
 
-    def counted(hidden, *args, **kwargs):
-        counts.append(len(hidden))
-        return stock(hidden, *args, **kwargs)
+    def counted(hidden, weight, labels, *args, **kwargs):
+        counts.append(int((labels != -100).sum()))
+        return stock(hidden, weight, labels, *args, **kwargs)
 
     stock = integration.linear_logp
     monkeypatch.setattr(integration, "linear_logp", counted)
@@ -211,6 +211,32 @@ def test_only_scored_rows_reach_the_head(kind, tmp_path, rows):
     assert not [s for s in made if s[-1:] == (VOCABULARY,) and torch.Size(s).numel() >= 4 * (length - 1) * VOCABULARY]
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_every_output_of_the_kernel(softcap, scale):
+    """Against the formula, in the order of TRL's own function."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((6, 16), (37, 16), (37,)))
+    labels = torch.tensor([0, 36, -100, 5, 5, 17])
+    z = (hidden @ weight.T + bias) * scale
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / 0.7
+    labels[3] = z[3].argmax()
+    p, scored = z.softmax(-1), labels != -100
+    want = (
+        z.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0], -(p * p.log()).sum(-1), (p * p).sum(-1).log(), z.mean(-1),
+        z.argmax(-1) == labels,
+    )  # fmt: skip
+    names = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    got = integration._Kernel.apply(hidden, weight, bias, labels, 0.7, 8, softcap, scale, ("log_probs", *names))
+    for one, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(one[scored], expected[scored], atol=1e-5, rtol=1e-5)
+    assert got[0][2] == 0
+    for i, name in enumerate(names, 1):
+        alone = integration._Kernel.apply(hidden, weight, bias, labels, 0.7, 8, softcap, scale, ("log_probs", name))
+        assert [one is not None for one in alone] == [True, *(name == other for other in names)]
+        assert torch.equal(alone[i], got[i])
+
+
 def state_of(trainer) -> list:
     """Everything that patch may touch."""
     models = [m for m in (trainer.model, trainer.ref_model) if m is not None]
@@ -280,7 +306,7 @@ def test_what_is_said(tmp_path, capsys):
     assert said() == [
         "mmfast: policy LlamaForCausalLM -> linear_logp",
         "mmfast: reference LlamaForCausalLM -> linear_logp",
-        "mmfast: loss (sigmoid) and metrics left to TRL",
+        "mmfast: loss and metrics left to TRL",
     ]
     assert said(ref=False, peft_config=peft.LoraConfig(**LORA))[1] == "mmfast: reference is the policy without its adapter"
     if not FUSED:
