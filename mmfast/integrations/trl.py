@@ -53,9 +53,10 @@ def patch(trainer):
         print(f"mmfast: {role} {type(_base(model)).__name__} -> linear_logp")
     for name, method in methods.items() if not vars(trainer).keys() & methods.keys() else ():
         setattr(trainer, name, types.MethodType(_reading_scores(method), trainer))
-    if "reference" not in models:
-        known = getattr(trainer, "precompute_ref_logps", False)
-        print(f"mmfast: reference {'left alone: computed in advance' if known else 'is the policy without its adapter'}")
+    if getattr(trainer, "precompute_ref_logps", False):
+        print("mmfast: reference left alone: computed in advance")
+    elif "reference" not in models and hasattr(trainer.model, "peft_config"):
+        print("mmfast: reference is the policy, its adapter switched by TRL")
     print("mmfast: loss and metrics left to TRL")
     return trainer
 
@@ -249,7 +250,9 @@ def _head_forward(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def _logit_methods(trainer) -> dict[str, types.FunctionType]:
-    """The methods of the trainer's class that read logits by TRL's functions."""
+    """The methods of a DPOTrainer's class that read logits by TRL's functions."""
+    if all(cls.__name__ != "DPOTrainer" for cls in type(trainer).__mro__):  # others have methods of these names for other batches
+        return {}
     methods = {name: getattr(type(trainer), name, None) for name in _METHODS}
     return {name: m for name, m in methods.items() if set(_READERS).intersection(getattr(getattr(m, "__code__", None), "co_names", ()))}
 

@@ -308,14 +308,8 @@ def test_what_is_said(tmp_path, capsys):
         "mmfast: reference LlamaForCausalLM -> linear_logp",
         "mmfast: loss and metrics left to TRL",
     ]
-    assert said(ref=False, peft_config=peft.LoraConfig(**LORA))[1] == "mmfast: reference is the policy without its adapter"
-    if not FUSED:
-        return
-    trainer = make(tmp_path, precompute_ref_log_probs=True)
-    trainer.ref_model = None
-    capsys.readouterr()
-    integration.patch(trainer)
-    assert "mmfast: reference left alone: computed in advance" in capsys.readouterr().out
+    assert said(ref=False, peft_config=peft.LoraConfig(**LORA))[1] == "mmfast: reference is the policy, its adapter switched by TRL"
+    assert "mmfast: reference left alone: computed in advance" in said(precompute_ref_log_probs=True)
 
 
 def test_what_is_refused(tmp_path):
