@@ -125,6 +125,12 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
+// An fp16 value, exactly.
+__device__ __forceinline__ float widen_f16(uint16_t half) {
+  float v;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(half));
+  return v;
+}
 // 2^x, relative error below 2^-22, exactly 0 far below and for -Inf.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;

@@ -394,6 +394,7 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 inline uint32_t pack_f16(float low, float high) { return float_to_f16(low) | uint32_t(float_to_f16(high)) << 16; }
 inline uint32_t pack_bf16(float low, float high) { return float_to_bf16(low) | uint32_t(float_to_bf16(high)) << 16; }
+inline float widen_f16(uint16_t half) { return f16_to_float(half); }
 inline float fast_exp2(float x) { return exp2f(x); }
 template <class T>
 const T& reread(const T& argument) {
