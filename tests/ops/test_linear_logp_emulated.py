@@ -101,7 +101,7 @@ class Case:
             case "falling":
                 z = np.linspace(30, -30, v) + 0.1 * z
             case "ties":
-                z = rng.integers(-1, 2, (n, v)).astype(float)
+                z = 1.0 * (rng.random((n, v)) < 5 / v)
             case "equal":
                 z[:] = 2.5
             case "peaked":  # nearly all of the mass on one token
@@ -126,6 +126,8 @@ class Case:
             case "ignored_class":  # an index of the vocabulary may stand for "ignored"
                 y[1::3] = 0
                 return y, 0
+            case "first":  # of the largest logits
+                y = self.logits(0).argmax(-1)
             case "outside":
                 y[::2] = np.resize([self.v, -1, -(2**63), 2**63 - 1, 2**40, -100], len(y[::2]))
         return y, -100
@@ -272,8 +274,10 @@ FORWARD = [
     *[Case(4, 301, t, (100,), reference=True, temperature=0.7, softcap=c) for t in DTYPES for c in (0.0, 5.0)],
     *[Case(9, 270, t, (90, 90), reference=True, labels=y) for t in ("f32", "bf16") for y in ("ignored", "ignored_class", "outside")],
     *[Case(6, 2600, t, w, reference=True, data=d) for t in ("f32", "f64") for w in ((), (1, 1300)) for d in
-      ("steep", "far", "rising", "falling", "ties", "equal", "peaked", "masked", "not_finite")],
-    *[Case(6, 2600, "bf16", (512,), data=d, more=d != "far") for d in ("steep", "far", "ties", "peaked", "masked", "not_finite")],
+      ("steep", "far", "rising", "falling", "equal", "peaked", "masked", "not_finite")],
+    *[Case(16, v, t, w, data="ties", labels=y) for y in ("first", "valid") for v, t, w in [(2600, "f32", ()), (9000, "bf16", (4096,))]],
+    Case(2, 4096, start=3), Case(2, 4096, "bf16", start=7, data="equal", labels="first"),
+    *[Case(6, 2600, "bf16", (512,), data=d, more=d != "far") for d in ("steep", "far", "peaked", "masked", "not_finite")],
     Case(0, 40), Case(7, 33, labels="outside", data="not_finite"), Case(4, 64, data="masked", softcap=3.0, temperature=2.0),
 ]  # fmt: skip
 
