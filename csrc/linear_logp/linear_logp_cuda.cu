@@ -8,7 +8,7 @@
 //   grad    a CTA kGradColumns of a row: each logit is read once and its gradient written, in place if wished.
 //
 // Both are bound by reading (and writing) the logits once: an H100-class card reads a block that its product has just written from L2.
-// That leaves some ten instructions a logit, so what happens rarely (a new maximum, a ragged end, softcap) is kept out of their way.
+// That leaves about a dozen instructions a logit, so what happens rarely (a new maximum, a ragged end, softcap) is kept out of their way.
 #include "../common/cuda.cuh"
 #include "linear_logp.h"
 
