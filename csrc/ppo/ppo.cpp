@@ -117,8 +117,8 @@ Tensor masked_whiten(Tensor x, optional<Tensor> mask, bool shift_mean, double ep
 }
 
 // What both losses have in common: `names[0]` is the one with a gradient and gives the outputs their type and device.
-std::tuple<Tensor, Tensor, Tensor> loss(const char* op, std::initializer_list<const char*> names, std::vector<optional<Tensor>> inputs,
-                                        optional<Tensor> mask, PpoLossArgs args) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const char* op, std::initializer_list<const char*> names,
+                                                std::vector<optional<Tensor>> inputs, optional<Tensor> mask, PpoLossArgs args) {
   Tensor& first = *inputs[0];
   first = torch::stable::contiguous(first);
   for (size_t j = 0; j < inputs.size(); ++j) {
@@ -129,20 +129,22 @@ std::tuple<Tensor, Tensor, Tensor> loss(const char* op, std::initializer_list<co
   args.mask = flags(op, names.begin()[0], first, "mask", mask);
   args.n = first.numel();
   Tensor loss = torch::stable::new_zeros(first, {}, wide_type(first));
-  Tensor stats = torch::stable::new_zeros(first, {kPpoStats + 1}, wide_type(first));
+  Tensor stats = torch::stable::new_zeros(first, {kPpoStats}, wide_type(first));
+  Tensor scale = torch::stable::new_zeros(first, {}, wide_type(first));
   Tensor grad = torch::stable::new_empty(first, first.sizes(), wide_type(first));
-  if (args.n == 0) return {loss, stats, grad};
+  if (args.n == 0) return {loss, stats, scale, grad};
   args.out = dtype_of(op, names.begin()[0], grad);
   args.loss = loss.data_ptr();
   args.stats = stats.data_ptr();
+  args.scale = scale.data_ptr();
   args.grad = grad.data_ptr();
   MMFAST_RUN(op, first, args, ppo_loss)
-  return {loss, stats, grad};
+  return {loss, stats, scale, grad};
 }
 
-std::tuple<Tensor, Tensor, Tensor> policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, optional<Tensor> mask,
-                                               optional<Tensor> weights, optional<Tensor> ref_logp, double clip_low, double clip_high,
-                                               double dual_clip, double kl_coef, int64_t kl) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, optional<Tensor> mask,
+                                                       optional<Tensor> weights, optional<Tensor> ref_logp, double clip_low,
+                                                       double clip_high, double dual_clip, double kl_coef, int64_t kl) {
   const char* op = "ppo_policy_loss";
   MMFAST_CHECK(kl >= 0 && kl <= 4, op, ": unknown kl number ", kl);
   MMFAST_CHECK(kl == 0 || ref_logp, op, ": a KL estimate needs ref_logp");
@@ -156,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor> policy_loss(Tensor logp, Tensor old_logp, Ten
   return loss(op, {"logp", "old_logp", "advantages", "weights", "ref_logp"}, {logp, old_logp, advantages, weights, ref_logp}, mask, args);
 }
 
-std::tuple<Tensor, Tensor, Tensor> value_loss(Tensor value, Tensor old_values, Tensor returns, optional<Tensor> mask, double clip) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> value_loss(Tensor value, Tensor old_values, Tensor returns, optional<Tensor> mask, double clip) {
   PpoLossArgs args{};
   args.kind = PpoLoss::value;
   args.clip_low = args.clip_high = clip;
@@ -171,8 +173,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
   m.def("masked_whiten(Tensor x, Tensor? mask, bool shift_mean, float eps, bool unbiased, bool eps_on_std) -> Tensor");
   m.def(
       "ppo_policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? mask, Tensor? weights, Tensor? ref_logp, float clip_low, "
-      "float clip_high, float dual_clip, float kl_coef, int kl) -> (Tensor, Tensor, Tensor)");
-  m.def("ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, float clip) -> (Tensor, Tensor, Tensor)");
+      "float clip_high, float dual_clip, float kl_coef, int kl) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? mask, float clip) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 // The same functions serve both devices: they branch on the tensor. Without CUDA code they say how to rebuild.

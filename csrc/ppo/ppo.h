@@ -72,8 +72,9 @@ struct PpoLossArgs {
   PpoKl kl;
   DType out;    // f32 or f64, of everything below
   void* loss;   // [1]
-  void* stats;  // [kPpoStats + 1]: the means, then how many elements they are over
-  void* grad;   // [n]: of the SUM; the count is not known before the pass is over
+  void* stats;  // [kPpoStats]
+  void* scale;  // [1]: 1 / how many elements the means are over, 0 for none
+  void* grad;   // [n]: of the SUM; `scale` is not known before the pass is over
 };
 
 // The formulas below are written for V = double, one token (CUDA), or a vector of doubles in the compiler's vector extension, a few tokens
@@ -171,6 +172,14 @@ MMFAST_HD PpoToken<V> ppo_value_token(const PpoLossArgs& a, V value, V old_value
   const V plain = error * error, clipped = (held - target) * (held - target);
   const V bound = clipped > plain ? one : zero;
   return {(clipped > plain ? clipped : plain) / 2, clipped > plain ? zero : error, {bound, plain, zero, zero}};
+}
+
+// The outputs but the gradient, from the sums of all elements: loss, statistics, count. All masked: 0, not 0 / 0.
+MMFAST_HD void ppo_finish(const PpoLossArgs& a, const double (&sums)[kPpoSums]) {
+  const double scale = sums[kPpoSums - 1] > 0 ? 1 / sums[kPpoSums - 1] : 0.0;
+  store_double(a.loss, a.out, 0, sums[0] * scale);
+  for (int s = 0; s < kPpoStats; ++s) store_double(a.stats, a.out, s, sums[1 + s] * scale);
+  store_double(a.scale, a.out, 0, scale);
 }
 
 // CPU.

@@ -1,37 +1,21 @@
 // Copyright the mmfast authors. SPDX-License-Identifier: Apache-2.0
 //
-// PPO on the CPU. The elementwise kernels walk runs of a fixed length, whatever the number of threads, widen a few hundred values at a time
-// into arrays on the stack, and compute on short vectors of doubles. Sums are kept by position in
-// that array (a vertical addition needs no shuffle), then by run, then in the order of the runs: the same bits for any number of threads.
+// PPO on the CPU. Work is cut into runs of a fixed length, whatever the number of threads, and sums are formed by run, then in the order of
+// the runs: the same bits for any number of threads. The losses' inner loop is in ppo_cpu_isa.cpp; advantages are a chain of multiply-adds
+// and whitening waits for memory, so neither gains from wider registers.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "../common/cpu_isa.h"
 #include "../common/parallel.h"
 #include "ppo.h"
+#include "ppo_cpu_isa.h"
 
 namespace mmfast {
 namespace {
 
-constexpr int kLanes = 2;  // every x86-64 has these
-typedef double Vec __attribute__((vector_size(8 * kLanes)));
-typedef uint64_t VecBits __attribute__((vector_size(8 * kLanes)));
-
-}  // namespace
-template <>
-struct PpoBits<Vec> {
-  using type = VecBits;
-};
-namespace {
-
-Vec load(const double* p) {
-  Vec v;
-  memcpy(&v, p, sizeof(v));
-  return v;
-}
-void store(double* p, Vec v) { memcpy(p, &v, sizeof(v)); }
-
-constexpr int64_t kRun = 4096;   // elements of a task
+constexpr int64_t kRun = kPpoRun;
 constexpr int64_t kBlock = 128;  // of them alive as doubles
 
 // out[i] = in[first + i] for i in [0, count). Absent inputs are `fill`.
@@ -75,65 +59,76 @@ void blocks_of(int64_t run, int64_t n, F f) {
 
 int64_t runs(int64_t n) { return (n + kRun - 1) / kRun; }
 
-template <PpoLoss kind, PpoKl kl>
-void loss_runs(const PpoLossArgs& args, double (*partial)[kPpoSums]) {
-  parallel_for(runs(args.n), 1, [&](int64_t begin, int64_t end) {
-    const PpoLossArgs a = args;  // a copy that no store can alias
-    double x[kPpoInputs][kBlock] = {}, keep[kBlock], grad[kBlock];
-    for (int64_t run = begin; run < end; ++run) {
-      double sums[kPpoSums][kBlock] = {};
-      blocks_of(run, a.n, [&](int64_t first, int64_t count) {
-        for (int j = 0; j < kPpoInputs; ++j) widen(a.in[j], first, count, 1.0, x[j]);
-        widen(a.mask, first, count, keep);
-        std::fill(keep + count, keep + kBlock, 0.0);
-        for (int64_t i = 0; i < count; i += kLanes) {
-          const auto at = [&](int j) { return load(x[j] + i); };
-          const auto t = kind == PpoLoss::policy ? ppo_policy_token<Vec>(a, kl, at(0), at(1), at(2), at(3), at(4))
-                                                 : ppo_value_token<Vec>(a, at(0), at(1), at(2));
-          // Selected, not multiplied: what stands outside the mask may be NaN.
-          const auto in = load(keep + i) != 0.0;
-          const auto add = [&](int s, Vec v) { store(sums[s] + i, load(sums[s] + i) + v); };
-          store(grad + i, in ? t.grad : Vec{});
-          add(0, in ? t.loss : Vec{});
-          for (int s = 0; s < kPpoStats; ++s) add(1 + s, in ? t.stats[s] : Vec{});
-          add(kPpoSums - 1, load(keep + i));
-        }
-        narrow(grad, a.grad, a.out, first, count);
-      });
-      for (int s = 0; s < kPpoSums; ++s) {
-        double total = 0;
-        for (double v : sums[s]) total += v;
-        partial[run][s] = total;
-      }
-    }
-  });
+// f(0) + .. + f(n - 1), in eight chains: one would wait for each addition.
+template <class F>
+double sum(int64_t n, F f) {
+  double part[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int64_t l = 0; l < 8; ++l) part[l] += f(i + l);
+  for (; i < n; ++i) part[i % 8] += f(i);
+  double total = 0;
+  for (double v : part) total += v;
+  return total;
+}
+
+PpoLossRun loss_run() {
+#if defined(__x86_64__) && defined(MMFAST_X86_KERNELS)
+  switch (cpu_isa_active()) {
+    case CpuIsa::avx512_bf16:
+      return &ppo_loss_run_avx512_bf16;
+    case CpuIsa::avx512:
+      return &ppo_loss_run_avx512;
+    case CpuIsa::avx2:
+      return &ppo_loss_run_avx2;
+    case CpuIsa::baseline:
+      break;
+  }
+#endif
+  return &ppo_loss_run_baseline;
 }
 
 }  // namespace
 
+// A step waits for the one after it, eight cycles a multiply-add: four sequences go in step to fill them.
 void gae_cpu(const GaeArgs& a) {
-  parallel_for(a.B, std::max<int64_t>(1, kRun / std::max<int64_t>(a.T, 1)), [&](int64_t begin, int64_t end) {
-    double reward[kBlock], value[kBlock], keep[kBlock], on[kBlock], advantage[kBlock];
-    for (int64_t b = begin; b < end; ++b) {
-      double next_value = a.bootstrap.data ? a.bootstrap.at(b) : 0.0, next_advantage = 0;
-      for (int64_t stop = a.T; stop > 0; stop -= std::min(kBlock, stop)) {
-        const int64_t count = std::min(kBlock, stop), first = b * a.T + stop - count;
-        widen(a.rewards, first, count, 0.0, reward);
-        widen(a.values, first, count, 0.0, value);
-        widen(a.mask, first, count, keep);
-        for (int64_t i = 0; i < count; ++i) {
-          reward[i] = keep[i] != 0 ? reward[i] : 0.0;
-          value[i] = keep[i] != 0 ? value[i] : 0.0;
-          on[i] = a.dones && a.dones[first + i] ? 0.0 : a.gamma;
+  constexpr int64_t kRows = 4;
+  const int64_t groups = (a.B + kRows - 1) / kRows;
+  parallel_for(groups, std::max<int64_t>(1, kRun / std::max<int64_t>(a.T * kRows, 1)), [&](int64_t begin, int64_t end) {
+    // What a sequence that is not there holds stays 0.
+    double delta[kRows][kBlock] = {}, decay[kRows][kBlock] = {}, value[kRows][kBlock + 1] = {}, keep[kBlock], last[kRows];
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t row0 = group * kRows, rows = std::min(kRows, a.B - row0);
+      for (int64_t r = 0; r < kRows; ++r) {
+        last[r] = 0;
+        value[r][0] = r < rows && a.bootstrap.data ? a.bootstrap.at(row0 + r) : 0.0;
+      }
+      for (int64_t stop = a.T, count; stop > 0; stop -= count) {
+        count = std::min(kBlock, stop);
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t first = (row0 + r) * a.T + stop - count;
+          value[r][count] = value[r][0];  // of the column after the block
+          widen(a.rewards, first, count, 0.0, delta[r]);
+          widen(a.values, first, count, 0.0, value[r]);
+          widen(a.mask, first, count, keep);
+          for (int64_t i = 0; i < count; ++i) {
+            delta[r][i] = keep[i] != 0 ? delta[r][i] : 0.0;
+            value[r][i] = keep[i] != 0 ? value[r][i] : 0.0;
+          }
+          for (int64_t i = 0; i < count; ++i) {
+            const double on = a.dones && a.dones[first + i] ? 0.0 : a.gamma;
+            delta[r][i] += on * value[r][i + 1] - value[r][i];
+            decay[r][i] = on * a.lam;
+          }
         }
-        for (int64_t i = count - 1; i >= 0; --i) {
-          next_advantage = reward[i] + on[i] * next_value - value[i] + on[i] * a.lam * next_advantage;
-          next_value = value[i];
-          advantage[i] = next_advantage;
+        for (int64_t i = count - 1; i >= 0; --i)
+          for (int64_t r = 0; r < kRows; ++r) delta[r][i] = last[r] = delta[r][i] + decay[r][i] * last[r];
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t first = (row0 + r) * a.T + stop - count;
+          narrow(delta[r], a.advantages, a.out, first, count);
+          for (int64_t i = 0; i < count; ++i) delta[r][i] += value[r][i];
+          narrow(delta[r], a.returns, a.out, first, count);
         }
-        narrow(advantage, a.advantages, a.out, first, count);
-        for (int64_t i = 0; i < count; ++i) value[i] += advantage[i];
-        narrow(value, a.returns, a.out, first, count);
       }
     }
   });
@@ -149,17 +144,16 @@ void masked_whiten_cpu(const WhitenArgs& a) {
     std::vector<double> x(kRun);
     for (int64_t run = begin; run < end; ++run) {
       int64_t count = 0;
-      double sum = 0, squares = 0;
       blocks_of(run, a.n, [&](int64_t first, int64_t n) {
         double v[kBlock];
         widen(a.x, first, n, 0.0, v);
         for (int64_t i = 0; i < n; ++i) {
-          if (a.mask && !a.mask[first + i]) continue;
-          sum += x[size_t(count++)] = v[i];
+          x[size_t(count)] = v[i];
+          count += !a.mask || a.mask[first + i];
         }
       });
-      const double mean = count ? sum / double(count) : 0.0;
-      for (int64_t i = 0; i < count; ++i) squares += (x[size_t(i)] - mean) * (x[size_t(i)] - mean);
+      const double mean = count ? sum(count, [&](int64_t i) { return x[size_t(i)]; }) / double(count) : 0.0;
+      const double squares = sum(count, [&](int64_t i) { return (x[size_t(i)] - mean) * (x[size_t(i)] - mean); });
       moments[size_t(run)] = {double(count), mean, squares};
     }
   });
@@ -181,33 +175,14 @@ void masked_whiten_cpu(const WhitenArgs& a) {
 }
 
 void ppo_loss_cpu(const PpoLossArgs& a) {
+  const PpoLossRun run = loss_run();
   std::vector<double> partial(size_t(runs(a.n) * kPpoSums));
-  auto* rows = reinterpret_cast<double (*)[kPpoSums]>(partial.data());
-  if (a.kind == PpoLoss::value) loss_runs<PpoLoss::value, PpoKl::none>(a, rows);
-  else switch (a.kl) {
-      case PpoKl::none:
-        loss_runs<PpoLoss::policy, PpoKl::none>(a, rows);
-        break;
-      case PpoKl::k1:
-        loss_runs<PpoLoss::policy, PpoKl::k1>(a, rows);
-        break;
-      case PpoKl::k1_clamped:
-        loss_runs<PpoLoss::policy, PpoKl::k1_clamped>(a, rows);
-        break;
-      case PpoKl::k2:
-        loss_runs<PpoLoss::policy, PpoKl::k2>(a, rows);
-        break;
-      case PpoKl::k3:
-        loss_runs<PpoLoss::policy, PpoKl::k3>(a, rows);
-    }
+  parallel_for(runs(a.n), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) run(a, r, partial.data() + r * kPpoSums);
+  });
   double sums[kPpoSums] = {};
-  for (int64_t run = 0; run < runs(a.n); ++run)
-    for (int s = 0; s < kPpoSums; ++s) sums[s] += rows[run][s];
-  const double count = sums[kPpoSums - 1];
-  // All masked: 0, not 0 / 0.
-  store_double(a.loss, a.out, 0, count > 0 ? sums[0] / count : 0.0);
-  for (int s = 0; s < kPpoStats; ++s) store_double(a.stats, a.out, s, count > 0 ? sums[1 + s] / count : 0.0);
-  store_double(a.stats, a.out, kPpoStats, count);
+  for (size_t i = 0; i < partial.size(); ++i) sums[i % kPpoSums] += partial[i];
+  ppo_finish(a, sums);
 }
 
 }  // namespace mmfast

@@ -107,12 +107,7 @@ __global__ void __launch_bounds__(kThreads) mean_kernel(PpoLossArgs a, const dou
   for (int64_t b = threadIdx.x; b < blocks; b += kThreads)
     for (int s = 0; s < kPpoSums; ++s) sums[s] += partial[b * kPpoSums + s];
   for (int s = 0; s < kPpoSums; ++s) sums[s] = block_sum(sums[s], scratch);
-  if (threadIdx.x != 0) return;
-  const double count = sums[kPpoSums - 1];
-  // All masked: 0, not 0 / 0.
-  store_double(a.loss, a.out, 0, count > 0 ? sums[0] / count : 0.0);
-  for (int s = 0; s < kPpoStats; ++s) store_double(a.stats, a.out, s, count > 0 ? sums[1 + s] / count : 0.0);
-  store_double(a.stats, a.out, kPpoStats, count);
+  if (threadIdx.x == 0) ppo_finish(a, sums);
 }
 
 // ---- whitening

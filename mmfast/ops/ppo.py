@@ -259,7 +259,7 @@ def ppo_policy_loss(
     constants = [None if t is None else t.detach() for t in (old_logp, advantages, weights, ref_logp)]
     mask = None if faithful else _bool(mask)
     bound = float("inf") if dual_clip is None else dual_clip
-    loss, stats, _ = torch.ops.mmfast.ppo_policy_loss(logp, *constants[:2], mask, *constants[2:], *clip, bound, kl_coef, number)
+    loss, stats = _run_loss(torch.ops.mmfast.ppo_policy_loss, logp, *constants[:2], mask, *constants[2:], *clip, bound, kl_coef, number)
     return loss, dict(zip(_POLICY_STATS, stats.unbind(), strict=False))
 
 
@@ -326,7 +326,7 @@ def ppo_value_loss(
     if clip is not None and clip < 0:
         raise ValueError(f"ppo_value_loss: expected clip >= 0, got {clip}")
     mask, bound = None if faithful else _bool(mask), float("inf") if clip is None else clip
-    loss, stats, _ = torch.ops.mmfast.ppo_value_loss(values, old_values.detach(), returns.detach(), mask, bound)
+    loss, stats = _run_loss(torch.ops.mmfast.ppo_value_loss, values, old_values.detach(), returns.detach(), mask, bound)
     return loss, dict(zip(_VALUE_STATS, stats.unbind(), strict=False))
 
 
@@ -363,27 +363,42 @@ def _(values, old_values, returns, mask, clip):
     return _fake_loss(values)
 
 
-def _fake_loss(first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _wide(first)
-    return first.new_empty([], dtype=wide), first.new_empty([5], dtype=wide), first.new_empty(first.shape, dtype=wide)
+def _fake_loss(first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    new = lambda *shape: first.new_empty(shape, dtype=_wide(first))  # noqa: E731
+    return new(), new(len(_POLICY_STATS)), new(), new(*first.shape)
 
 
-def _loss_setup(ctx, inputs, output):
-    _, stats, grad = output
-    # The gradient of the sum is there already and the count, its divisor, is the last of the statistics: nothing else has to live on.
-    ctx.save_for_backward(stats, grad)
-    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
-    ctx.mark_non_differentiable(stats, grad)
+def _setup(ctx, inputs, output):
+    # The gradient of the sum is there already, and so is the divisor that makes it the mean's: no input has to live on.
+    _, stats, scale, grad = output
+    ctx.dtype, ctx.count = inputs[0].dtype, len(inputs)
+    ctx.save_for_backward(scale, grad)
+    ctx.mark_non_differentiable(stats, scale, grad)
     ctx.set_materialize_grads(False)
 
 
-@torch.no_grad()  # the gradient is a constant: asking for its derivative is an error, not 0
-def _loss_backward(ctx, grad_loss, *_):
+@torch.no_grad()  # a gradient without a graph: asking for second derivatives is an error, not 0
+def _backward(ctx, grad_loss, *_):
+    nothing = (None,) * (ctx.count - 1)
     if grad_loss is None:
-        return (None,) * ctx.inputs
-    stats, grad = ctx.saved_tensors
-    return (grad * (grad_loss / stats[-1].clamp_min(1))).to(ctx.dtype), *(None,) * (ctx.inputs - 1)
+        return None, *nothing
+    scale, grad = ctx.saved_tensors
+    return (grad * (grad_loss * scale)).to(ctx.dtype), *nothing
+
+
+class _Eager(torch.autograd.Function):
+    """The rule that is registered below, without the time that register_autograd spends on each call."""
+
+    forward = staticmethod(lambda op, *args: op(*args))
+    setup_context = staticmethod(lambda ctx, inputs, output: _setup(ctx, inputs[1:], output))
+    backward = staticmethod(lambda ctx, *grads: (None, *_backward(ctx, *grads)))
+
+
+def _run_loss(op, first: Tensor, *args) -> tuple[Tensor, Tensor]:
+    eager = torch.is_grad_enabled() and first.requires_grad and not torch.compiler.is_compiling()
+    loss, stats, _, _ = _Eager.apply(op, first, *args) if eager else op(first, *args)
+    return loss, stats
 
 
 for _op in ("ppo_policy_loss", "ppo_value_loss"):
-    torch.library.register_autograd(f"mmfast::{_op}", _loss_backward, setup_context=_loss_setup)
+    torch.library.register_autograd(f"mmfast::{_op}", _backward, setup_context=_setup)
