@@ -39,9 +39,15 @@ void widen(const PpoInput& in, int64_t first, int64_t count, double fill, double
   }
 }
 
-// The mask as 1 and 0; absent: all 1.
-void widen(const uint8_t* mask, int64_t first, int64_t count, double* out) {
-  for (int64_t i = 0; i < count; ++i) out[i] = !mask || mask[first + i] ? 1.0 : 0.0;
+// Sets to 0 what is outside the mask. On the bits: a compiler may make jumps of a choice between doubles, which a random mask mispredicts.
+void hide(const uint8_t* mask, int64_t first, int64_t count, double* values) {
+  if (!mask) return;
+  for (int64_t i = 0; i < count; ++i) {
+    uint64_t bits;
+    memcpy(&bits, values + i, 8);
+    bits &= -uint64_t(mask[first + i] != 0);
+    memcpy(values + i, &bits, 8);
+  }
 }
 
 void narrow(const double* in, void* out, DType type, int64_t first, int64_t count) {
@@ -59,7 +65,7 @@ void blocks_of(int64_t run, int64_t n, F f) {
 
 int64_t runs(int64_t n) { return (n + kRun - 1) / kRun; }
 
-// f(0) + .. + f(n - 1), in eight chains: one would wait for each addition.
+// f(0) + .. + f(n - 1), n up to kBlock, in eight chains: one would wait for each addition.
 template <class F>
 double sum(int64_t n, F f) {
   double part[8] = {};
@@ -67,9 +73,7 @@ double sum(int64_t n, F f) {
   for (; i + 8 <= n; i += 8)
     for (int64_t l = 0; l < 8; ++l) part[l] += f(i + l);
   for (; i < n; ++i) part[i % 8] += f(i);
-  double total = 0;
-  for (double v : part) total += v;
-  return total;
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
 }
 
 PpoLossRun loss_run() {
@@ -95,8 +99,8 @@ void gae_cpu(const GaeArgs& a) {
   constexpr int64_t kRows = 4;
   const int64_t groups = (a.B + kRows - 1) / kRows;
   parallel_for(groups, std::max<int64_t>(1, kRun / std::max<int64_t>(a.T * kRows, 1)), [&](int64_t begin, int64_t end) {
-    // What a sequence that is not there holds stays 0.
-    double delta[kRows][kBlock] = {}, decay[kRows][kBlock] = {}, value[kRows][kBlock + 1] = {}, keep[kBlock], last[kRows];
+    // A sequence that is not there is computed, from whatever its rows hold, and not stored.
+    double delta[kRows][kBlock] = {}, decay[kRows][kBlock] = {}, value[kRows][kBlock + 1] = {}, last[kRows];
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row0 = group * kRows, rows = std::min(kRows, a.B - row0);
       for (int64_t r = 0; r < kRows; ++r) {
@@ -110,11 +114,8 @@ void gae_cpu(const GaeArgs& a) {
           value[r][count] = value[r][0];  // of the column after the block
           widen(a.rewards, first, count, 0.0, delta[r]);
           widen(a.values, first, count, 0.0, value[r]);
-          widen(a.mask, first, count, keep);
-          for (int64_t i = 0; i < count; ++i) {
-            delta[r][i] = keep[i] != 0 ? delta[r][i] : 0.0;
-            value[r][i] = keep[i] != 0 ? value[r][i] : 0.0;
-          }
+          hide(a.mask, first, count, delta[r]);
+          hide(a.mask, first, count, value[r]);
           for (int64_t i = 0; i < count; ++i) {
             const double on = a.dones && a.dones[first + i] ? 0.0 : a.gamma;
             delta[r][i] += on * value[r][i + 1] - value[r][i];
@@ -135,27 +136,24 @@ void gae_cpu(const GaeArgs& a) {
 }
 
 void masked_whiten_cpu(const WhitenArgs& a) {
-  // Mean and sum of squares around it of each run, then of all: sums of raw squares would lose what a large mean leaves of the variance.
+  // Mean and sum of squares around it of each block, then of all: sums of raw squares would lose what a large mean leaves of the variance.
   struct Moments {
     double count, mean, squares;
   };
-  std::vector<Moments> moments(size_t(runs(a.n)));
+  std::vector<Moments> moments(size_t((a.n + kBlock - 1) / kBlock));
   parallel_for(runs(a.n), 1, [&](int64_t begin, int64_t end) {
-    std::vector<double> x(kRun);
-    for (int64_t run = begin; run < end; ++run) {
-      int64_t count = 0;
+    double v[kBlock];
+    for (int64_t run = begin; run < end; ++run)
       blocks_of(run, a.n, [&](int64_t first, int64_t n) {
-        double v[kBlock];
         widen(a.x, first, n, 0.0, v);
-        for (int64_t i = 0; i < n; ++i) {
-          x[size_t(count)] = v[i];
-          count += !a.mask || a.mask[first + i];
-        }
+        hide(a.mask, first, n, v);
+        int64_t count = n;
+        if (a.mask) count = n - std::count(a.mask + first, a.mask + first + n, uint8_t{0});
+        const double mean = count ? sum(n, [&](int64_t i) { return v[i]; }) / double(count) : 0.0;
+        for (int64_t i = 0; i < n; ++i) v[i] -= mean;
+        hide(a.mask, first, n, v);
+        moments[size_t(first / kBlock)] = {double(count), mean, sum(n, [&](int64_t i) { return v[i] * v[i]; })};
       });
-      const double mean = count ? sum(count, [&](int64_t i) { return x[size_t(i)]; }) / double(count) : 0.0;
-      const double squares = sum(count, [&](int64_t i) { return (x[size_t(i)] - mean) * (x[size_t(i)] - mean); });
-      moments[size_t(run)] = {double(count), mean, squares};
-    }
   });
   double count = 0, mean = 0, squares = 0;
   for (const Moments& m : moments) count += m.count;
@@ -163,12 +161,12 @@ void masked_whiten_cpu(const WhitenArgs& a) {
   for (const Moments& m : moments) squares += m.squares + m.count * (m.mean - mean) * (m.mean - mean);
   const double factor = a.factor(count, squares), back = a.shift_mean ? 0.0 : mean;
   parallel_for(runs(a.n), 1, [&](int64_t begin, int64_t end) {
-    double v[kBlock], keep[kBlock];
+    double v[kBlock];
     for (int64_t run = begin; run < end; ++run)
       blocks_of(run, a.n, [&](int64_t first, int64_t n) {
         widen(a.x, first, n, 0.0, v);
-        widen(a.mask, first, n, keep);
-        for (int64_t i = 0; i < n; ++i) v[i] = keep[i] != 0 ? (v[i] - mean) * factor + back : 0.0;
+        for (int64_t i = 0; i < n; ++i) v[i] = (v[i] - mean) * factor + back;
+        hide(a.mask, first, n, v);
         narrow(v, a.out, a.out_type, first, n);
       });
   });

@@ -2,7 +2,7 @@
 //
 // The inner loop of the CPU losses in the compiler's portable vectors, compiled per instruction set: CMake defines MMFAST_ISA (the suffix)
 // and MMFAST_LANES (floats a register) and sets the flags. A hundred or so elements at a time are widened to arrays of doubles on the
-// stack; ppo.h has the formulas. Sums are kept by position in those arrays and added up at the end of the run.
+// stack; ppo.h has the formulas. Sums are kept by lane until the run is over.
 #include "ppo_cpu_isa.h"
 
 #define MMFAST_INLINE inline __attribute__((always_inline))
@@ -26,12 +26,8 @@ MMFAST_INLINE void widen_as(const void* data, int64_t first, int64_t count, doub
   for (int64_t i = 0; i < count; ++i) out[i] = convert(p[i]);
 }
 
-// out[i] = in[first + i]; 1 where the input is absent.
+// out[i] = in[first + i].
 void widen(const PpoInput& in, int64_t first, int64_t count, double* out) {
-  if (!in.data) {
-    for (int64_t i = 0; i < count; ++i) out[i] = 1;
-    return;
-  }
   switch (in.dtype) {
     case DType::f32:
       return widen_as<float>(in.data, first, count, out, [](float v) { return v; });
@@ -57,11 +53,17 @@ template <PpoLoss kind, PpoKl kl>
 void loss_run(const PpoLossArgs& args, int64_t run, double* out) {
   const PpoLossArgs a = args;  // a copy that no store can alias
   const int64_t end = (run + 1) * kPpoRun < a.n ? (run + 1) * kPpoRun : a.n;
-  double x[kPpoInputs][kBlock] = {}, keep[kBlock], grad[kBlock], sums[kPpoSums][kBlock] = {};
+  double x[kPpoInputs][kBlock], keep[kBlock], grad[kBlock];
+  for (int j = 0; j < kPpoInputs; ++j)
+    for (int64_t i = 0; i < kBlock; ++i) x[j][i] = 1;  // what an absent input stays
+  Vec sums[kPpoSums] = {};
   for (int64_t first = run * kPpoRun; first < end; first += kBlock) {
     const int64_t count = end - first < kBlock ? end - first : kBlock;
-    for (int j = 0; j < (kind == PpoLoss::policy ? kPpoInputs : 3); ++j) widen(a.in[j], first, count, x[j]);
-    for (int64_t i = 0; i < kBlock; ++i) keep[i] = i < count && (!a.mask || a.mask[first + i]);
+    for (int j = 0; j < kPpoInputs; ++j)
+      if (a.in[j].data) widen(a.in[j], first, count, x[j]);
+    for (int64_t i = 0; i < kBlock; ++i) keep[i] = i < count;
+    if (a.mask)
+      for (int64_t i = 0; i < count; ++i) keep[i] = a.mask[first + i] ? 1.0 : 0.0;
     for (int64_t i = 0; i < count; i += W) {
       const auto at = [&](int j) { return load(x[j] + i); };
       PpoToken<Vec> t;
@@ -70,9 +72,9 @@ void loss_run(const PpoLossArgs& args, int64_t run, double* out) {
       // Selected, not multiplied: what stands outside the mask may be NaN.
       const auto in = load(keep + i) != Vec{};
       store(grad + i, in ? t.grad : Vec{});
-      store(sums[0] + i, load(sums[0] + i) + (in ? t.loss : Vec{}));
-      for (int s = 0; s < kPpoStats; ++s) store(sums[1 + s] + i, load(sums[1 + s] + i) + (in ? t.stats[s] : Vec{}));
-      store(sums[kPpoSums - 1] + i, load(sums[kPpoSums - 1] + i) + load(keep + i));
+      sums[0] += in ? t.loss : Vec{};
+      for (int s = 0; s < kPpoStats; ++s) sums[1 + s] += in ? t.stats[s] : Vec{};
+      sums[kPpoSums - 1] += load(keep + i);
     }
     if (a.out == DType::f64)
       for (int64_t i = 0; i < count; ++i) static_cast<double*>(a.grad)[first + i] = grad[i];
@@ -81,7 +83,7 @@ void loss_run(const PpoLossArgs& args, int64_t run, double* out) {
   }
   for (int s = 0; s < kPpoSums; ++s) {
     out[s] = 0;
-    for (int64_t i = 0; i < kBlock; ++i) out[s] += sums[s][i];
+    for (int l = 0; l < W; ++l) out[s] += sums[s][l];
   }
 }
 
