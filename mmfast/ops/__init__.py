@@ -23,7 +23,6 @@ from mmfast.ops.linear_logp import (
     linear_logp_pair_ref,
     linear_logp_ref,
 )
-from mmfast.ops.preference import preference_loss, preference_loss_ref, segment_logp, segment_logp_ref
 from mmfast.ops.ppo import (
     gae,
     gae_ref,
@@ -35,6 +34,7 @@ from mmfast.ops.ppo import (
     ppo_value_loss_ref,
     token_rewards,
 )
+from mmfast.ops.preference import preference_loss, preference_loss_ref, segment_logp, segment_logp_ref
 from mmfast.ops.vq import (
     vq_code_stats,
     vq_code_stats_ref,
