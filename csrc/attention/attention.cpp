@@ -8,10 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/check.h"
-#ifdef MMFAST_CUDA_ATTENTION
-#include "../common/stream.h"
-#endif
+#include "../common/device.h"
 
 namespace mmfast {
 namespace {
@@ -160,29 +157,6 @@ struct Inputs {
   }
 };
 
-#ifdef MMFAST_CUDA_ATTENTION
-template <class Args>
-void run_cuda(const Tensor& q, const Args& args, size_t (*bytes)(const Args&), int (*launch)(const Args&, void*, void*)) {
-  torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  const int64_t size = int64_t(bytes(args));
-  Tensor workspace = torch::stable::new_empty(q, {size}, ScalarType::Byte);
-  const int status = launch(args, size ? workspace.data_ptr() : nullptr, current_stream(kOp, q));
-  MMFAST_CHECK(status == 0, kOp, ": CUDA launch failed with error ", status);
-}
-#define MMFAST_ATTENTION_CUDA(args, name) run_cuda(in.q, args, &name##_cuda_workspace, &name##_cuda)
-#define MMFAST_MERGE_CUDA(args, name)                                             \
-  torch::stable::accelerator::DeviceGuard guard(out_a.get_device_index());        \
-  const int status = name##_cuda(args, current_stream("merge_attention", out_a)); \
-  MMFAST_CHECK(status == 0, "merge_attention: CUDA launch failed with error ", status)
-#else
-#define MMFAST_NO_CUDA(op)                                                                                        \
-  MMFAST_CHECK(false, op,                                                                                         \
-               ": the tensors are on a CUDA device but this mmfast was built without CUDA; rebuild it with nvcc " \
-               "on PATH (MMFAST_CUDA=on pip install --no-build-isolation --force-reinstall .) or move them to the CPU")
-#define MMFAST_ATTENTION_CUDA(args, name) MMFAST_NO_CUDA(kOp)
-#define MMFAST_MERGE_CUDA(args, name) MMFAST_NO_CUDA("merge_attention")
-#endif
-
 std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, optional<Tensor> k2, optional<Tensor> v2, optional<Tensor> lens,
                                      optional<Tensor> lens2, optional<Tensor> valid2, optional<Tensor> text_time, optional<Tensor> cu_q,
                                      optional<Tensor> cu_k, optional<Tensor> seed, int64_t rule, int64_t number, int64_t max_q,
@@ -194,7 +168,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, optional<Tens
   a.lse = lse.data_ptr();
   if (out.numel() == 0) return {out, lse};
   if (q.is_cuda()) {
-    MMFAST_ATTENTION_CUDA(a, attention);
+    MMFAST_ON_CUDA(kOp, in.q, a, attention);
   } else {
     attention_cpu(a);
   }
@@ -248,7 +222,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(optional<T
   }
   if (!need_q && !need_kv) return result;
   if (q.is_cuda()) {
-    MMFAST_ATTENTION_CUDA(args, attention_backward);
+    MMFAST_ON_CUDA(kOp, in.q, args, attention_backward);
   } else {
     attention_backward_cpu(args);
   }
@@ -287,7 +261,7 @@ std::tuple<Tensor, Tensor> merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tenso
   a.lse = lse.data_ptr();
   if (lse.numel() == 0) return {out, lse};
   if (out_a.is_cuda()) {
-    MMFAST_MERGE_CUDA(a, attention_merge);
+    MMFAST_ON_CUDA_PLAIN("merge_attention", out_a, a, attention_merge);
   } else {
     attention_merge_cpu(a);
   }
@@ -315,7 +289,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(optional<Tensor> grad_
   a.grad_lse_a = grad_lse_a.data_ptr(), a.grad_lse_b = grad_lse_b.data_ptr();
   if (lse.numel() > 0) {
     if (out_a.is_cuda()) {
-      MMFAST_MERGE_CUDA(a, attention_merge_backward);
+      MMFAST_ON_CUDA_PLAIN("merge_attention", out_a, a, attention_merge_backward);
     } else {
       attention_merge_backward_cpu(a);
     }

@@ -32,21 +32,7 @@ constexpr int64_t kTilesPerTask = 16;  // bounds a task's output accumulators
 constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-const AttentionCpuKernels& kernels() {
-#if defined(__x86_64__) && defined(MMFAST_X86_KERNELS)
-  switch (cpu_isa_active()) {
-    case CpuIsa::avx512_bf16:
-      return *attention_cpu_kernels_avx512_bf16();
-    case CpuIsa::avx512:
-      return *attention_cpu_kernels_avx512();
-    case CpuIsa::avx2:
-      return *attention_cpu_kernels_avx2();
-    default:
-      break;
-  }
-#endif
-  return *attention_cpu_kernels_baseline();
-}
+const AttentionCpuKernels& kernels() { return MMFAST_CPU_KERNELS(attention_cpu_kernels); }
 
 int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
 

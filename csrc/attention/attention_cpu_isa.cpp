@@ -3,63 +3,16 @@
 // Inner loops of CPU attention, written once in the compiler's portable vectors and compiled per instruction set: CMake defines
 // MMFAST_ISA (the suffix) and MMFAST_LANES (floats a register) and sets the flags.
 //
-// gemm: all seven products of forward and backward are this one. A tile of R rows x 2 vectors lives in registers (12 x 2 accumulators
-// on AVX-512, 6 x 2 on AVX2); each step loads two vectors of b and broadcasts one value of a per row, so 2 R multiply-adds stand against
-// R + 2 loads. `a` may be walked either way, which is why scores are never transposed between their uses.
+// gemm: all seven products of forward and backward are this one, made of the tiles of cpu_tile.h. `a` may be walked either way, which is
+// why scores are never transposed between their uses.
 #include "attention_cpu_isa.h"
 
-#include "../common/cpu_vec.h"
+#include "../common/cpu_tile.h"
 
 namespace mmfast {
 namespace {
 
-constexpr int kTileRows = W == 16 ? 12 : 6;
-
 // ---- products
-
-struct MulF32 {
-  using Value = float;
-  using Packed = Vec;
-  static MMFAST_INLINE void step(Vec& acc, Vec b, float a) { acc += b * a; }
-};
-
-#ifdef __AVX512BF16__
-struct MulBf16 {
-  using Value = uint32_t;
-  using Packed = VecU;
-  static MMFAST_INLINE void step(Vec& acc, VecU b, uint32_t a) {
-    acc = (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)b, (__m512bh)_mm512_set1_epi32(int(a)));
-  }
-};
-#endif
-
-template <class Mul, int R, int V>
-MMFAST_INLINE void tile(int64_t k, const typename Mul::Value* a, int64_t row, int64_t col, const typename Mul::Value* b, int64_t ldb,
-                        float* c, int64_t ldc, bool accumulate) {
-  Vec acc[R][V];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = accumulate ? load(c + r * ldc + v * W) : Vec{};
-  for (int64_t t = 0; t < k; ++t, a += col, b += ldb) {
-    typename Mul::Packed x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(b + v * W);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) Mul::step(acc[r][v], x[v], a[r * row]);
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) store(c + r * ldc + v * W, acc[r][v]);
-}
-
-// The m rows as tiles of almost equal height: a low tile left over would wait for its few accumulators.
-template <class Mul, int V, int R>
-MMFAST_INLINE void tile_of(int64_t rows, int64_t k, const typename Mul::Value* a, int64_t row, int64_t col, const typename Mul::Value* b,
-                           int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  if constexpr (R > 1)
-    if (rows < R) return tile_of<Mul, V, R - 1>(rows, k, a, row, col, b, ldb, c, ldc, accumulate);
-  // A row stride of 1 known to the compiler turns R address computations into one.
-  if (row == 1) return tile<Mul, R, V>(k, a, 1, col, b, ldb, c, ldc, accumulate);
-  tile<Mul, R, V>(k, a, row, col, b, ldb, c, ldc, accumulate);
-}
 
 template <class Mul, int V>
 void columns(int64_t m, int64_t k, const typename Mul::Value* a, int64_t row, int64_t col, const typename Mul::Value* b, int64_t ldb,
@@ -252,26 +205,6 @@ void copy_rows(const uint16_t* data, int64_t stride, int64_t rows, int64_t D, ui
     for (; d < width; ++d) row[d] = 0;
   }
   for (int64_t i = rows * width; i < padded_rows * width; ++i) to[i] = 0;
-}
-
-// W rows of W words: log2(W) rounds, each interleaving row i with row i + W / 2.
-MMFAST_INLINE void transpose_block(VecU (&row)[W]) {
-  VecI low, high;
-  for (int l = 0; l < W; ++l) {
-    low[l] = l / 2 + (l % 2) * W;
-    high[l] = W / 2 + l / 2 + (l % 2) * W;
-  }
-#pragma GCC unroll 4
-  for (int step = W; step > 1; step /= 2) {
-    VecU next[W];
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(row[i], row[i + W / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(row[i], row[i + W / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) row[i] = next[i];
-  }
 }
 
 void transpose(const uint32_t* from, int64_t rows, int64_t width, uint32_t* to) {

@@ -18,3 +18,14 @@ CpuIsa cpu_isa_active();  // what kernels use: the best, or what MMFAST_CPU_ISA 
 void force_cpu_isa(const std::string& name);
 
 }  // namespace mmfast
+
+// The table of inner loops for the instruction set in use, from functions prefix_baseline, prefix_avx2, prefix_avx512, prefix_avx512_bf16.
+#if defined(__x86_64__) && defined(MMFAST_X86_KERNELS)
+#define MMFAST_CPU_KERNELS(prefix)                                                        \
+  (*(::mmfast::cpu_isa_active() == ::mmfast::CpuIsa::avx512_bf16 ? prefix##_avx512_bf16() \
+     : ::mmfast::cpu_isa_active() == ::mmfast::CpuIsa::avx512    ? prefix##_avx512()      \
+     : ::mmfast::cpu_isa_active() == ::mmfast::CpuIsa::avx2      ? prefix##_avx2()        \
+                                                                 : prefix##_baseline()))
+#else
+#define MMFAST_CPU_KERNELS(prefix) (*prefix##_baseline())
+#endif

@@ -74,6 +74,28 @@ MMFAST_INLINE VecH to_bf16(Vec v) { return __builtin_convertvector(round_bf16(v)
 MMFAST_INLINE VecU pair_bf16(Vec low, Vec high) { return (round_bf16(low) >> 16) | (round_bf16(high) & 0xffff0000u); }
 #endif
 
+// ---- transposition
+
+// W rows of W words: log2(W) rounds, each interleaving row i with row i + W / 2.
+MMFAST_INLINE void transpose_block(VecU (&row)[W]) {
+  VecI low, high;
+  for (int l = 0; l < W; ++l) {
+    low[l] = l / 2 + (l % 2) * W;
+    high[l] = W / 2 + l / 2 + (l % 2) * W;
+  }
+#pragma GCC unroll 4
+  for (int step = W; step > 1; step /= 2) {
+    VecU next[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(row[i], row[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(row[i], row[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) row[i] = next[i];
+  }
+}
+
 // ---- rows of any type
 
 MMFAST_INLINE float half_to_float(uint16_t h) {  // written out here rather than called: see the header on inline functions

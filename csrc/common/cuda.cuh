@@ -188,6 +188,18 @@ __device__ __forceinline__ T warp_max(T v) {
   return v;
 }
 
+// The sum over a block of 32 Warps threads in every thread, in a fixed order; `shared` is scratch that no one else uses meanwhile.
+template <int Warps>
+__device__ __forceinline__ double block_sum(double v, double (&shared)[Warps]) {
+  v = warp_sum(v);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  double total = 0;
+  for (int w = 0; w < Warps; ++w) total += shared[w];
+  return total;
+}
+
 // ---- host code of the launchers
 
 // Hands out pieces of the workspace; with base 0 it only measures.

@@ -4,10 +4,9 @@
 // products and its autograd rule are in mmfast/ops/linear_logp.py.
 #include "linear_logp.h"
 
-#include "../common/check.h"
-#ifdef MMFAST_CUDA_LINEAR_LOGP
-#include "../common/stream.h"
-#endif
+#include <utility>
+
+#include "../common/device.h"
 
 namespace mmfast {
 namespace {
@@ -44,7 +43,7 @@ LogpRows rows(const char* op, const Tensor& z, const Tensor& labels, int64_t fir
 
 void* wide(const char* op, const char* name, const Tensor& t, const Tensor& z, int64_t count) {
   check_same_device(op, "z", z, name, t);
-  const ScalarType type = z.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType type = wide_type(z);
   MMFAST_CHECK(t.scalar_type() == type && t.numel() == count * z.size(0) && t.is_contiguous(), op, ": expected ", name, " contiguous ",
                torch::headeronly::toString(type), " with ", count, " numbers a row, got ", shape_of(t));
   return t.data_ptr();
@@ -63,13 +62,7 @@ void update(Tensor z, optional<Tensor> z0, Tensor labels, int64_t first, int64_t
                    wide(op, "out", out, z, kLogpOutputs)};
   if (a.rows.n == 0) return;
   if (z.is_cuda()) {
-#ifdef MMFAST_CUDA_LINEAR_LOGP
-    torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
-    const int status = logp_update_cuda(a, current_stream(op, z));
-    MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
-#else
-    MMFAST_CHECK(false, op, ": mmfast was built without CUDA; rebuild with nvcc on PATH (MMFAST_CUDA=on)");
-#endif
+    MMFAST_ON_CUDA_PLAIN(op, z, a, logp_update);
   } else {
     logp_update_cpu(a);
   }
@@ -92,16 +85,26 @@ void grad(Tensor z, optional<Tensor> z0, Tensor to, Tensor labels, int64_t first
                  upstream("the gradient of kl", k)};
   if (a.rows.n == 0) return;
   if (z.is_cuda()) {
-#ifdef MMFAST_CUDA_LINEAR_LOGP
-    torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
-    const int status = logp_grad_cuda(a, current_stream(op, z));
-    MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
-#else
-    MMFAST_CHECK(false, op, ": mmfast was built without CUDA; rebuild with nvcc on PATH (MMFAST_CUDA=on)");
-#endif
+    MMFAST_ON_CUDA_PLAIN(op, z, a, logp_grad);
   } else {
     logp_grad_cpu(a);
   }
+}
+
+// The CPU's fp32 products; the torch side of logp_product_cpu.
+void product(Tensor a, Tensor b, Tensor c, bool accumulate) {
+  const char* op = "logp_product_";
+  for (auto [name, t] : {std::pair{"a", &a}, {"b", &b}, {"c", &c}}) {
+    MMFAST_CHECK(!t->is_cuda() && t->scalar_type() == ScalarType::Float && t->dim() == 2, op, ": expected ", name,
+                 " a float32 matrix on the CPU, got ", torch::headeronly::toString(t->scalar_type()), " ", shape_of(*t));
+    MMFAST_CHECK(t == &c ? t->size(1) <= 1 || t->stride(1) == 1 : t->stride(0) == 1 || t->stride(1) == 1, op, ": expected ", name,
+                 " contiguous along ", t == &c ? "its rows" : "one side");
+  }
+  MMFAST_CHECK(a.size(1) == b.size(0) && c.size(0) == a.size(0) && c.size(1) == b.size(1), op,
+               ": expected a [m, k], b [k, n], c [m, n], got ", shape_of(a), ", ", shape_of(b), ", ", shape_of(c));
+  logp_product_cpu({a.size(0), b.size(1), a.size(1), static_cast<const float*>(a.data_ptr()), a.stride(0), a.stride(1),
+                    static_cast<const float*>(b.data_ptr()), b.stride(0), b.stride(1), static_cast<float*>(c.data_ptr()), c.stride(0),
+                    accumulate});
 }
 
 }  // namespace
@@ -115,10 +118,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
       "logp_grad_(Tensor z, Tensor? z0, Tensor(a!) to, Tensor labels, int first, int V, float temperature, float softcap, int "
       "ignore_index, "
       "Tensor out, Tensor? g, Tensor? r, Tensor? e, Tensor? q, Tensor? k) -> ()");
+  m.def("logp_product_(Tensor a, Tensor b, Tensor(a!) c, bool accumulate) -> ()");
 }
 
 #define MMFAST_LOGP_IMPL(m)                           \
   m.impl("logp_update_", TORCH_BOX(&mmfast::update)); \
   m.impl("logp_grad_", TORCH_BOX(&mmfast::grad));
 
-STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m){MMFAST_LOGP_IMPL(m)} STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) { MMFAST_LOGP_IMPL(m) }
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
+  MMFAST_LOGP_IMPL(m)
+  m.impl("logp_product_", TORCH_BOX(&mmfast::product));
+}
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) { MMFAST_LOGP_IMPL(m) }

@@ -88,6 +88,20 @@ struct LogpGradArgs {
 void logp_update_cpu(const LogpUpdateArgs&);
 void logp_grad_cpu(const LogpGradArgs&);
 
+// c [m, n] = or += a [m, k] b [k, n] in fp32: a's element (i, t) at a[i * a_row + t * a_col], b's (t, j) at b[t * b_row + j * b_col], one
+// of each pair of strides 1; c's rows contiguous. Sums in an order that neither the number of threads nor m and n change.
+struct LogpProductArgs {
+  int64_t m, n, k;
+  const float* a;
+  int64_t a_row, a_col;
+  const float* b;
+  int64_t b_row, b_col;
+  float* c;
+  int64_t c_row;
+  bool accumulate;
+};
+void logp_product_cpu(const LogpProductArgs&);
+
 // CUDA. Results are cudaError_t (0 = success).
 int logp_update_cuda(const LogpUpdateArgs&, void* stream);
 int logp_grad_cuda(const LogpGradArgs&, void* stream);

@@ -3,8 +3,10 @@
 // Log-probabilities on the CPU: rows in parallel, each row's block read once; fp64 takes the plain loops.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
-#include <vector>
+#include <memory>
+#include <new>
 
 #include "../common/cpu_isa.h"
 #include "../common/parallel.h"
@@ -16,21 +18,7 @@ namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-const LogpCpuKernels& kernels() {
-#if defined(__x86_64__) && defined(MMFAST_X86_KERNELS)
-  switch (cpu_isa_active()) {
-    case CpuIsa::avx512_bf16:
-      return *logp_cpu_kernels_avx512_bf16();
-    case CpuIsa::avx512:
-      return *logp_cpu_kernels_avx512();
-    case CpuIsa::avx2:
-      return *logp_cpu_kernels_avx2();
-    default:
-      break;
-  }
-#endif
-  return *logp_cpu_kernels_baseline();
-}
+const LogpCpuKernels& kernels() { return MMFAST_CPU_KERNELS(logp_cpu_kernels); }
 
 const char* row_of(const LogpBlock& b, DType dtype, int64_t r) {
   return b.data ? static_cast<const char*>(b.data) + r * b.stride * dtype_size(dtype) : nullptr;
@@ -181,7 +169,109 @@ void grad(const LogpGradArgs& a) {
   });
 }
 
+// ---- products
+
+constexpr int64_t kDepth = 192;          // of a packed block: a panel of b (24 KB) stays in L1
+constexpr int64_t kRowPanels = 12;       // of a task: its packed block of a (110 KB) stays in L2
+constexpr int64_t kColumns = 512;        // of a task: its packed block of b (390 KB) stays in L2
+constexpr int64_t kGroup = kDepth * 20;  // depth that is packed at a time where one side is packed whole
+
+int64_t round_up(int64_t v, int64_t to) { return (v + to - 1) / to * to; }
+
+// A thread's scratch memory, kept for the next task.
+float* scratch(int64_t count) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> data;
+  thread_local int64_t size = 0;
+  if (count > size) {
+    data.reset(static_cast<float*>(std::aligned_alloc(64, size_t(round_up(count * 4, 64)))));
+    if (!data) throw std::bad_alloc();
+    size = count;
+  }
+  return data.get();
+}
+
+struct AlignedFloats {
+  explicit AlignedFloats(int64_t count)
+      : data(static_cast<float*>(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(count, 1) * 4, 64))))) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~AlignedFloats() { std::free(data); }
+  AlignedFloats(const AlignedFloats&) = delete;
+  float* data;
+};
+
+// Few rows, many columns (logits): a is packed whole, tasks own columns and pack their part of b.
+void product_by_columns(const LogpCpuKernels& kernel, const LogpProductArgs& p) {
+  const int64_t height = round_up(p.m, kernel.tile_rows), panels = height / kernel.tile_rows;
+  const AlignedFloats a(height * std::min(p.k, kGroup));
+  for (int64_t g = 0; g < p.k; g += kGroup) {
+    const int64_t group = std::min(kGroup, p.k - g), steps = (group + kDepth - 1) / kDepth;
+    parallel_for(steps * panels, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / panels * kDepth, depth = std::min(kDepth, group - t), row = i % panels * kernel.tile_rows;
+        kernel.pack_a(p.a + row * p.a_row + (g + t) * p.a_col, p.a_row, p.a_col, std::min<int64_t>(kernel.tile_rows, p.m - row), depth,
+                      a.data + t * height + row * depth);
+      }
+    });
+    const int64_t width =
+        std::min(kColumns, std::max<int64_t>(kernel.tile_columns, round_up(p.n / (2 * num_threads()), kernel.tile_columns)));
+    parallel_for((p.n + width - 1) / width, 1, [&](int64_t begin, int64_t end) {
+      float* b = scratch(width * kDepth);
+      for (int64_t j = begin * width; j < std::min(p.n, end * width); j += width) {
+        const int64_t columns = std::min(width, p.n - j);
+        for (int64_t t = 0; t < group; t += kDepth) {
+          const int64_t depth = std::min(kDepth, group - t);
+          kernel.pack_b(p.b + (g + t) * p.b_row + j * p.b_col, p.b_row, p.b_col, depth, columns, b);
+          kernel.block(p.m, columns, depth, a.data + t * height, b, p.c + j, p.c_row, p.accumulate || g + t > 0, true);
+        }
+      }
+    });
+  }
+}
+
+// Few columns (gradients, as wide as a hidden state): b is packed whole, tasks own rows and pack their part of a.
+void product_by_rows(const LogpCpuKernels& kernel, const LogpProductArgs& p) {
+  const int64_t width = round_up(p.n, kernel.tile_columns), panels = width / kernel.tile_columns;
+  const AlignedFloats b(width * std::min(p.k, kGroup));
+  for (int64_t g = 0; g < p.k; g += kGroup) {
+    const int64_t group = std::min(kGroup, p.k - g), steps = (group + kDepth - 1) / kDepth;
+    parallel_for(steps * panels, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t t = i / panels * kDepth, depth = std::min(kDepth, group - t), column = i % panels * kernel.tile_columns;
+        kernel.pack_b(p.b + (g + t) * p.b_row + column * p.b_col, p.b_row, p.b_col, depth,
+                      std::min<int64_t>(kernel.tile_columns, p.n - column), b.data + t * width + column * depth);
+      }
+    });
+    const int64_t most = kRowPanels * kernel.tile_rows;
+    const int64_t height = std::min(most, std::max<int64_t>(kernel.tile_rows, round_up(p.m / (2 * num_threads()), kernel.tile_rows)));
+    parallel_for((p.m + height - 1) / height, 1, [&](int64_t begin, int64_t end) {
+      float* a = scratch(height * kDepth);
+      for (int64_t i = begin * height; i < std::min(p.m, end * height); i += height) {
+        const int64_t rows = std::min(height, p.m - i);
+        for (int64_t t = 0; t < group; t += kDepth) {
+          const int64_t depth = std::min(kDepth, group - t);
+          kernel.pack_a(p.a + i * p.a_row + (g + t) * p.a_col, p.a_row, p.a_col, rows, depth, a);
+          kernel.block(rows, p.n, depth, a, b.data + t * width, p.c + i * p.c_row, p.c_row, p.accumulate || g + t > 0, false);
+        }
+      }
+    });
+  }
+}
+
 }  // namespace
+
+void logp_product_cpu(const LogpProductArgs& p) {
+  if (p.m == 0 || p.n == 0) return;
+  if (p.k == 0) {
+    if (!p.accumulate)
+      for (int64_t i = 0; i < p.m; ++i) std::fill_n(p.c + i * p.c_row, p.n, 0.0f);
+    return;
+  }
+  p.n > p.m ? product_by_columns(kernels(), p) : product_by_rows(kernels(), p);
+}
 
 void logp_update_cpu(const LogpUpdateArgs& a) { a.rows.dtype == DType::f64 ? update<double>(a) : update<float>(a); }
 void logp_grad_cpu(const LogpGradArgs& a) { a.rows.dtype == DType::f64 ? grad<double>(a) : grad<float>(a); }

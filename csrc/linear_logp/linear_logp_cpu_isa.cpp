@@ -1,10 +1,10 @@
 // Copyright the mmfast authors. SPDX-License-Identifier: Apache-2.0
 //
-// Inner loops over one row of logits, in portable vectors. A piece of kPiece logits is widened (and capped) into a buffer that stays in
-// L1; its maximum is found first, so that the exponentials of the piece need no correction on the way.
+// Inner loops over one row of logits, and of the products around them, in portable vectors. A piece of kPiece logits is widened (and
+// capped) into a buffer that stays in L1; its maximum is found first, so that the exponentials of the piece need no correction on the way.
 #include "linear_logp_cpu_isa.h"
 
-#include "../common/cpu_vec.h"
+#include "../common/cpu_tile.h"
 
 namespace mmfast {
 namespace {
@@ -139,7 +139,81 @@ void grad(const void* z, const void* z0, void* grad, DType dtype, int64_t count,
   }
 }
 
-const LogpCpuKernels kKernels = {update, grad};
+// ---- products
+
+constexpr int kTileColumns = 2 * W;
+
+// One panel: to[t * Width + r] = from[r * stride + t], r < rows <= Width: rows of memory become columns, a block of W x W at a time.
+template <int Width>
+MMFAST_INLINE void pack_transposed(const float* from, int64_t stride, int64_t rows, int64_t k, float* to) {
+  int64_t t = 0;
+  for (; t + W <= k; t += W)
+    for (int64_t r0 = 0; r0 < Width; r0 += W) {
+      VecU block[W];
+      for (int i = 0; i < W; ++i) block[i] = r0 + i < rows ? (VecU)load(from + (r0 + i) * stride + t) : VecU{};
+      transpose_block(block);
+      for (int i = 0; i < W; ++i) {
+        float* at = to + (t + i) * Width + r0;
+        // A vector that is wider than the panel may spill into the next step, which is written after it; the last one has none.
+        if (Width % W == 0 || (Width < W && t + i + 1 < k)) store(at, (Vec)block[i]);
+        else
+          for (int64_t l = 0; l < Width - r0 && l < W; ++l) at[l] = ((Vec)block[i])[l];
+      }
+    }
+  for (; t < k; ++t)
+    for (int64_t r = 0; r < Width; ++r) to[t * Width + r] = r < rows ? from[r * stride + t] : 0.0f;
+}
+
+// One panel of rows that lie side by side: to[t * Width + r] = from[t * stride + r].
+template <int Width>
+MMFAST_INLINE void pack_straight(const float* from, int64_t stride, int64_t rows, int64_t k, float* to) {
+  if (rows == Width)
+    for (int64_t t = 0; t < k; ++t)
+      for (int64_t r = 0; r < Width; ++r) to[t * Width + r] = from[t * stride + r];
+  else
+    for (int64_t t = 0; t < k; ++t)
+      for (int64_t r = 0; r < Width; ++r) to[t * Width + r] = r < rows ? from[t * stride + r] : 0.0f;
+}
+
+template <int Width>
+MMFAST_INLINE void pack(const float* from, int64_t across, int64_t along, int64_t count, int64_t k, float* to) {
+  for (int64_t first = 0; first < count; first += Width, to += k * Width) {
+    const int64_t rows = count - first < Width ? count - first : Width;
+    if (along == 1) pack_transposed<Width>(from + first * across, across, rows, k, to);
+    else pack_straight<Width>(from + first, along, rows, k, to);
+  }
+}
+
+void pack_a(const float* from, int64_t row, int64_t col, int64_t m, int64_t k, float* to) { pack<kTileRows>(from, row, col, m, k, to); }
+void pack_b(const float* from, int64_t row, int64_t col, int64_t k, int64_t n, float* to) { pack<kTileColumns>(from, col, row, n, k, to); }
+
+MMFAST_INLINE void tile_at(int64_t rows, int64_t columns, int64_t k, const float* a, const float* b, float* c, int64_t ldc,
+                           bool accumulate) {
+  if (rows == kTileRows && columns == kTileColumns)
+    return tile<MulF32, kTileRows, 2>(k, a, 1, kTileRows, b, kTileColumns, c, ldc, accumulate);
+  float whole[kTileRows * kTileColumns];  // a ragged tile goes through a whole one
+  tile<MulF32, kTileRows, 2>(k, a, 1, kTileRows, b, kTileColumns, whole, kTileColumns, false);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < columns; ++j) {
+      float& to = c[r * ldc + j];
+      to = accumulate ? to + whole[r * kTileColumns + j] : whole[r * kTileColumns + j];
+    }
+}
+
+void block(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool accumulate, bool a_stays) {
+  const auto at = [&](int64_t i, int64_t j) {
+    const int64_t rows = m - i < kTileRows ? m - i : kTileRows, columns = n - j < kTileColumns ? n - j : kTileColumns;
+    tile_at(rows, columns, k, a + i * k, b + j * k, c + i * ldc + j, ldc, accumulate);
+  };
+  if (a_stays)
+    for (int64_t i = 0; i < m; i += kTileRows)
+      for (int64_t j = 0; j < n; j += kTileColumns) at(i, j);
+  else
+    for (int64_t j = 0; j < n; j += kTileColumns)
+      for (int64_t i = 0; i < m; i += kTileRows) at(i, j);
+}
+
+const LogpCpuKernels kKernels = {update, grad, kTileRows, kTileColumns, pack_a, pack_b, block};
 
 }  // namespace
 

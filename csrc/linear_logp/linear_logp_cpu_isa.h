@@ -25,6 +25,16 @@ struct LogpCpuKernels {
   // caller's.
   void (*grad)(const void* z, const void* z0, void* grad, DType, int64_t count, float temperature, float softcap, float top, float log_sum,
                float top0, float log_sum0, float a, float b, float c, float k);
+
+  // Products of packed float matrices. a: panels of tile_rows rows, [panel][k][tile_rows]; b: panels of tile_columns columns,
+  // [panel][k][tile_columns]; both filled up with zeros.
+  int tile_rows, tile_columns;
+  // from[i * row + t * col] for i < m, t < k
+  void (*pack_a)(const float* from, int64_t row, int64_t col, int64_t m, int64_t k, float* to);
+  // from[t * row + j * col] for t < k, j < n
+  void (*pack_b)(const float* from, int64_t row, int64_t col, int64_t k, int64_t n, float* to);
+  // c [m, n] = or += a b. `a_stays`: a panel of a meets all of b before the next one (else a panel of b all of a).
+  void (*block)(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c, int64_t ldc, bool accumulate, bool a_stays);
 };
 
 const LogpCpuKernels* logp_cpu_kernels_baseline();

@@ -7,17 +7,12 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/check.h"
-#ifdef MMFAST_CUDA_PPO
-#include "../common/stream.h"
-#endif
+#include "../common/device.h"
 
 namespace mmfast {
 namespace {
 
 using std::optional;
-
-ScalarType wide_type(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // Checks `t` against the first input of its op and makes it contiguous; the copy, if one is needed, stays alive in `t`.
 void match(const char* op, const char* first_name, const Tensor& first, const char* name, Tensor& t) {
@@ -36,25 +31,6 @@ const uint8_t* flags(const char* op, const char* first_name, const Tensor& first
   return static_cast<const uint8_t*>(t->data_ptr());
 }
 
-#ifdef MMFAST_CUDA_PPO
-// Runs a CUDA launcher with its workspace on x's device and torch's current stream.
-template <class Args>
-void launch_cuda(const char* op, const Tensor& x, const Args& args, size_t (*bytes)(const Args&),
-                 int (*launch)(const Args&, void*, void*)) {
-  const int64_t size = int64_t(bytes(args));
-  Tensor workspace = torch::stable::new_empty(x, {size}, ScalarType::Byte);
-  const int status = launch(args, size ? workspace.data_ptr() : nullptr, current_stream(op, x));
-  MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
-}
-#define MMFAST_ON_CUDA(op, x, args, name)                                \
-  torch::stable::accelerator::DeviceGuard guard((x).get_device_index()); \
-  launch_cuda(op, x, args, &name##_cuda_workspace, &name##_cuda)
-#else
-#define MMFAST_ON_CUDA(op, x, args, name)                                                                      \
-  MMFAST_CHECK(false, op,                                                                                      \
-               ": x is on a CUDA device but this mmfast was built without CUDA; rebuild it with nvcc on PATH " \
-               "(MMFAST_CUDA=on pip install --no-build-isolation --force-reinstall .) or move x to the CPU")
-#endif
 // Runs `name` on the device of `x`.
 #define MMFAST_RUN(op, x, args, name)  \
   if ((x).is_cuda()) {                 \

@@ -63,17 +63,6 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(GaeArgs args) {
 
 // ---- sums
 
-// The sum over the block in every thread, in a fixed order.
-__device__ double block_sum(double v, double (&shared)[kWarps]) {
-  v = warp_sum(v);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
-  __syncthreads();
-  double total = 0;
-  for (int w = 0; w < kWarps; ++w) total += shared[w];
-  return total;
-}
-
 // ---- losses
 
 __device__ PpoToken<double> loss_token(const PpoLossArgs& a, int64_t i) {

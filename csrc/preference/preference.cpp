@@ -5,10 +5,7 @@
 
 #include <tuple>
 
-#include "../common/check.h"
-#ifdef MMFAST_CUDA_PREFERENCE
-#include "../common/stream.h"
-#endif
+#include "../common/device.h"
 
 namespace mmfast {
 namespace {
@@ -16,25 +13,6 @@ namespace {
 using std::optional;
 
 bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; }
-
-#ifdef MMFAST_CUDA_PREFERENCE
-// Runs a CUDA launcher with its workspace on `like`'s device and torch's current stream.
-template <class Args>
-void launch_cuda(const char* op, const Tensor& like, const Args& args, size_t (*bytes)(const Args&),
-                 int (*launch)(const Args&, void*, void*)) {
-  torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  const int64_t size = int64_t(bytes(args));
-  Tensor workspace = torch::stable::new_empty(like, {size}, ScalarType::Byte);
-  const int status = launch(args, size ? workspace.data_ptr() : nullptr, current_stream(op, like));
-  MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
-}
-#define MMFAST_ON_CUDA(op, like, args, name) launch_cuda(op, like, args, &name##_cuda_workspace, &name##_cuda)
-#else
-#define MMFAST_ON_CUDA(op, like, args, name)                                                                      \
-  MMFAST_CHECK(false, op,                                                                                         \
-               ": the tensors are on a CUDA device but this mmfast was built without CUDA; rebuild it with nvcc " \
-               "on PATH (MMFAST_CUDA=on pip install --no-build-isolation --force-reinstall .) or move them to the CPU")
-#endif
 
 // Checks that `t` has logp's shape and place, and makes it contiguous.
 void like_logp(const char* op, const Tensor& logp, const char* name, Tensor& t) {

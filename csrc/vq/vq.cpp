@@ -9,10 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/check.h"
-#ifdef MMFAST_CUDA_VQ
-#include "../common/stream.h"
-#endif
+#include "../common/device.h"
 
 namespace mmfast {
 namespace {
@@ -99,28 +96,6 @@ Tensor contiguous_indices(const char* op, const Tensor& indices, const Tensor& x
                channel, "), got indices ", shape_of(indices));
   return torch::stable::contiguous(indices);
 }
-
-ScalarType wide_type(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
-#ifdef MMFAST_CUDA_VQ
-// Runs a CUDA launcher with its workspace on x's device and torch's current stream.
-template <class Args>
-void launch_cuda(const char* op, const Tensor& x, const Args& args, size_t (*bytes)(const Args&),
-                 int (*launch)(const Args&, void*, void*)) {
-  const int64_t size = int64_t(bytes(args));
-  Tensor workspace = torch::stable::new_empty(x, {size}, ScalarType::Byte);
-  const int status = launch(args, size ? workspace.data_ptr() : nullptr, current_stream(op, x));
-  MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
-}
-#define MMFAST_ON_CUDA(op, x, args, name)                                \
-  torch::stable::accelerator::DeviceGuard guard((x).get_device_index()); \
-  launch_cuda(op, x, args, &name##_cuda_workspace, &name##_cuda)
-#else
-#define MMFAST_ON_CUDA(op, x, args, name)                                                                      \
-  MMFAST_CHECK(false, op,                                                                                      \
-               ": x is on a CUDA device but this mmfast was built without CUDA; rebuild it with nvcc on PATH " \
-               "(MMFAST_CUDA=on pip install --no-build-isolation --force-reinstall .) or move x to the CPU")
-#endif
 
 void run_nearest(const char* op, const Tensor& x, VqNearestArgs& args) {
   if (x.is_cuda()) {

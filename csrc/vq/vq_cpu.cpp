@@ -41,21 +41,7 @@ constexpr int64_t kFallbackBytes = int64_t{1} << 20;  // the same for the few ro
 constexpr double kUnit = 0x1p-24;                     // rounding unit of fp32
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-const VqCpuKernels& kernels() {
-#if defined(__x86_64__) && defined(MMFAST_X86_KERNELS)
-  switch (cpu_isa_active()) {
-    case CpuIsa::avx512_bf16:
-      return *vq_cpu_kernels_avx512_bf16();
-    case CpuIsa::avx512:
-      return *vq_cpu_kernels_avx512();
-    case CpuIsa::avx2:
-      return *vq_cpu_kernels_avx2();
-    case CpuIsa::baseline:
-      break;
-  }
-#endif
-  return *vq_cpu_kernels_baseline();
-}
+const VqCpuKernels& kernels() { return MMFAST_CPU_KERNELS(vq_cpu_kernels); }
 
 // 64-byte aligned scratch without initialisation.
 template <class T>

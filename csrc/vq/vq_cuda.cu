@@ -778,17 +778,6 @@ __global__ void __launch_bounds__(kThreads, 2) finish_kernel(Finish f, Codes c) 
   }
 }
 
-// The sum over the block in every thread, in a fixed order.
-__device__ double block_sum(double v, double (&shared)[kWarps]) {
-  v = warp_sum(v);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
-  __syncthreads();
-  double total = 0;
-  for (int w = 0; w < kWarps; ++w) total += shared[w];
-  return total;
-}
-
 __global__ void __launch_bounds__(kThreads) mean_error_kernel(const double* error, int64_t blocks, int64_t D, DType type, void* mse) {
   MMFAST_SHARED(double[kWarps], scratch);
   double total = 0, valid = 0;

@@ -373,15 +373,22 @@ def _logits(head: Head, a: int, b: int, buffer: Tensor) -> Tensor:
     hidden, weight, bias = head
     z = buffer[: len(hidden) * (b - a)].view(len(hidden), b - a)
     w, c = weight[a:b], None if bias is None else bias[a:b]
-    if buffer.dtype == hidden.dtype:
+    if _ours(hidden, w) and buffer.dtype == torch.float32:
+        torch.ops.mmfast.logp_product_(hidden, w.t(), z if c is None else z.copy_(c.expand_as(z)), c is not None)
+    elif buffer.dtype == hidden.dtype:
         torch.mm(hidden, w.t(), out=z) if c is None else torch.addmm(c, hidden, w.t(), out=z)
     elif hidden.is_cuda:
         torch.mm(hidden, w.t(), out_dtype=buffer.dtype, out=z)
         z.add_(0 if c is None else c)
     else:  # the CPU has no product of half types with a wide result
-        torch.mm(hidden.to(buffer.dtype), w.to(buffer.dtype).t(), out=z)
+        torch.ops.mmfast.logp_product_(hidden.to(buffer.dtype), w.to(buffer.dtype).t(), z, False)
         z.add_(0 if c is None else c)
     return z
+
+
+def _ours(*tensors: Tensor) -> bool:
+    """Whether a product is made by the CPU's own fp32 kernel, which beats the library's; half types and CUDA are the library's."""
+    return all(t.dtype == torch.float32 and not t.is_cuda and 1 in t.stride() for t in tensors)
 
 
 def _stacked(policy: Head, reference: Head | None) -> bool:
@@ -454,15 +461,26 @@ def _backward(
             grad_bias[a:b] = z.sum(0, dtype=out.dtype)
         z = z if z.dtype == hidden.dtype else z.to(hidden.dtype)
         if needs[1]:
-            torch.mm(z.t(), hidden, out=grad_weight[a:b])
+            _product(z.t(), hidden, grad_weight[a:b])
         if needs[0]:
             grad_hidden = _accumulate(grad_hidden, z, weight[a:b], len(blocks) > 1)
     return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias
 
 
+def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    if _ours(x, y, out):
+        torch.ops.mmfast.logp_product_(x, y, out, False)
+        return out
+    return torch.mm(x, y, out=out)
+
+
 def _accumulate(total: Tensor | None, x: Tensor, y: Tensor, wide: bool) -> Tensor:
     """``total + x @ y``, where several products are summed in float32 whatever their type."""
     kind = _wide_type(x.dtype)
+    if _ours(x, y):
+        result = x.new_empty(len(x), y.shape[1]) if total is None else total
+        torch.ops.mmfast.logp_product_(x, y, result, total is not None)
+        return result
     if x.dtype == kind:
         return x @ y if total is None else total.addmm_(x, y)
     if not wide:
@@ -784,12 +802,9 @@ class _GradInForward(torch.autograd.Function):
                 grad_bias += z.sum(0, dtype=wide)
             z = z if z.dtype == h.dtype else z.to(h.dtype)
             if needs[0]:
-                grad_hidden.index_copy_(0, rows, z @ weight)
+                grad_hidden.index_copy_(0, rows, _accumulate(None, z, weight, False))
             if needs[1]:
-                if grad_weight.dtype == z.dtype:
-                    grad_weight.addmm_(z.t(), h)
-                else:
-                    _accumulate(grad_weight, z.t(), h, True)
+                grad_weight = _accumulate(grad_weight, z.t(), h, grad_weight.dtype != z.dtype)
         ctx.grads = (None if grad_hidden is None else grad_hidden.view(hidden.shape), grad_weight, grad_bias)
         ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total

@@ -265,6 +265,59 @@ def test_registration(device):
     check_registration(torch.ops.mmfast.label_logp, (torch.randn(2, 6, 40, requires_grad=True)[:, :-1], labels.view(2, 3)[:, :1].expand(2, 5), True, 1.0, 0.0, -100))  # fmt: skip
 
 
+# m, n, k: single elements, tiles and one more, several blocks of depth and of columns, both ways of sharing work.
+PRODUCTS = [
+    (1, 1, 1),
+    (5, 7, 3),
+    (12, 32, 192),
+    (13, 33, 193),
+    (40, 1100, 400),
+    (1100, 40, 400),
+    (70, 90, 4000),
+    (3, 2000, 17),
+    (200, 3, 1),
+]
+
+
+@pytest.mark.parametrize("size", PRODUCTS, ids=str)
+def test_the_cpus_own_product(isa, size):
+    m, n, k = size
+    a, b, c = torch.randn(m, k), torch.randn(k, n), torch.randn(m, n)
+    want = a.double() @ b.double()
+    allowed = (a.double().abs() @ b.double().abs() + c.double().abs()) * 2.0**-23 * (4 + k**0.5)
+    for left in (a, a.t().contiguous().t()):
+        for right in (b, b.t().contiguous().t()):
+            for plus in (False, True):
+                room = torch.full((m, n + 5), 7.0)
+                out = room[:, 2 : 2 + n]
+                out.copy_(c)
+                torch.ops.mmfast.logp_product_(left, right, out, plus)
+                assert ((out.double() - want - (c if plus else 0)).abs() <= allowed).all()
+                assert (room[:, :2] == 7).all()
+                assert (room[:, 2 + n :] == 7).all()
+
+
+def test_the_product_does_not_depend_on_threads_or_neighbours():
+    a, b = torch.randn(301, 500), torch.randn(500, 700)
+    outs = [torch.empty(301, 700) for _ in range(2)]
+    threads = torch.get_num_threads()
+    for count, out in zip((1, threads), outs, strict=True):
+        torch.set_num_threads(count)
+        torch.ops.mmfast.logp_product_(a, b, out, False)
+    torch.set_num_threads(threads)
+    part = torch.empty(17, 700)
+    torch.ops.mmfast.logp_product_(a[:17], b, part, False)
+    assert torch.equal(*outs)
+    assert torch.equal(part, outs[0][:17])
+
+
+def test_a_product_that_does_not_fit_is_refused():
+    with pytest.raises(RuntimeError, match=r"expected a \[m, k\], b \[k, n\], c \[m, n\], got \[2, 3\], \[4, 5\], \[2, 5\]"):
+        torch.ops.mmfast.logp_product_(torch.ones(2, 3), torch.ones(4, 5), torch.ones(2, 5), False)
+    with pytest.raises(RuntimeError, match="expected a contiguous along one side"):
+        torch.ops.mmfast.logp_product_(torch.ones(8, 12)[::2, ::2], torch.ones(6, 5), torch.ones(4, 5), False)
+
+
 # ---------------------------------------------------------------------------------------------------------- what is promised
 
 
