@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On a machine with an NVIDIA GPU: build, test, sanitize, measure. Needs Python with torch (a CUDA build), pytest and pytest-benchmark, nvcc,
-# cmake, ninja and pybind11; no network.   scripts/gpu.sh [build|test|sanitize|bench]   (default: all, in that order)
-# Every stage but the build ends within 8 minutes. Peers are measured when importable. Results go to bench/results/<gpu>/.
+# cmake, ninja and pybind11; no network.   scripts/gpu.sh [build|test|sanitize|bench|bench-OP]   (default: all, in that order)
+# Every stage but the build ends within 8 minutes; `bench` takes that long for each op, `bench-attention` and the like are one of them.
+# Peers are measured when importable. Results go to bench/results/<gpu>/.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -32,9 +33,12 @@ sanitize() {
   return $status
 }
 
+# bench [OP]: one benchmark or all, each with its own time.
 bench() {
-  local status=0
-  timeout "$limit" "$python" -m pytest -s -q -p no:cacheprovider -o python_files='bench_*.py' bench/ops 2>&1 | tee "$out/bench.log" || status=1
+  local status=0 file
+  for file in bench/ops/bench_${1:-*}.py; do
+    timeout "$limit" "$python" -m pytest -s -q -p no:cacheprovider -o python_files='bench_*.py' "$file" 2>&1 | tee "$out/$(basename "$file" .py).log" || status=1
+  done
   cp -r bench/results "$out/" 2>/dev/null || true
   return $status
 }
@@ -51,8 +55,9 @@ case "${1:-all}" in
   test) stage build build; stage test run_tests ;;
   sanitize) stage build build; stage sanitize sanitize ;;
   bench) stage build build; stage bench bench ;;
+  bench-*) stage build build; stage "$1" bench "${1#bench-}" ;;
   all) stage build build; stage test run_tests; stage sanitize sanitize; stage bench bench ;;
-  *) echo "usage: scripts/gpu.sh [build|test|sanitize|bench]" >&2; exit 2 ;;
+  *) echo "usage: scripts/gpu.sh [build|test|sanitize|bench|bench-OP]" >&2; exit 2 ;;
 esac
 printf '%s\n' "${summary[@]}"
 [[ " ${summary[*]} " != *FAILED* ]]
