@@ -144,6 +144,7 @@ class _Kernel:
 
         Logits are ``softcap tanh(scale (hidden weight^T + bias) / softcap) / temperature``.
         """
+        weight, bias = (x if x is None else x.to(hidden.dtype) for x in (weight, bias))  # a head in float32 over a bf16 body
         # The scale comes before the softcap in TRL and does not exist in linear_logp; both can absorb it.
         softcap, temperature = softcap and softcap / scale, temperature / scale
         stats = "log_sum_sq_probs" in outputs or "is_top1" in outputs

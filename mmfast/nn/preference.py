@@ -13,15 +13,16 @@ from mmfast.ops.preference import loss_facts, preference_loss, segment_logp
 class FusedLinearDPOLoss(nn.Module):
     """DPO and its relatives from hidden states: the arguments and results of Liger's ``LigerFusedLinearDPOLoss``, and what it refuses.
 
-    Pairs go through in chunks whose logits fit the workspace. A chunk's log-probabilities, its loss and the gradients of that loss are made
+    Pairs go through in chunks whose logits fit the workspace, a single pair whatever its size. A chunk's log-probabilities, its loss and the gradients of that loss are made
     while its logits exist, so head products cost three times the valid rows, whatever the batch; prompt, image and padding rows cost
     nothing. Gradients of several chunks add up in float32. A frozen head gets no gradient.
 
     Args:
         ignore_index: label of the tokens that are not scored.
         beta: how far the policy may move from the reference.
-        loss_type: any name of :func:`mmfast.preference_loss`; those that sort or average over the batch form the logits a second time.
-        average_log_prob: divide sums by the number of tokens first (with ``simpo`` and the like this is done by the loss itself).
+        loss_type: any one name of :func:`mmfast.preference_loss`; those that sort or average over the batch form the logits a second time.
+        average_log_prob: divide sums by the number of tokens, or by the sum of ``token_weights`` (RLHF-V, arXiv:2312.00849). Losses that
+            divide by the answers' lengths themselves (``ipo``, ``simpo``, ``orpo``, ``sigmoid_norm``, ``sft``) refuse it.
         compute_nll_loss, alpha: add alpha times the cross-entropy of the chosen answers.
         use_ref_model: whether there is a reference at all; losses without one (``simpo``, ``cpo``, ``orpo``) do not look for it.
         label_smoothing, loss_options: passed on to :func:`mmfast.preference_loss`.
@@ -49,10 +50,18 @@ class FusedLinearDPOLoss(nn.Module):
         **loss_options,
     ):
         super().__init__()
+        self.refuses_reference = not use_ref_model
         facts = loss_facts("FusedLinearDPOLoss", loss_type)
-        self.ignore_index, self.beta, self.facts, self.use_ref_model = ignore_index, beta, facts, use_ref_model and facts.reference
+        if average_log_prob and facts.lens:
+            raise ValueError(f"FusedLinearDPOLoss: {loss_type} divides by the answers' lengths itself; leave average_log_prob out")
+        self.ignore_index, self.beta, self.facts, self.use_ref_model = (
+            ignore_index,
+            beta,
+            facts,
+            use_ref_model and facts.reference,
+        )
         self.average_log_prob, self.alpha, self.chunk_size = average_log_prob, alpha if compute_nll_loss else 0.0, chunk_size
-        self.loss_options = dict(loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, **loss_options)
+        self.loss_options = dict(loss_type=loss_type, label_smoothing=label_smoothing, **loss_options)
         self.head = dict(
             ignore_index=ignore_index, temperature=temperature, softcap=softcap, logits_dtype=logits_dtype, workspace_mb=workspace_mb
         )
@@ -81,7 +90,8 @@ class FusedLinearDPOLoss(nn.Module):
 
         Returns:
             ``loss, (chosen_logps [P], rejected_logps [P], chosen_logits_mean, rejected_logits_mean, nll_loss, chosen_rewards [P],
-            rejected_rewards [P])``. Only the loss has a gradient. The logits' means are over all positions and the vocabulary.
+            rejected_rewards [P])``. Only the loss has a gradient. The logits' means are over all positions and the vocabulary, before softcap
+            and temperature.
 
         Raises:
             ValueError: shapes that do not fit, or no reference where one is needed.
@@ -105,7 +115,7 @@ class FusedLinearDPOLoss(nn.Module):
             parts = torch.cat([counts[first:last], counts[pairs + first : pairs + last]])
             ids = torch.arange(len(parts), device=logp.device).repeat_interleave(parts, output_size=len(logp))
             per_token = None if weights is None else weights[which]
-            norm = "count" if self.average_log_prob else "none"
+            norm = "none" if not self.average_log_prob else "count" if weights is None else "weight"
             sums = segment_logp(logp, ids, token_weights=per_token, norm=norm, num_segments=len(parts))
             return sums, logp[: sum(sizes[first:last])].sum()
 
@@ -113,7 +123,7 @@ class FusedLinearDPOLoss(nn.Module):
             def part(t):
                 return t[first:last] if isinstance(t, Tensor) and t.shape[:1] == (pairs,) else t
 
-            options = {k: part(v) for k, v in {**self.loss_options, **loss_lens}.items()}
+            options = {k: part(v) for k, v in {**self.loss_options, **loss_lens, "beta": self.beta}.items()}
             return preference_loss(*sums.chunk(2), *(part(t) for t in reference), **options, reduction="none")
 
         wide = torch.float64 if _input.dtype == torch.float64 else torch.float32
@@ -145,6 +155,9 @@ class FusedLinearDPOLoss(nn.Module):
 
     def _reference(self, target, counts, weights, ref_input, ref_weight, ref_bias, chosen, rejected) -> tuple[Tensor | None, Tensor | None]:
         if not self.use_ref_model:
+            given = dict(ref_input=ref_input, ref_chosen_logps=chosen)
+            if self.refuses_reference and any(t is not None for t in given.values()):
+                raise ValueError("FusedLinearDPOLoss: a reference was given, but use_ref_model is False; leave one of them out")
             return None, None
         if (chosen is None) != (rejected is None) or (chosen is None and (ref_input is None or ref_weight is None)):
             raise ValueError(
@@ -155,7 +168,10 @@ class FusedLinearDPOLoss(nn.Module):
         with torch.no_grad():
             logp = linear_logp(ref_input, ref_weight, target, ref_bias, **self.head)
             sums = (logp if weights is None else logp * weights.view(target.shape).to(logp.dtype)).sum(1)
-        sums = sums / counts.clamp_min(1) if self.average_log_prob else sums
+        if self.average_log_prob:
+            scored = target != self.ignore_index
+            norms = counts if weights is None else (weights.view(target.shape) * scored).sum(1)
+            sums = torch.where(norms == 0, 0.0, sums / torch.where(norms == 0, 1, norms))
         return sums.chunk(2)
 
     def _chunks(self, sizes: list[int], pairs: int, most_rows: int) -> list[tuple[int, int]]:
@@ -175,7 +191,7 @@ class FusedLinearDPOLoss(nn.Module):
         logp = linear_logp(hidden, weight, target, bias, **self.head)
         which = (target != self.ignore_index).view(-1).nonzero()[:, 0]
         sums, chosen_sum = values(logp.view(-1)[which], 0, pairs, which)
-        loss, won, lost = preference_loss(*sums.chunk(2), *reference, **self.loss_options, **lens)
+        loss, won, lost = preference_loss(*sums.chunk(2), *reference, beta=self.beta, **self.loss_options, **lens)
         logps.copy_(sums.detach())
         rewards.copy_(torch.cat([won, lost]))
         nll.sub_(chosen_sum.detach() / chosen_tokens)

@@ -15,7 +15,7 @@ Types: float32, float16, bfloat16 (sums and results in float32), float64. The la
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,7 @@ class _Options:
     more: bool = False  # entropy and stats
     workspace: int = 0  # bytes
     num_valid: int | None = None
+    kl: bool = False
 
     def rows(self, weight: Tensor) -> int:
         """Rows whose logits fit the workspace, but no fewer than products are efficient with."""
@@ -145,7 +146,7 @@ def linear_logp_pair(
 
     Args:
         ref_hidden, ref_weight, ref_bias: the reference's, over the same vocabulary; no gradient reaches them. If ``ref_weight is weight``
-            (a frozen or shared head) both models share one product.
+            and ``ref_bias is bias`` (a frozen or shared head) both models share one product.
         return_kl: also ``KL(reference || policy)`` of every row, over the whole vocabulary (token-level DPO, arXiv:2404.11999; HALVA's
             anchor, arXiv:2405.18654), with gradient to the policy.
         The rest as in :func:`linear_logp`.
@@ -156,12 +157,16 @@ def linear_logp_pair(
     options = _options(
         "linear_logp_pair", hidden.device, ignore_index, temperature, softcap, logits_dtype, False, workspace_mb, num_valid
     )  # fmt: skip
-    reference = tuple(t if t is None else t.detach() for t in (ref_hidden, ref_weight, ref_bias))
-    if ref_weight is weight:
-        reference = (reference[0], weight, bias)
+    options = replace(options, kl=return_kl)
+    # The same objects stay the same, which is how a shared product is known.
+    reference = (
+        ref_hidden.detach(),
+        weight if ref_weight is weight else ref_weight.detach(),
+        ref_bias if ref_bias is None or ref_bias is bias else ref_bias.detach(),
+    )
     out = _linear_logp("linear_logp_pair", (hidden, weight, bias), labels, reference, options, keep_logits)
-    pair = out[LOGP].view(labels.shape), out[REF_LOGP].detach().view(labels.shape)
-    return (*pair, out[KL].view(labels.shape)) if return_kl else pair
+    pair = out[LOGP].clone().view(labels.shape), out[REF_LOGP].detach().clone().view(labels.shape)
+    return (*pair, out[KL].clone().view(labels.shape)) if return_kl else pair
 
 
 def label_logp(
@@ -243,9 +248,11 @@ def linear_cross_entropy(
         return linear_objective(hidden, weight, labels, bias, chunks, objective, options)
     if label_smoothing:
         logp, stats = linear_logp(hidden, weight, labels, bias, return_stats=True, **same)
-        # The mean logit needs no logits: it is the row's product with the mean row of the head.
-        mean = hidden @ weight.mean(0) if bias is None else hidden @ weight.mean(0) + bias.mean()
-        uniform = mean.to(logp.dtype) / temperature - stats.lse
+        # The mean logit needs no logits: it is the row's product with the mean row of the head. What ignored rows hold stays out.
+        wide = logp.dtype
+        seen = torch.where(keep.unsqueeze(-1), hidden, 0).to(wide)
+        mean = seen @ weight.mean(0, dtype=wide) + (0 if bias is None else bias.mean(dtype=wide))
+        uniform = mean / temperature - stats.lse
         losses = torch.where(keep, -(1 - label_smoothing) * logp - label_smoothing * uniform, 0.0)
     else:
         losses = -linear_logp(hidden, weight, labels, bias, **same)
@@ -258,11 +265,14 @@ def linear_cross_entropy(
 
 
 def _select(out: Tensor, shape: torch.Size, entropy: bool, stats: bool):
-    results = [out[LOGP].view(shape)]
+    def row(i: int) -> Tensor:  # a copy: the caller may write to it, and autograd keeps `out`
+        return out[i].clone().view(shape)
+
+    results = [row(LOGP)]
     if entropy:
-        results.append(out[ENTROPY].view(shape))
+        results.append(row(ENTROPY))
     if stats:
-        results.append(LogpStats(out[LSE].view(shape), out[SQUARES].view(shape), out[HIT].detach().view(shape) > 0))
+        results.append(LogpStats(row(LSE), row(SQUARES), out[HIT].detach().view(shape) > 0))
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -379,10 +389,12 @@ def _logits(head: Head, a: int, b: int, buffer: Tensor) -> Tensor:
         torch.mm(hidden, w.t(), out=z) if c is None else torch.addmm(c, hidden, w.t(), out=z)
     elif hidden.is_cuda:
         torch.mm(hidden, w.t(), out_dtype=buffer.dtype, out=z)
-        z.add_(0 if c is None else c)
+        if c is not None:
+            z.add_(c)
     else:  # the CPU has no product of half types with a wide result
         torch.ops.mmfast.logp_product_(hidden.to(buffer.dtype), w.to(buffer.dtype).t(), z, False)
-        z.add_(0 if c is None else c)
+        if c is not None:
+            z.add_(c)
     return z
 
 
@@ -417,7 +429,7 @@ def _forward(policy: Head, labels: Tensor, reference: Head | None, options: _Opt
         torch.ops.mmfast.logp_update_(
             z, z0, labels, a, V, options.more, options.temperature, options.softcap, options.ignore_index, state, out
         )
-    return out, (z, z0) if keep else None
+    return out, (z, z0 if options.kl else None) if keep else None
 
 
 def _backward(
@@ -435,7 +447,7 @@ def _backward(
     buffers = [] if kept else [hidden.new_empty(n * widest, dtype=kind) for _ in range(1 if reference is None else 2)]
     grad_hidden = grad_weight = grad_bias = None
     if needs[1]:
-        grad_weight = torch.empty_like(weight)
+        grad_weight = weight.new_empty(weight.shape)  # contiguous, however the head lies
     if needs[2]:
         grad_bias = torch.empty_like(bias)
     for a, b in blocks:
@@ -472,6 +484,13 @@ def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
         torch.ops.mmfast.logp_product_(x, y, out, False)
         return out
     return torch.mm(x, y, out=out)
+
+
+def _wide_product(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` in float32 of half types."""
+    if x.is_cuda:
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return _product(x.float(), y.float(), x.new_empty((len(x), y.shape[1]), dtype=torch.float32))
 
 
 def _accumulate(total: Tensor | None, x: Tensor, y: Tensor, wide: bool) -> Tensor:
@@ -520,6 +539,21 @@ def _check(op: str, policy, labels: Tensor, reference) -> None:
         raise ValueError(f"{op}: expected labels of type int64, got {labels.dtype}")
 
 
+def _check_labels(op: str, labels: Tensor, V: int, options: _Options) -> None:
+    """Where looking costs nothing: on the CPU."""
+    if labels.is_cuda:
+        return
+    valid = labels != options.ignore_index
+    wrong = valid & ((labels < 0) | (labels >= V))
+    if wrong.any():
+        i = int(wrong.nonzero()[0])
+        raise RuntimeError(
+            f"{op}: label {int(labels[i])} of row {i} is outside the vocabulary of {V} and is not ignore_index {options.ignore_index}"
+        )
+    if options.num_valid not in (None, -1) and options.num_valid != int(valid.sum()):
+        raise ValueError(f"{op}: num_valid is {options.num_valid}, but {int(valid.sum())} labels are not ignored")
+
+
 def _compact(labels: Tensor, options: _Options) -> Tensor | None:
     """Indices of the rows that count; None: all of them."""
     if options.num_valid == -1:
@@ -538,18 +572,17 @@ def _take(rows: Tensor | None, head: Head | None) -> Head | None:
 
 def _fit(policy, labels: Tensor, reference, options: _Options, keep_logits: bool | str) -> bool:
     """Whether all logits of these rows are to be kept for backward."""
-    if keep_logits not in (True, False, "auto"):
-        raise ValueError(f"linear_logp: unknown keep_logits {keep_logits!r}, expected True, False or 'auto'")
     size = torch.empty((), dtype=_z_type(policy[0], options)).element_size() * (1 if reference is None else 2)
     return keep_logits is True or (keep_logits == "auto" and len(labels) * len(policy[1]) * size <= options.workspace)
 
 
-def _walk_forward(policy, labels, reference, options, keep_logits) -> tuple[Tensor, Tensor | None, tuple | None]:
+def _walk_forward(op, policy, labels, reference, options, keep_logits) -> tuple[Tensor, Tensor | None, tuple | None]:
     """``[12, N]`` outputs, the rows that count (None: all), the logits if kept."""
     hidden = policy[0].reshape(-1, policy[0].shape[-1])
     policy = (hidden, *policy[1:])
     reference = None if reference is None else (reference[0].reshape(hidden.shape), *reference[1:])
     labels = labels.reshape(-1).contiguous()
+    _check_labels(op, labels, len(policy[1]), options)
     rows = _compact(labels, options)
     policy, reference = _take(rows, policy), _take(rows, reference)
     labels = labels if rows is None else labels[rows]
@@ -568,7 +601,7 @@ def _walk_backward(grad, policy, labels, reference, options, out, rows, needs, k
     if rows is not None:
         labels, out, grad = labels[rows], out[:, rows], grad[:, rows]
     used = [grad[i].contiguous() for i in (LOGP, LSE)] + [grad[i].contiguous() if options.more else None for i in (ENTROPY, SQUARES)]
-    used.append(grad[KL].contiguous() if reference is not None else None)
+    used.append(grad[KL].contiguous() if options.kl else None)
     grad_hidden, grad_weight, grad_bias = _backward(policy, labels, reference, options, out.contiguous(), used, needs, kept)
     if grad_hidden is not None and rows is not None:
         grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
@@ -579,9 +612,9 @@ class _Eager(torch.autograd.Function):
     """The registered op's rule, with the logits kept for backward where they fit: a graph that torch.compile owns cannot hold them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, options, keep_logits):
+    def forward(ctx, op, hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, options, keep_logits):
         policy, reference = (hidden, weight, bias), None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
-        out, rows, ctx.kept = _walk_forward(policy, labels, reference, options, keep_logits)
+        out, rows, ctx.kept = _walk_forward(op, policy, labels, reference, options, keep_logits)
         ctx.save_for_backward(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, out, rows)
         ctx.options = options
         return out
@@ -592,46 +625,48 @@ class _Eager(torch.autograd.Function):
         hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, out, rows = ctx.saved_tensors
         reference = None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
         kept, ctx.kept = ctx.kept, None  # their gradient is written over them: a second backward forms them again
-        needs = tuple(ctx.needs_input_grad[:3])
+        needs = tuple(ctx.needs_input_grad[1:4])
         grads = _walk_backward(grad, (hidden, weight, bias), labels, reference, ctx.options, out, rows, needs, kept)
-        return (*grads, *(None,) * 6)
+        return (None, *grads, *(None,) * 6)
 
 
 def _linear_logp(op: str, policy, labels: Tensor, reference, options: _Options, keep_logits) -> Tensor:
     kind = policy[0].device.type
     if torch.is_autocast_enabled(kind) and policy[0].dtype != torch.float64:
         narrow = torch.get_autocast_dtype(kind)
-        shared = reference is not None and reference[1] is policy[1]
+        shared = _stacked(policy, reference)
         policy = tuple(t if t is None else t.to(narrow) for t in policy)
         reference = None if reference is None else tuple(t if t is None else t.to(narrow) for t in reference)
         reference = (reference[0], *policy[1:]) if shared else reference
     _check(op, policy, labels, reference)
+    if keep_logits not in (True, False, "auto"):
+        raise ValueError(f"{op}: unknown keep_logits {keep_logits!r}, expected True, False or 'auto'")
     tail = reference if reference is not None else (None, None, None)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(t is not None and t.requires_grad for t in policy):
-        return _Eager.apply(*policy, labels, *tail, options, keep_logits)
+        return _Eager.apply(op, *policy, labels, *tail, options, keep_logits)
     if torch.compiler.is_compiling():
         return torch.ops.mmfast.linear_logp(*policy, labels, *tail, *_flat(options))
     with torch.no_grad():
-        return _walk_forward(policy, labels, reference, options, False)[0]
+        return _walk_forward(op, policy, labels, reference, options, False)[0]
 
 
 def _flat(o: _Options) -> tuple:
-    return o.more, o.ignore_index, o.temperature, o.softcap, o.wide, o.workspace, o.num_valid
+    return o.more, o.ignore_index, o.temperature, o.softcap, o.wide, o.workspace, o.num_valid, o.kl
 
 
-def _from_flat(more, ignore_index, temperature, softcap, wide, workspace, num_valid) -> _Options:
-    return _Options(ignore_index, temperature, softcap, wide, more, workspace, num_valid)
+def _from_flat(more, ignore_index, temperature, softcap, wide, workspace, num_valid, kl) -> _Options:
+    return _Options(ignore_index, temperature, softcap, wide, more, workspace, num_valid, kl)
 
 
 @torch.library.custom_op("mmfast::linear_logp", mutates_args=())
 def _linear_logp_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ref_hidden: Tensor | None, ref_weight: Tensor | None,
     ref_bias: Tensor | None, more: bool, ignore_index: int, temperature: float, softcap: float, wide: bool, workspace: int,
-    num_valid: int | None,
+    num_valid: int | None, kl: bool,
 ) -> Tensor:  # fmt: skip
     reference = None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
-    options = _from_flat(more, ignore_index, temperature, softcap, wide, workspace, num_valid)
-    return _walk_forward((hidden, weight, bias), labels, reference, options, False)[0]
+    options = _from_flat(more, ignore_index, temperature, softcap, wide, workspace, num_valid, kl)
+    return _walk_forward("linear_logp", (hidden, weight, bias), labels, reference, options, False)[0]
 
 
 @_linear_logp_op.register_fake
@@ -643,10 +678,10 @@ def _(hidden, weight, bias, labels, ref_hidden, ref_weight, ref_bias, *options):
 def _linear_logp_backward_op(
     grad: Tensor, out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ref_hidden: Tensor | None,
     ref_weight: Tensor | None, ref_bias: Tensor | None, more: bool, ignore_index: int, temperature: float, softcap: float, wide: bool,
-    workspace: int, num_valid: int | None, need_hidden: bool, need_weight: bool, need_bias: bool,
+    workspace: int, num_valid: int | None, kl: bool, need_hidden: bool, need_weight: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     reference = None if ref_hidden is None else (ref_hidden, ref_weight, ref_bias)
-    options = _from_flat(more, ignore_index, temperature, softcap, wide, workspace, num_valid)
+    options = _from_flat(more, ignore_index, temperature, softcap, wide, workspace, num_valid, kl)
     needs = (need_hidden, need_weight, need_bias)
     rows = _compact(labels.reshape(-1), options)
     grads = _walk_backward(grad, (hidden, weight, bias), labels, reference, options, out, rows, needs)
@@ -668,7 +703,7 @@ def _op_backward(ctx, grad):
     *tensors, out = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = torch.ops.mmfast.linear_logp_backward(grad, out, *tensors, *ctx.options, *needs)
-    return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 11)
+    return (*(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 12)
 
 
 _linear_logp_op.register_autograd(_op_backward, setup_context=_op_setup)
@@ -764,8 +799,12 @@ def linear_objective(
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         hidden, weight, bias = (t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in (hidden, weight, bias))
+    options = options or objective_options(hidden)
     _check("linear_objective", (hidden, weight, bias), labels, None)
-    return _GradInForward.apply(hidden, weight, bias, labels, chunks, objective, options or _Options())
+    _check_labels("linear_objective", labels.reshape(-1), len(weight), options)
+    if not torch.is_grad_enabled():  # a parameter needs its gradient even then, as an autograd.Function sees it
+        hidden, weight, bias = (t if t is None else t.detach() for t in (hidden, weight, bias))
+    return _GradInForward.apply(hidden, weight, bias, labels, chunks, objective, options)
 
 
 class _GradInForward(torch.autograd.Function):
@@ -776,9 +815,11 @@ class _GradInForward(torch.autograd.Function):
         wide = _wide_type(kind)
         needs = ctx.needs_input_grad[:3]
         total = hidden.new_zeros((), dtype=wide)
-        grad_hidden = torch.zeros_like(flat) if needs[0] else None
+        # fp16 has no room for derivatives before the loss scale comes, in backward: they are brought to the size of 1 and kept in fp32.
+        narrow = hidden.dtype == torch.float16
+        grad_hidden = torch.zeros_like(flat, dtype=wide if narrow else None) if needs[0] else None
         # Several chunks add up in fp32, whatever the head's type.
-        grad_weight = weight.new_zeros(weight.shape, dtype=wide if len(chunks) > 1 else weight.dtype) if needs[1] else None
+        grad_weight = weight.new_zeros(weight.shape, dtype=wide if narrow or len(chunks) > 1 else weight.dtype) if needs[1] else None
         grad_bias = weight.new_zeros(V, dtype=wide) if needs[2] else None
         buffer = hidden.new_empty(max((len(c) for c in chunks), default=0) * V, dtype=kind)
         for i, rows in enumerate(chunks):
@@ -790,21 +831,28 @@ class _GradInForward(torch.autograd.Function):
                 logp = out[LOGP].detach().requires_grad_()
                 value = objective(logp, i)
             total += value.detach()
-            if not any(needs):
+            if n == 0 or not any(needs):
                 continue
             (g,) = torch.autograd.grad(value, logp, allow_unused=True) if value.requires_grad else (None,)
             if g is None:
                 continue
+            scale = torch.ldexp(torch.ones_like(g[:1]), torch.frexp(g.abs().max()).exponent) if narrow else None
+            g = g.contiguous() if scale is None else g / scale
             torch.ops.mmfast.logp_grad_(
-                z, None, z, y, 0, V, options.temperature, options.softcap, options.ignore_index, out, g.contiguous(), None, None, None, None
+                z, None, z, y, 0, V, options.temperature, options.softcap, options.ignore_index, out, g, None, None, None, None
             )
             if needs[2]:
-                grad_bias += z.sum(0, dtype=wide)
+                grad_bias += z.sum(0, dtype=wide) if scale is None else z.sum(0, dtype=wide) * scale
             z = z if z.dtype == h.dtype else z.to(h.dtype)
             if needs[0]:
-                grad_hidden.index_copy_(0, rows, _accumulate(None, z, weight, False))
+                part = _accumulate(None, z, weight, False)
+                grad_hidden.index_copy_(0, rows, part if scale is None else part.to(wide) * scale)
             if needs[1]:
-                grad_weight = _accumulate(grad_weight, z.t(), h, grad_weight.dtype != z.dtype)
+                if scale is None:
+                    grad_weight = _accumulate(grad_weight, z.t(), h, grad_weight.dtype != z.dtype)
+                else:
+                    for a in range(0, V, 8192):  # in pieces: the product and its multiple are as large as the head
+                        grad_weight[a : a + 8192].add_(_wide_product(z[:, a : a + 8192].t(), h) * scale)
         ctx.grads = (None if grad_hidden is None else grad_hidden.view(hidden.shape), grad_weight, grad_bias)
         ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total

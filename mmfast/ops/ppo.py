@@ -221,7 +221,7 @@ def ppo_policy_loss(
     old_logp: Tensor,
     advantages: Tensor,
     *,
-    clip: tuple[float, float] = (0.2, 0.2),
+    clip: float | tuple[float, float] = (0.2, 0.2),
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     dual_clip: float | None = None,
@@ -254,7 +254,8 @@ def ppo_policy_loss(
     op = "ppo_policy_loss"
     faithful = _choice(op, "semantics", semantics, _SEMANTICS) == "llava_rlhf"
     number = 0 if ref_logp is None else _KL_KINDS[_choice(op, "kl_kind", kl_kind, _KL_KINDS)]
-    if min(clip) < 0 or (dual_clip is not None and dual_clip < 1):
+    clip = tuple(clip) if isinstance(clip, tuple | list) else (clip, clip)
+    if len(clip) != 2 or min(clip) < 0 or (dual_clip is not None and dual_clip < 1):
         raise ValueError(f"{op}: expected clip >= 0 on both sides and dual_clip >= 1, got clip {clip}, dual_clip {dual_clip}")
     constants = [None if t is None else t.detach() for t in (old_logp, advantages, weights, ref_logp)]
     mask = None if faithful else _bool(mask)
@@ -382,8 +383,20 @@ def _backward(ctx, grad_loss, *_):
     nothing = (None,) * (ctx.count - 1)
     if grad_loss is None:
         return None, *nothing
-    scale, grad = ctx.saved_tensors
+    scale, grad, *_ = ctx.saved_tensors
     return (grad * (grad_loss * scale)).to(ctx.dtype), *nothing
+
+
+class _FirstOnly(torch.autograd.Function):
+    """Stands for the graph that the gradient has not: whoever differentiates it is told, rather than given 0."""
+
+    @staticmethod
+    def forward(ctx, grad, source):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("ppo losses have first derivatives only; their _ref twins have all of them")
 
 
 class _Eager(torch.autograd.Function):
@@ -393,12 +406,17 @@ class _Eager(torch.autograd.Function):
     def forward(ctx, op, first, *args):
         loss, stats, scale, grad = op(first, *args)
         ctx.dtype, ctx.count = first.dtype, len(args) + 1
-        ctx.save_for_backward(scale, grad)
+        ctx.save_for_backward(scale, grad, first)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
         return loss, stats
 
-    backward = staticmethod(lambda ctx, *grads: (None, *_backward(ctx, *grads)))
+    @staticmethod
+    def backward(ctx, *grads):
+        grad, *nothing = _backward(ctx, *grads)
+        if torch.is_grad_enabled() and grad is not None:  # create_graph
+            grad = _FirstOnly.apply(grad, ctx.saved_tensors[2])
+        return None, grad, *nothing
 
 
 def _run_loss(op, first: Tensor, *args) -> tuple[Tensor, Tensor]:

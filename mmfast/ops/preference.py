@@ -138,6 +138,13 @@ def _segment_backward(ctx, grad, _):
 torch.library.register_autograd("mmfast::segment_logp", _segment_backward, setup_context=_segment_setup)
 
 
+def _no_second(ctx, *_):
+    raise RuntimeError("segment_logp: it has first derivatives only; segment_logp_ref has all of them")
+
+
+torch.library.register_autograd("mmfast::segment_logp_backward", _no_second)
+
+
 # -------------------------------------------------------------------------------------------------------------- pair losses
 
 _KERNELS = (
@@ -338,6 +345,17 @@ def _refuse(names, weights, answers, settings, pair_weights, reduction) -> None:
     check(
         "kto" in names or rejected is None or rejected.shape == chosen.shape,
         lambda: f"expected chosen and rejected [P] alike, got {list(chosen.shape)} and {list(rejected.shape)}",
+    )
+    sides = dict(ref_chosen=chosen, chosen_lens=chosen, ref_rejected=rejected, rejected_lens=rejected, rejected_scale=rejected)
+    for what, like in sides.items():
+        given = getattr(answers, what)
+        check(
+            given is None or like is None or given.shape == like.shape,
+            lambda what=what, like=like, given=given: f"expected {what} {list(like.shape)} like its answers, got {list(given.shape)}",
+        )
+    check(
+        pair_weights is None or pair_weights.shape == chosen.shape,
+        lambda: f"expected pair_weights {list(chosen.shape)} like chosen, got {list(pair_weights.shape)}",
     )
     for name in names:
         loss = LOSSES[name]

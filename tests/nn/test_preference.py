@@ -89,6 +89,27 @@ def test_means_instead_of_sums(batch):
     check_close(torch.autograd.grad(loss, ours)[1], torch.autograd.grad(want, theirs)[1], floor=1e-12)
 
 
+def test_a_weighted_mean_divides_by_the_weights(batch):
+    hidden, weight, _ = leaves_of(batch)
+    w, labels = batch["token_weights"], batch["labels"]
+    _, logged = FusedLinearDPOLoss(average_log_prob=True)(
+        weight, hidden, labels, None, batch["ref_hidden"], batch["ref_weight"], token_weights=w
+    )
+    norms = (w * (labels != -100)).sum(1)
+    want, ref = ((plain_logps(h, v, labels) * w).sum(1) / norms for h, v in ((hidden, weight), (batch["ref_hidden"], batch["ref_weight"])))
+    check_close(torch.cat(logged[:2]), want.detach(), floor=1e-12)
+    check_close(torch.cat(logged[5:]), 0.1 * (want - ref).detach(), floor=1e-12)
+
+
+def test_beta_may_change_between_steps(batch):
+    hidden, weight, _ = leaves_of(batch)
+    fused, tail = FusedLinearDPOLoss(), (None, batch["ref_hidden"], batch["ref_weight"])
+    fused.beta = 0.5
+    later, _ = fused(weight, hidden, batch["labels"], *tail)
+    other, _ = FusedLinearDPOLoss(beta=0.5)(weight, hidden, batch["labels"], *tail)
+    assert later.item() == other.item()
+
+
 def test_a_reference_computed_before(batch):
     hidden, weight, bias = leaves_of(batch)
     fused = FusedLinearDPOLoss()
@@ -162,7 +183,8 @@ def test_nothing_scored(batch):
     labels = torch.full_like(batch["labels"], -100)
     for loss_type in ("sigmoid", "ipo", "orpo", "aot", "sft"):
         reference = dict(ref_input=batch["ref_hidden"], ref_weight=batch["ref_weight"])
-        fused = FusedLinearDPOLoss(loss_type=loss_type, use_ref_model=loss_type != "orpo", average_log_prob=True, compute_nll_loss=True)
+        average = loss_type in ("sigmoid", "aot")
+        fused = FusedLinearDPOLoss(loss_type=loss_type, use_ref_model=loss_type != "orpo", average_log_prob=average, compute_nll_loss=True)
         loss, _ = fused(weight, hidden, labels, bias, **({} if loss_type == "orpo" else reference))
         assert loss.isfinite()
         for g in torch.autograd.grad(loss, (hidden, weight, bias)):
@@ -187,6 +209,10 @@ def test_wrong_input_is_named(batch):
         FusedLinearDPOLoss()(weight, hidden, batch["labels"])
     with pytest.raises(ValueError, match=r"expected _input \[2P, T, H\], target and token_weights \[2P, T\], got \[9, 13, 16\]"):
         FusedLinearDPOLoss()(weight, hidden[:9], batch["labels"][:9])
+    with pytest.raises(ValueError, match="simpo divides by the answers' lengths itself"):
+        FusedLinearDPOLoss(loss_type="simpo", average_log_prob=True)
+    with pytest.raises(ValueError, match="a reference was given, but use_ref_model is False"):
+        FusedLinearDPOLoss(use_ref_model=False)(weight, hidden, batch["labels"], None, batch["ref_hidden"], batch["ref_weight"])
     with pytest.raises(ValueError, match="FusedLinearDPOLoss: unknown loss_type 'sigmoidd'; did you mean 'sigmoid'"):
         FusedLinearDPOLoss(loss_type="sigmoidd")
 

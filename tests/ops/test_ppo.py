@@ -477,6 +477,14 @@ def test_targets_are_constants(device):
         grad.sum().backward()
 
 
+def test_one_number_clips_both_sides():
+    new, old, advantages = (torch.randn(3, 5) for _ in range(3))
+    both, one = (mmfast.ppo_policy_loss(new, old, advantages, clip=c)[0] for c in ((0.3, 0.3), 0.3))
+    assert both.item() == one.item()
+    with pytest.raises(ValueError, match="expected clip >= 0 on both sides"):
+        mmfast.ppo_policy_loss(new, old, advantages, clip=(0.2,))
+
+
 # ------------------------------------------------------------------------------------------------------------ registration
 
 

@@ -291,6 +291,13 @@ def test_upstream_gradients_and_frozen_sides(device):
     )
 
 
+def test_second_derivatives_of_sums_are_refused():
+    logp = torch.randn(5, requires_grad=True)
+    (grad,) = torch.autograd.grad(segment_logp(logp, torch.tensor([0, 0, 1, 1, 1])).square().sum(), logp, create_graph=True)
+    with pytest.raises(RuntimeError, match="segment_logp: it has first derivatives only"):
+        grad.square().sum().backward()
+
+
 def test_second_derivatives_are_refused():
     chosen, rejected = torch.randn(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
@@ -389,13 +396,17 @@ def test_what_cannot_be_says_so(options, words):
             r"expected token_weights \[2\] like logp, got \[1\]",
         ),
         (lambda: segment_logp(TWO.int(), torch.zeros(2).long()), r"expected logp of type float32.* got Int"),
-        (lambda: preference_loss(TWO, TWO, TWO, torch.zeros(3)), r"preference_loss: expected ref_rejected \[P=2\] like chosen, got \[3\]"),
+        (
+            lambda: preference_loss(TWO, TWO, TWO, torch.zeros(3)),
+            r"preference_loss: expected ref_rejected \[2\] like its answers, got \[3\]",
+        ),
+        (lambda: preference_loss(TWO, TWO, pair_weights=torch.zeros(2, 1)), r"expected pair_weights \[2\] like chosen, got \[2, 1\]"),
         (lambda: preference_loss(TWO, TWO, margin=torch.zeros(3)), r"expected margin \[P=2\]"),
         (lambda: preference_loss(TWO.int(), TWO), r"expected chosen of type float32"),
     ],
 )
 def test_clear_errors(call, words):
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises((RuntimeError, ValueError), match=words):
         call()
 
 
