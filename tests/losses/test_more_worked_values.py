@@ -7,25 +7,13 @@ import math
 
 import pytest
 import torch
+from worked import near, row
 
 import mmfast
 from mmfast.eval import chair, pope, stats
 from mmfast.losses import contrast, likelihood, phrase_contrast, preference_loss, segment_logp
 
 A = (-20, -24, -22, -23)  # chosen, rejected, ref_chosen, ref_rejected
-
-
-@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
-def dtype(request):
-    return request.param
-
-
-def near(values, dtype):
-    return pytest.approx(values, rel=1e-9, abs=1e-12) if dtype == torch.float64 else pytest.approx(values, rel=1e-5, abs=1e-8)
-
-
-def row(*values, dtype=torch.float64, grad=False):
-    return torch.tensor(values, dtype=dtype, requires_grad=grad)
 
 
 def margin_of(loss):

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from worked import near, row
 
 from mmfast.losses import (
     anchor,
@@ -25,19 +26,6 @@ from mmfast.losses import (
 A, B = (-20, -24, -22, -23), (-24, -20, -22, -23)
 LENS = (10, 12)
 LN2 = math.log(2)
-
-
-@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
-def dtype(request):
-    return request.param
-
-
-def near(values, dtype):
-    return pytest.approx(values, rel=1e-9, abs=1e-12) if dtype == torch.float64 else pytest.approx(values, rel=1e-5, abs=1e-8)
-
-
-def row(*values, dtype=torch.float64, grad=False):
-    return torch.tensor(values, dtype=dtype, requires_grad=grad)
 
 
 def pair(values, dtype, **options):
