@@ -63,6 +63,7 @@ class LanguageModel:
 
     family: str = "llama"
     weights: str | None = "lmsys/vicuna-7b-v1.1"
+    quantize: Literal["none", "4bit"] = "none"  # 4bit: NF4 through bitsandbytes, for LoRA over frozen weights
     vocab: int = 32000
     width: int = 4096
     depth: int = 32
@@ -89,31 +90,75 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Data:
-    """What a stage reads. ``name`` is a built-in set ("shapes", "shapes_single", "easy_vqa"), or a published one, whose records the user
-    supplies as ``path`` (JSON or JSONL of LLaVA conversations) and ``images`` (their folder)."""
+    """What a stage reads. ``name`` is a built-in set ("shapes", "easy_vqa"), or a published one, whose records the user supplies.
+
+    ``path``: JSON, JSONL, parquet or webdataset tar files (a file, a folder or a pattern), or ``hub:NAME``. ``images``: the folder that
+    picture names are relative to (default: beside the file). ``columns`` maps their names to ours, so nothing has to be converted.
+    ``streaming`` reads through without an index; ``weight`` is the share of draws within a ``Mixture`` (None: as many as it has records).
+    """
 
     name: str
     path: str | None = None
     images: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+    streaming: bool = False
+    frames: int = 8  # pictures that a video is read as
+    weight: float | None = None
     on_bad_record: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Several data sets in one stage. An epoch has as many items as all of them together; where weights are given, items are drawn by them."""
+
+    name: str
+    parts: tuple[Data, ...]
+
+
+@dataclass(frozen=True)
 class Optim:
-    """AdamW and its schedule. Warm-up is linear; then ``hold`` of all steps at the peak; then cosine to ``floor`` of it, or constant."""
+    """AdamW and its schedule. Warm-up is linear, then the peak is held up to the share ``hold`` of all steps, then the rate falls to
+    ``floor`` of the peak along half a cosine or a line, or stays. (Cosine with ``floor`` is also what MAE and LLaMA-Adapter train with.)"""
 
     lr: float
     steps: int | None = None
     epochs: float | None = None
-    batch: int = 128
+    batch: int = 128  # rows a micro-batch, over all processes together
     accumulate: int = 1
     warmup: float = 0.03  # a share of all steps below 1, else steps
     hold: float = 0.0
     floor: float = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_of: dict[str, float] = field(default_factory=dict)  # parts that learn at another rate than ``lr``
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     clip: float = 1.0
+    ema: float = 0.0  # decay of a moving average of the weights, kept and saved beside them; 0: none
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv:2106.09685) through peft. A target is the end of a module's path, in whole words: "q_proj" or "mlp.up_proj"."""
+
+    rank: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    part: Literal["encoder", "language"] = "language"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a recipe is run; it changes speed and memory, never what is learnt (beyond the rounding of a precision)."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast; weights that train stay in fp32
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # what torchrun's processes do: copies, or shards of weights and optimiser
+    checkpointing: bool = False  # recompute activations in backward
+    packing: bool = False  # rows of a micro-batch end to end without padding
+    workers: int = 0  # processes that read and decode records
+    bad_steps: int = 3  # steps in a row with NaN or Inf that are skipped before the run stops
 
 
 @dataclass(frozen=True)
@@ -126,25 +171,28 @@ class Stage:
 
     name: str
     train: tuple[Part, ...]
-    data: Data
+    data: Data | Mixture
     optim: Optim
     objective: Literal["lm", "words"] = "lm"
+    lora: Lora | None = None  # adapters that train beside ``train``
     template: str = "vicuna_v1"
     max_length: int = 2048
 
 
 @dataclass(frozen=True)
 class System:
-    """A multimodal model and how it is trained."""
+    """A multimodal model and how it is trained. ``weights``: a run folder or a Hugging Face folder that all parts start from."""
 
     name: str
     paper: str = ""
+    weights: str | None = None
     encoder: Clip = Clip()
     connector: Linear | Mlp = Linear()
     fusion: Prefix = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()
     stages: tuple[Stage, ...] = ()
+    compute: Compute = Compute()
 
 
 # ------------------------------------------------------------------------------------------------------------- alignment
@@ -153,12 +201,15 @@ class System:
 @dataclass(frozen=True)
 class Pairs:
     """Preference pairs. "shapes_own": the policy's captions of fresh shapes-world scenes that hold a false claim, each against a clean
-    caption. Otherwise TRL-style records in ``path`` (JSON or JSONL: image, prompt, chosen, rejected). ``shuffled`` gives every pair another
-    pair's rejected text: the control that keeps the texts and removes what is wrong with them."""
+    caption. Otherwise TRL-style records in ``path`` (images, prompt, chosen, rejected; text or messages), as ``Data`` reads them.
+    ``shuffled`` gives every pair another pair's rejected text: the control that keeps the texts and removes what is wrong with them."""
 
     name: str
     path: str | None = None
     images: str | None = None
+    split: str = "train"
+    columns: dict[str, str] = field(default_factory=dict)
+    frames: int = 8
     scenes: int = 6000
     shuffled: bool = False
     on_bad_record: Literal["fail", "skip"] = "fail"
@@ -211,9 +262,13 @@ class Alignment:
     beta: float = 0.1
     views: dict[str, View] = field(default_factory=lambda: {"chosen": View("chosen"), "rejected": View("rejected")})
     train: tuple[Part, ...] = ("language", "embeddings")
-    reference: Literal["frozen"] = "frozen"  # a copy of the policy's start; its log-probabilities are computed once
+    # The policy's start: its log-probabilities computed once and kept on disk, a frozen copy of it scored in every step, or the policy
+    # with its adapters switched off.
+    reference: Literal["cached", "frozen", "adapter_off"] = "cached"
+    lora: Lora | None = None
     template: str = "vicuna_v1"
     max_length: int = 2048
+    compute: Compute = Compute()
 
 
 # -------------------------------------------------------------------------------------------------------- reading, naming

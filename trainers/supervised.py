@@ -40,7 +40,7 @@ class Session:
             )
         torch.manual_seed(seed)
         self.system, self.seed = system, seed
-        self._sources: dict[tuple, supervised.Source] = {}
+        self._sources: dict[str, supervised.Source] = {}
         self.world = World(WorldConfig(seed=seed))
         self.tokenizer = word_tokenizer(vocabulary or self.world.vocabulary)
         t = self.tokenizer
@@ -56,9 +56,9 @@ class Session:
 
     def source(self, data: Data, template: str, max_length: int = 2048) -> supervised.Source:
         """The stages of a system mostly read the same data: it is made once."""
-        key = (data, template, max_length)
+        key = repr((data, template, max_length))
         if key not in self._sources:
-            self._sources[key] = self._make_source(*key)
+            self._sources[key] = self._make_source(data, template, max_length)
         return self._sources[key]
 
     def _make_source(self, data: Data, template: str, max_length: int) -> supervised.Source:
