@@ -7,9 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from mmfast.spec import Alignment, nearest, to_dict
+from mmfast.spec import Alignment, System, nearest, to_dict
 
-from .loop import RunError
+from .checkpoint import RunError
 
 
 class UsageError(RunError):
@@ -43,7 +43,10 @@ def parser() -> Parser:
             sub.add_argument("--data", metavar="FILE", help="JSON or JSONL records instead of the recipe's data")
             sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
             sub.add_argument("--on-bad-record", choices=("fail", "skip"), default="fail", help="an unreadable picture or faulty record")
-            sub.add_argument("--device", default="cpu", choices=("cpu",), help="where to train (CUDA follows)")
+            sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train (default: CUDA where there is a device)")
+            sub.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints to keep")
+            sub.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps between measures and samples during training")
+            sub.add_argument("--track", default="", metavar="LIST", help="also log to some of tensorboard,wandb,trackio")
             sub.add_argument("--dry-run", action="store_true", help="resolve and print the recipe, train nothing")
             sub.add_argument("--quiet", action="store_true", help="no progress bars")
     sub = add("diff", "the fields in which two recipes differ")
@@ -67,7 +70,24 @@ def parser() -> Parser:
 
 
 COMMANDS = ("list", "show", "train", "diff", "eval", "report", "demo", "bench", "env")
-FLAGS = ("tiny", "config", "out", "seed", "steps", "resume", "save-every", "data", "images", "on-bad-record", "device", "dry-run", "quiet")
+FLAGS = (
+    "tiny",
+    "config",
+    "out",
+    "seed",
+    "steps",
+    "resume",
+    "save-every",
+    "data",
+    "images",
+    "on-bad-record",
+    "device",
+    "keep",
+    "eval-every",
+    "track",
+    "dry-run",
+    "quiet",
+)
 
 
 def resolve(args: argparse.Namespace, rest: list[str]):
@@ -96,7 +116,7 @@ def resolve(args: argparse.Namespace, rest: list[str]):
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> None:
-    from .demo import cap, pick_samples, write_samples
+    from .demo import cap
 
     try:
         recipe = cap(resolve(args, rest), args.steps)
@@ -105,50 +125,75 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
             return
         from mmfast.data import chat
 
-        from .loop import Run
-        from .supervised import Session, base_model, cache_folder, train_system
+        from .checkpoint import Run
+        from .loop import Options
+        from .place import find
+        from .supervised import Session, train_system
+        from .trackers import open_trackers
 
-        system = recipe.policy if isinstance(recipe, Alignment) else recipe
-        out = args.out or Path("runs") / recipe.name
-        if args.save_every is not None and args.save_every < 1:
-            raise RunError(f"--save-every {args.save_every}: expected at least 1")
-        session = Session(system, seed=args.seed)  # builds and checks the model before anything is written
+        for name in ("save_every", "keep"):
+            if getattr(args, name) is not None and getattr(args, name) < 1:
+                raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
+        system, out = system_of(recipe), args.out or Path("runs") / recipe.name
+        place = find(recipe.compute, args.device)
+        session = Session(system, seed=args.seed, place=place)  # builds and checks the model before anything is written
         for template in [recipe.template] if isinstance(recipe, Alignment) else [stage.template for stage in recipe.stages]:
             chat.check_template(template)
-        run, stored = Run(out, resume=args.resume), to_dict(recipe) | {"seed": args.seed}
+        run = Run(out, resume=args.resume, keep=args.keep, main=place.main)
+        stored = to_dict(recipe) | {"seed": args.seed}
         if args.resume and (out / "recipe.json").exists():
             check_same(json.loads((out / "recipe.json").read_text()), stored, out)
+        options = Options(
+            seed=args.seed, resume=args.resume, save_every=args.save_every, quiet=args.quiet, compute=recipe.compute, place=place,
+            trackers=open_trackers(args.track, out, stored) if place.main else (),
+        )  # fmt: skip
     except UsageError:
         raise
     except (RunError, ValueError) as error:
         raise UsageError(str(error)) from error
-    from . import report
-    from .evaluate import Exam
 
     check_records(recipe, session)
     run.write_json("recipe.json", stored)
-    options = dict(resume=args.resume, save_every=args.save_every, quiet=args.quiet)
-    captions = {}
     if isinstance(recipe, Alignment):
-        from .preference import train_alignment
-
-        session, _ = base_model(system, seed=args.seed, cache=cache_folder(out), quiet=args.quiet)
-        exam = Exam(session)
-        before, before_details = exam(session, template=recipe.template)
-        run.write_json("before.json", before)
-        captions["before"] = before_details["captions"]
-        train_alignment(recipe, session, run, **options)
+        align(recipe, run, options)
     else:
-        session = train_system(recipe, run, seed=args.seed, **options)
-        exam, before_details = Exam(session), None
+        finish(recipe, train_system(recipe, run, options=options), run)
+
+
+def system_of(recipe) -> System:
+    return recipe.policy if isinstance(recipe, Alignment) else recipe
+
+
+def align(recipe: Alignment, run, options) -> None:
+    """The base from the cache, measured, aligned, measured again."""
+    from .evaluate import Exam
+    from .preference import train_alignment
+    from .supervised import base_model, cache_folder
+
+    session, _ = base_model(recipe.policy, options=options, cache=cache_folder(run.folder))
+    exam = Exam(session)
+    before = exam(session, template=recipe.template)
+    run.write_json("before.json", before[0])
+    finish(recipe, train_alignment(recipe, session, run, options=options), run, exam, before[1])
+
+
+def finish(recipe, session, run, exam=None, before: dict | None = None) -> None:
+    """Measures, samples and the page of a trained model; one process does it."""
+    from . import report
+    from .demo import pick_samples, write_samples
+    from .evaluate import Exam
+
+    if not run.main:
+        return
+    exam = exam or Exam(session)
     template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
     measured, details = exam(session, template=template)
     run.write_json("eval.json", measured)
-    captions["after" if captions else "model"] = details["captions"]
-    write_samples(out, session, exam, pick_samples(session, exam, before_details or details, details), captions)
-    report.write(out / "report.html", report.run_page(out))
+    captions = {"before": before["captions"], "after": details["captions"]} if before else {"model": details["captions"]}
+    write_samples(run.folder, session, exam, pick_samples(session, exam, before or details, details), captions)
+    report.write(run.folder / "report.html", report.run_page(run.folder))
     print({k: round(measured[k], 4) for k in ("chair_s", "chair_i", "recall", "pope_adversarial_accuracy")})
-    print(f"open {out / 'report.html'}")
+    print(f"open {run.folder / 'report.html'}")
 
 
 def check_records(recipe, session) -> None:
@@ -169,6 +214,8 @@ def check_same(before: dict, now: dict, out: Path) -> None:
     from .describe import flat
 
     left, right = flat(before), flat(json.loads(json.dumps(now)))
+    # How a run is computed may change between two parts of it; what it learns from may not.
+    left, right = ({k: v for k, v in d.items() if ".compute." not in f".{k}"} for d in (left, right))
     changed = [f"{key} was {left.get(key)!r}, now {right.get(key)!r}" for key in {**left, **right} if left.get(key) != right.get(key)]
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
@@ -177,8 +224,8 @@ def check_same(before: dict, now: dict, out: Path) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     from . import config
+    from .checkpoint import Run, load_model
     from .evaluate import Exam
-    from .loop import Run, load_model
     from .supervised import Session
 
     try:
@@ -195,7 +242,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if last is None:
         raise UsageError(f"{args.run} holds no intact checkpoint to measure")
     session = Session(system, seed=saved.get("seed", 0))
-    load_model(session.model, last[1] / "model.safetensors")
+    load_model(session.model, last[1])
     template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
     measured, _ = Exam(session, scenes=args.scenes)(session, template=template)
     run.write_json("eval.json", measured)

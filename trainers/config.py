@@ -13,7 +13,7 @@ from typing import Any
 from mmfast.spec import Alignment, System, nearest
 
 from . import recipes
-from .loop import RunError
+from .checkpoint import RunError
 
 Recipe = System | Alignment
 

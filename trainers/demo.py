@@ -20,8 +20,9 @@ from mmfast.models import tiny
 from mmfast.spec import Data, Optim, Stage, System
 
 from . import report
+from .checkpoint import Run
 from .evaluate import Exam
-from .loop import Run
+from .loop import Options
 from .preference import train_alignment
 from .recipes.align.dpo import RECIPE as DPO
 from .recipes.architectures.llava import RECIPE as LLAVA
@@ -86,14 +87,15 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, scenes: int 
     say = (lambda *a: None) if quiet else (lambda text: print(text, flush=True))
 
     say("1/4  a tiny LLaVA learns the shapes world (from captions that lie in one way)")
-    session, base_folder = base_model(system, seed=seed, cache=cache_folder(out), quiet=quiet)
+    options = Options(seed=seed, quiet=quiet)
+    session, base_folder = base_model(system, options=options, cache=cache_folder(out))
     exam = Exam(session, scenes=scenes)
     before, before_details = exam(session)
     blind, _ = exam(session, permuted=True)
 
     say(f"2/4  it hallucinates in {before['chair_s']:.0%} of its captions; DPO on its own captions")
     run.write_json("recipe.json", _spec(alignment) | {"seed": seed})
-    train_alignment(alignment, session, run, quiet=quiet)
+    train_alignment(alignment, session, run, options=options)
     after, after_details = exam(session)
     run.write_json("before.json", before)
     run.write_json("eval.json", after)
@@ -101,7 +103,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, scenes: int 
 
     say("4/4  the same design on easy-vqa")
     easy_run = Run(out / "easy_vqa")
-    easy_session = train_system(easy, easy_run, seed=seed, quiet=quiet, vocabulary=EasyVQA.vocabulary())
+    easy_session = train_system(easy, easy_run, options=options, vocabulary=EasyVQA.vocabulary())
     accuracy, examples = easy_vqa_accuracy(easy_session)
     easy_run.write_json("recipe.json", _spec(easy) | {"seed": seed})
     easy_run.write_json("eval.json", {"accuracy": accuracy})

@@ -52,8 +52,9 @@ class Exam:
         for rows in by_length.values():
             for first in range(0, len(rows), batch):
                 part = rows[first : first + batch]
-                pictures = torch.tensor([self.questions[i].image for i, _ in part])
-                hidden = session.model.hidden(torch.tensor([ids for _, ids in part]), image_states=states[pictures])
+                pictures = torch.tensor([self.questions[i].image for i, _ in part], device=states.device)
+                ids = torch.tensor([ids for _, ids in part], device=session.place.device)
+                hidden = session.model.hidden(ids, image_states=states[pictures])
                 logits = session.model.language.get_output_embeddings()(hidden[:, -1])
                 for (i, _), value in zip(part, (logits[:, yes] > logits[:, no]).tolist(), strict=True):
                     said[i] = value
@@ -66,7 +67,9 @@ def caption_all(session: Session, states: Tensor, template: str = "bare", batch:
     texts, ended = [], 0
     for part in states.split(batch):
         end = session.tokenizer.eos_token_id
-        out = session.model.generate(torch.tensor([ids] * len(part)), image_states=part, end=end, max_new_tokens=64)
+        out = session.model.generate(
+            torch.tensor([ids] * len(part), device=session.place.device), image_states=part, end=end, max_new_tokens=64
+        )
         ended += int((out == end).any(1).sum())
         texts += [plain_text(session.tokenizer, row) for row in out.tolist()]
     return texts, ended / max(len(texts), 1)

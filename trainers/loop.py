@@ -1,295 +1,461 @@
-"""The loop, written once: accumulate, clip, step, log, save, resume. A trainer brings a step function and its batches."""
+"""The loop, written once: accumulate, clip, step, log, save, resume. A trainer brings an objective and a source of batches.
+
+An objective's losses and measures are sums: each micro-batch on each process contributes its tokens' (or pairs') share of a total that the loop
+adds up beforehand over the whole step. So a step's result does not depend on how its items were cut into micro-batches and ranks.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mmfast.spec import Optim
+from mmfast.spec import Compute, Optim
 
-PROBE_EVERY = 20
+from . import place as places
+from .checkpoint import Run, RunError, load_model, load_state
+from .place import Place
 
-
-class RunError(Exception):
-    """What a user can do something about, in one sentence."""
-
-
-class Run:
-    """A run's folder: ``metrics.jsonl`` (one object a step), ``checkpoints/step-N/`` and whatever its trainer adds."""
-
-    def __init__(self, folder: Path, *, resume: bool = False, keep: int = 2):
-        self.folder, self.keep = Path(folder), keep
-        if self.folder.exists() and not self.folder.is_dir():
-            raise RunError(f"output folder {self.folder} is a file; choose another --out")
-        if self.folder.exists() and any(self.folder.iterdir()) and not resume:
-            raise RunError(f"output folder {self.folder} exists and is not empty; continue it with --resume or choose another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = self.folder / "metrics.jsonl"
-
-    def log(self, record: dict[str, Any]) -> None:
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-
-    def write_json(self, name: str, value: Any) -> None:
-        write_atomically(self.folder / name, (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode())
-
-    # -- checkpoints
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """A checkpoint appears whole or not at all: written under another name, hashed, then renamed. Older ones go after that."""
-        root = self.folder / "checkpoints"
-        root.mkdir(exist_ok=True)
-        final, partial = root / f"step-{step}", root / f".step-{step}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir()
-            # Tied weights share memory, which safetensors refuses: keep the first name of each.
-            save_file(_untied(tensors), partial / "model.safetensors")
-            torch.save(state, partial / "state.pt")
-            hashes = {name: _sha256(partial / name) for name in ("model.safetensors", "state.pt")}
-            (partial / "hashes.json").write_text(json.dumps(hashes))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-        except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as Python, safetensors and torch report it
-            shutil.rmtree(partial, ignore_errors=True)
-            kept, why = self.last_checkpoint(), getattr(error, "strerror", None) or error
-            raise RunError(
-                f"checkpoint of step {step} could not be written to {root}: {why}; "
-                + (f"the one of step {kept[0]} is intact, free space and --resume" if kept else "no earlier one exists")
-            ) from error
-        for old, path in self._checkpoints()[: -self.keep]:
-            if old < step:
-                shutil.rmtree(path, ignore_errors=True)
-        with open(self.metrics, "a") as file:  # what was logged reaches the disk no later than the checkpoint that counts on it
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _checkpoints(self) -> list[tuple[int, Path]]:
-        root = self.folder / "checkpoints"
-        found = [(int(p.name.removeprefix("step-")), p) for p in root.glob("step-*")] if root.exists() else []
-        return sorted(found)
-
-    def last_checkpoint(self) -> tuple[int, Path] | None:
-        """The newest checkpoint whose files match their hashes; a torn or altered one is passed over, saying so."""
-        for step, path in reversed(self._checkpoints()):
-            try:
-                hashes = json.loads((path / "hashes.json").read_text())
-                if all(_sha256(path / name) == value for name, value in hashes.items()):
-                    return step, path
-            except (OSError, ValueError):
-                pass
-            print(f"checkpoint {path} is damaged; trying the one before it")
-        return None
-
-    def forget_after(self, step: int) -> None:
-        """Drops logged steps beyond a checkpoint, so that a resumed curve has every step once."""
-        if self.metrics.exists():
-            lines = [line for line in self.metrics.read_text().splitlines(keepends=True) if _step_of(line) <= step]
-            write_atomically(self.metrics, "".join(lines).encode())
+# Steps without gradient, or without any margin between chosen and rejected, after which a warning is due.
+IDLE_STEPS = 10
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what has no value is null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+class Stopped(RunError):
+    """The user or the system asked the run to stop; it saved first."""
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # a line torn by a crash
+class Objective(nn.Module):
+    """What a stage minimises: ``step(batch, totals) -> (loss, measures)`` over the modules it trains.
 
+    A module, so that DDP and FSDP2 can wrap it. ``totals``: float64 ``[C]``, the step's sums of the batches' ``counts``. Loss and
+    measures must be this batch's contributions to the step's, already divided by the totals; measures have the same names in every batch.
+    """
 
-def write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(f"{path} could not be written: {error.strerror or error}; what was there before is intact") from error
+    def __init__(self, step: Callable[[dict, Tensor], tuple[Tensor, dict[str, Tensor | float]]], model: nn.Module, **extra: nn.Module):
+        super().__init__()
+        self.step, self.model = step, model
+        self.extra = nn.ModuleDict(extra)
 
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read()).hexdigest()
-        )
-
-
-def _untied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    seen: set[tuple[int, torch.Size]] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in seen:
-            continue
-        seen.add(key)
-        out[name] = tensor.detach().contiguous()
-    return out
-
-
-def load_model(model: nn.Module, path: Path) -> None:
-    """A checkpoint's weights into a module; names missing because they are tied to another are allowed, nothing else."""
-    missing, unexpected = model.load_state_dict(load_file(path), strict=False)
-    own = dict(model.named_parameters(remove_duplicate=False))
-    present = {own[name].data_ptr() for name in own if name not in missing}
-    untied = [name for name in missing if name not in own or own[name].data_ptr() not in present]
-    if untied or unexpected:
-        raise RunError(f"{path} does not fit this model: missing {untied[:3]}, unexpected {list(unexpected)[:3]}")
+    def forward(self, batch: dict[str, Any], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
+        return self.step(batch, totals)
 
 
 # ----------------------------------------------------------------------------------------------------------------- order
 
 
 class Order:
-    """Which items a step sees: a new permutation every epoch, a function of (seed, step) alone."""
+    """Which items a step sees: a new permutation every epoch, a function of (seed, step) alone; an epoch's short rest is left out.
 
-    def __init__(self, items: int, batch: int, seed: int):
-        self.items, self.batch, self.seed = items, min(batch, items), seed
-        self.per_epoch = max(items // self.batch, 1)
-        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
+    Args:
+        permutation: ``permutation(epoch)`` of a source that has an order of its own (a weighted mixture).
+    """
+
+    def __init__(self, items: int, rows: int, seed: int, permutation: Callable[[int], Tensor] | None = None):
+        self.items, self.rows, self.seed = items, min(rows, items), seed
+        self.per_epoch = max(items // self.rows, 1)
+        self._permute, self._epoch, self._permutation = permutation or self._shuffle, -1, torch.empty(0, dtype=torch.long)
+
+    def _shuffle(self, epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
+        return torch.randperm(self.items, generator=generator)
 
     def __call__(self, step: int) -> Tensor:
         epoch, at = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-            self._epoch, self._permutation = epoch, torch.randperm(self.items, generator=generator)
-        return self._permutation[at * self.batch : (at + 1) * self.batch]
+            self._epoch, self._permutation = epoch, self._permute(epoch)
+        return self._permutation[at * self.rows : (at + 1) * self.rows]
 
 
-def total_steps(optim: Optim, items: int) -> int:
+class Batches:
+    """From a source to each step's micro-batches on this process, decoded ahead by ``workers`` processes where there are any.
+
+    A source has ``__len__`` and ``batch(index) -> dict`` with ``counts`` (float64 ``[C]``) among its values; a stream has ``take(rows)``
+    instead of both, and ``state_dict`` / ``load_state_dict``.
+    """
+
+    def __init__(self, source: Any, optim: Optim, seed: int, place: Place, *, workers: int = 0):
+        self.source, self.optim, self.place, self.workers = source, optim, place, workers
+        self.stream = hasattr(source, "take")
+        if optim.batch % place.processes:
+            raise RunError(f"optim.batch {optim.batch} cannot be shared equally by {place.processes} processes")
+        self.items = None if self.stream else len(source)
+        if self.items is not None and self.items < place.processes:
+            raise RunError(f"{self.items} items are too few for {place.processes} processes")
+        self.order = None if self.stream else Order(self.items, optim.batch * optim.accumulate, seed, getattr(source, "permutation", None))
+
+    def total_steps(self) -> int:
+        return total_steps(self.optim, self.items)
+
+    def _indices(self, first: int, last: int) -> Iterator[list[int]]:
+        for step in range(first, last):
+            for micro in self.order(step).tensor_split(self.optim.accumulate):
+                yield self.place.part(micro).tolist()
+
+    def __call__(self, first: int, last: int) -> Iterator[list[dict[str, Any]]]:
+        """The micro-batches of the steps from ``first`` up to ``last``."""
+        if self.stream:
+            each = self.optim.batch
+            for _ in range(first, last):
+                yield [self.source.take(each, self.place.rank, self.place.processes) for _ in range(self.optim.accumulate)]
+            return
+        if self.workers:
+            # Spawned, not forked: a fork would copy locks that tokenizers' and torch's threads may hold.
+            loader = torch.utils.data.DataLoader(
+                _Fetch(self.source), batch_sampler=list(self._indices(first, last)), collate_fn=_first, num_workers=self.workers,
+                prefetch_factor=4, multiprocessing_context="spawn", pin_memory=self.place.device.type == "cuda",
+            )  # fmt: skip
+            micros = iter(loader)
+        else:
+            micros = (self.source.batch(torch.tensor(index)) for index in self._indices(first, last))
+        for _ in range(first, last):
+            yield [next(micros) for _ in range(self.optim.accumulate)]
+
+
+class _Fetch(torch.utils.data.Dataset):
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitems__(self, index: list[int]) -> list[dict]:
+        return [self.source.batch(torch.tensor(index))]
+
+    def __getitem__(self, at: int) -> dict:
+        return self.source.batch(torch.tensor([at]))
+
+
+def _first(items: list[dict]) -> dict:
+    return items[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- schedule
+
+
+def total_steps(optim: Optim, items: int | None) -> int:
     """Optimiser steps of a stage: given, or from epochs over the items."""
     if optim.steps is not None:
         return optim.steps
     if optim.epochs is None:
         raise RunError("a stage's optim needs steps or epochs")
+    if items is None:
+        raise RunError("a streamed data set has no length: give optim.steps instead of optim.epochs")
     return max(1, round(optim.epochs * items / (optim.batch * optim.accumulate)))
 
 
 def rate(optim: Optim, step: int, total: int) -> float:
-    """Learning rate of a step (0-based): linear warm-up, plateau, then cosine to the floor or constant."""
+    """Learning rate of a step (0-based): linear warm-up, plateau, then a fall to the floor or constant."""
     warm = optim.warmup * total if optim.warmup < 1 else optim.warmup
-    scale = min(1.0, (step + 1) / warm) if warm > 0 else 1.0
-    if optim.schedule == "cosine":
-        at = max(0.0, (step / total - optim.hold) / (1 - optim.hold)) if optim.hold < 1 else 0.0
-        scale *= 0.5 * (1 + math.cos(math.pi * at)) * (1 - optim.floor) + optim.floor
-    return optim.lr * scale
+    if step < warm:
+        return optim.lr * min(1.0, (step + 1) / warm)
+    if optim.schedule == "constant":
+        return optim.lr
+    start = max(warm, optim.hold * total)
+    at = min(1.0, max(0.0, (step - start) / max(total - start, 1)))
+    fall = 0.5 * (1 + math.cos(math.pi * at)) if optim.schedule == "cosine" else 1 - at
+    return optim.lr * (fall * (1 - optim.floor) + optim.floor)
 
 
 # ------------------------------------------------------------------------------------------------------------------ loop
 
 
+class Signals:
+    """SIGTERM and Ctrl-C wait for the step to end, so that the run can save; a second one does not wait."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *unused: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Options:
+    """How a run is looked after; the same for all its stages."""
+
+    seed: int = 0
+    resume: bool = False
+    save_every: int | None = None  # steps between checkpoints; one is always written at the end of a stage
+    probe_every: int = 20
+    quiet: bool = False
+    compute: Compute = field(default_factory=Compute)
+    place: Place = field(default_factory=lambda: Place(torch.device("cpu")))
+    trackers: tuple[Callable[[dict], None], ...] = ()
+    out_of_memory: Callable[[str], str] | None = None  # from a stage's name to a sentence
+
+
 def train(
     run: Run,
-    model: nn.Module,
-    parameters: list[nn.Parameter],
-    step_function: Callable[[Tensor], tuple[Tensor, dict[str, float]]],
+    objective: Objective,
+    source: Any,
     *,
     optim: Optim,
-    items: int,
-    seed: int,
     stage: str,
+    options: Options,
     first_step: int = 0,
-    resume: bool = False,
-    save_every: int | None = None,
-    extra: nn.Module | None = None,
-    probe: Callable[[], dict[str, float]] | None = None,
-    quiet: bool = False,
+    probe: Callable[[int], dict[str, float]] | None = None,
+    left_out: Callable[[], set[str]] = set,
 ) -> int:
-    """Trains ``parameters`` for one stage and returns the run's step count after it.
+    """Trains what requires gradients in the objective for one stage and returns the run's step count after it.
 
     Args:
-        step_function: from the items of a micro-batch to its loss and what to log (averaged over a step's micro-batches).
         first_step: steps that earlier stages of the run took; steps are numbered through.
-        extra: a module that trains beside the model and is saved with it (a head of the stage).
-        probe: what else to log after the first and every ``PROBE_EVERY``-th step; it must draw no random numbers.
-        save_every: steps between checkpoints; one is always written at the end of the stage.
+        probe: ``probe(step)``: what else to log after the first and every ``probe_every``-th step. It may draw random numbers:
+            each step starts its generator anew from (seed, step, rank).
+        left_out: names of weights that checkpoints need not hold, because no stage of the run has touched them and their origin is named.
     """
-    total = total_steps(optim, items)
-    # The fused step is one kernel for all parameters; it exists for every device we run on.
-    optimizer = torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=True)
-    order, done = Order(items, optim.batch, seed), 0
-
-    def state() -> dict[str, Any]:
-        return {
-            "optimizer": optimizer.state_dict(),
-            "stage": stage,
-            "done": done,
-            "rng": torch.get_rng_state(),
-            "extra": extra.state_dict() if extra is not None else {},
-        }
-
-    if resume:
+    place, compute, model = options.place, options.compute, objective.model
+    batches = Batches(source, optim, options.seed, place, workers=compute.workers)
+    total, done, skipped, bad, idle = batches.total_steps(), 0, 0, 0, {"grad_norm": 0, "rewards/margins": 0}
+    saved = None
+    if options.resume:
         reached, path = run.last_checkpoint() or (0, None)
-        saved = torch.load(path / "state.pt", weights_only=True) if path else {"stage": None}
+        saved = load_state(path) if path else {"stage": None}
         if saved["stage"] == stage and first_step <= reached <= first_step + total:
-            load_model(model, path / "model.safetensors")
-            optimizer.load_state_dict(saved["optimizer"])
-            if extra is not None:
-                extra.load_state_dict(saved["extra"])
-            torch.set_rng_state(saved["rng"])
-            done = saved["done"]
+            if not (path / "sharded").exists():
+                load_model(model, path)
+                objective.extra.load_state_dict(saved["extra"])
+            done, skipped = saved["done"], saved["skipped"]
+            if batches.stream:
+                source.load_state_dict(saved["stream"])
         elif reached >= first_step + total:
             return first_step + total  # this stage is behind us; a later one loads the weights
+        else:
+            saved = None
         run.forget_after(first_step + done)
-    bar = tqdm(total=total, initial=done, desc=stage, unit="step", disable=quiet or None, dynamic_ncols=True, mininterval=0.5)
-    model.train()
-    while done < total:
-        began, losses, logged = time.perf_counter(), [], []
-        for group in optimizer.param_groups:
-            group["lr"] = rate(optim, done, total)
-        for micro in range(optim.accumulate):
-            loss, values = step_function(order(done * optim.accumulate + micro))
-            (loss / optim.accumulate).backward()
-            losses.append(loss.detach())
-            logged.append(values)
-        norm = nn.utils.clip_grad_norm_(parameters, optim.clip or math.inf)
-        value = torch.stack(losses).mean().item()
-        if not math.isfinite(value + norm.item()):
-            raise RunError(
-                f"step {first_step + done + 1} ({stage}) has loss {value} and gradient norm {norm.item()}; lower the learning rate or look at "
-                "the data (the step was not taken)"
+    shared = places.share(objective, _blocks(model) if place.sharded else (), place, compute.precision)
+    groups = _groups(objective, optim)
+    parameters = [p for group in groups for p in group["params"]]
+    if not parameters:
+        raise RunError(f"stage {stage} trains nothing: no parameter of it requires a gradient")
+    # The fused step is one kernel for all parameters; it exists for every device we run on.
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=not place.sharded or None)
+    ema = [p.detach().clone() for p in parameters] if optim.ema else []
+    if saved is not None:
+        _restore(objective, optimizer, ema, saved, path, place)
+    scaler = torch.amp.GradScaler(place.device.type, enabled=compute.precision == "fp16")
+    if saved is not None and scaler.is_enabled():
+        scaler.load_state_dict(saved["scaler"])
+
+    def save() -> None:
+        if ema and done == total:  # what the stage hands on is the average
+            _average_into(parameters, ema)
+        state = {
+            "stage": stage, "done": done, "skipped": skipped, "extra": objective.extra.state_dict(), "left_out": sorted(left_out()),
+            "scaler": scaler.state_dict(), "stream": source.state_dict() if batches.stream else {},
+        }  # fmt: skip
+        if place.sharded:
+            run.save(
+                first_step + done, {}, {**state, "extra": {}}, sharded=_sharded_state(objective, optimizer, ema, parameters), place=place
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        done += 1
-        seconds = time.perf_counter() - began
-        record = {"step": first_step + done, "stage": stage, "loss": value, "lr": optimizer.param_groups[0]["lr"]}
-        record |= {"grad_norm": norm.item()} | {key: sum(v[key] for v in logged) / len(logged) for key in logged[0]}
-        if "tokens" in record:
-            record["tokens_per_s"] = round(record.pop("tokens") * optim.accumulate / seconds, 1)
-        record["peak_memory_mb"] = peak_memory_mb()
-        if probe is not None and (done == 1 or done % PROBE_EVERY == 0):
-            record |= probe()
-            model.train()
-        run.log(record)
-        bar.update()
-        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
-        if done == total or (save_every and done % save_every == 0):
-            run.save(first_step + done, dict(model.state_dict(keep_vars=True)), state())
-    bar.close()
+            return
+        names = {id(p): n for n, p in model.named_parameters()}
+        averages = {names[id(p)]: e for p, e in zip(parameters, ema, strict=False) if id(p) in names}
+        skip = left_out()
+        tensors = {k: v for k, v in model.state_dict(keep_vars=True).items() if k not in skip}
+        run.save(first_step + done, tensors, {**state, "optimizer": optimizer.state_dict(), "ema": averages}, place=place)
+
+    bar = tqdm(
+        total=total, initial=done, desc=stage, unit="step", disable=True if options.quiet or not place.main else None, dynamic_ncols=True,
+        mininterval=0.5,
+    )  # fmt: skip
+    model.train()
+    try:
+        with Signals() as signals:
+            steps = batches(done, total)
+            while done < total:
+                began = time.perf_counter()
+                micros = next(steps)
+                torch.manual_seed(_step_seed(options.seed, first_step + done, place.rank))
+                scale = rate(optim, done, total) / optim.lr
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * scale
+                totals = place.sum(torch.stack([m["counts"] for m in micros]).sum(0)).to(place.device)
+                measured: dict[str, list] = {}
+                for i, micro in enumerate(micros):
+                    with places.last_only(shared, i == len(micros) - 1):
+                        with places.autocast(place, compute.precision):
+                            loss, values = shared(place.to(micro), totals)
+                        # DDP and FSDP2 average over processes; the contributions are to be added.
+                        scaler.scale(loss * place.processes if place.processes > 1 else loss).backward()
+                    for key, value in {"loss": loss.detach(), **values}.items():
+                        measured.setdefault(key, []).append(value)
+                scaler.unscale_(optimizer)
+                norm = _clip(parameters, optim.clip)
+                record = _added(measured, place, [float(signals.received is not None), float(_finite_everywhere(norm))])
+                stop, finite = record.pop("_0") > 0, record.pop("_1") == place.processes and math.isfinite(record["loss"])
+                if finite:
+                    scaler.step(optimizer)
+                    bad = 0
+                else:
+                    skipped, bad = skipped + 1, bad + 1
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                if not finite and bad > compute.bad_steps + (20 if scaler.is_enabled() else 0):  # fp16 looks for its scale at first
+                    raise RunError(
+                        f"step {first_step + done + 1} ({stage}) has loss {record['loss']} and gradient norm {norm}, the {bad}th in a row that is "
+                        "no number; lower the learning rate or look at the data (none of these steps was taken)"
+                    )
+                if finite and ema:
+                    torch._foreach_lerp_(ema, [p.detach() for p in parameters], 1 - optim.ema)
+                done += 1
+                seconds = time.perf_counter() - began
+                record = {
+                    "step": first_step + done,
+                    "stage": stage,
+                    "loss": record.pop("loss"),
+                    "lr": optim.lr * scale,
+                    "grad_norm": norm,
+                } | record
+                if "tokens" in record:
+                    record["tokens_per_s"] = round(record.pop("tokens") / seconds, 1)
+                record["peak_memory_mb"] = peak_memory_mb()
+                if skipped:
+                    record["skipped"] = skipped
+                if probe is not None and (done == 1 or done % options.probe_every == 0 or done == total):
+                    with places.gathered(objective):
+                        record |= probe(first_step + done)
+                    model.train()
+                run.log(record)
+                if place.main:
+                    for tracker in options.trackers:
+                        tracker(record)
+                    _warn_when_idle(idle, record, bar, stage)
+                bar.set_postfix(
+                    {
+                        "loss": f"{record['loss']:.3f}",
+                        "tok/s": f"{record.get('tokens_per_s', 0):.0f}",
+                        "MB": f"{record['peak_memory_mb']:.0f}",
+                    },
+                    refresh=False,
+                )
+                bar.update()
+                if done == total or stop or (options.save_every and done % options.save_every == 0):
+                    save()
+                if stop and done < total:
+                    raise Stopped(
+                        f"stopped after step {first_step + done} as asked; the checkpoint of this step is written, --resume continues"
+                    )
+    except torch.OutOfMemoryError as error:
+        hint = options.out_of_memory(stage) if options.out_of_memory else "lower optim.batch and raise optim.accumulate"
+        raise RunError(f"out of memory at step {first_step + done + 1} ({stage}): {hint} ({' '.join(str(error).split()[:25])})") from error
+    finally:
+        bar.close()
     return first_step + total
+
+
+def _average_into(parameters: list[nn.Parameter], ema: list[Tensor]) -> None:
+    for p, average in zip(parameters, ema, strict=True):
+        p.detach().copy_(average)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The language model's decoder layers: the units that FSDP2 gathers one at a time."""
+    return list(model.language.get_decoder().layers) if hasattr(model, "language") else []
+
+
+def _groups(objective: Objective, optim: Optim) -> list[dict[str, Any]]:
+    """Parameters by learning rate: a part's own where the recipe gives one, the narrowest part first."""
+    part_of: dict[int, str] = {}
+    for name in sorted(optim.lr_of, key=lambda name: name == "language"):  # embeddings lie within language
+        for p in objective.model.part(name).parameters():
+            part_of.setdefault(id(p), name)
+    groups: dict[str, dict[str, Any]] = {}
+    for p in objective.parameters():
+        if p.requires_grad:
+            name = part_of.get(id(p), "")
+            groups.setdefault(name, {"params": [], "peak": optim.lr_of.get(name, optim.lr)})["params"].append(p)
+    return list(groups.values())
+
+
+def _restore(objective: Objective, optimizer, ema: list[Tensor], saved: dict, path: Path, place: Place) -> None:
+    if (path / "sharded").exists():
+        if not place.sharded:
+            raise RunError(f"{path} was saved under FSDP2; resume it under torchrun with --compute.parallel fsdp (any number of processes)")
+        import torch.distributed.checkpoint as dcp
+
+        state = _sharded_state(objective, optimizer, ema, [p for g in optimizer.param_groups for p in g["params"]])
+        dcp.load(state, checkpoint_id=path / "sharded")
+        _load_sharded(objective, optimizer, state)
+        return
+    if place.sharded:
+        raise RunError(f"{path} was saved without FSDP2; resume it with --compute.parallel ddp")
+    optimizer.load_state_dict(saved["optimizer"])
+    if ema:
+        names = {n: p for n, p in objective.model.named_parameters()}
+        at = {id(p): i for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+        for name, value in saved["ema"].items():
+            ema[at[id(names[name])]].copy_(value)
+
+
+def _sharded_state(objective: Objective, optimizer, ema: list[Tensor], parameters: list[nn.Parameter]) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, optim = get_state_dict(objective, optimizer)
+    names = {id(p): n for n, p in objective.named_parameters()}
+    model = {k: v for k, v in weights.items() if k.startswith("model.")}
+    rest = {k: v for k, v in weights.items() if not k.startswith("model.")}
+    averages = {names[id(p)]: e for p, e in zip(parameters, ema, strict=False)}
+    return {"model": {k.removeprefix("model."): v for k, v in model.items()}, "rest": rest, "optimizer": optim, "ema": averages}
+
+
+def _load_sharded(objective: Objective, optimizer, state: dict[str, Any]) -> None:
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    weights = {f"model.{k}": v for k, v in state["model"].items()} | state["rest"]
+    set_state_dict(objective, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"])
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step * 8191 + rank * 97) % (1 << 63)
+
+
+def _clip(parameters: list[nn.Parameter], limit: float) -> float:
+    norm = nn.utils.clip_grad_norm_(parameters, limit or math.inf)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _finite_everywhere(norm: float) -> bool:
+    return math.isfinite(norm)
+
+
+def _added(measured: dict[str, list], place: Place, flags: list[float]) -> dict[str, float]:
+    """Contributions of all micro-batches and processes, added; ``_i`` holds the i-th flag, added over processes."""
+    flat = [torch.as_tensor(v, dtype=torch.float64, device=place.device).detach() for values in measured.values() for v in values]
+    flat = torch.stack(flat).view(len(measured), -1).sum(1)
+    flat = place.sum(torch.cat([flat, flat.new_tensor(flags)])).tolist()
+    return dict(zip([*measured, *(f"_{i}" for i in range(len(flags)))], flat, strict=True))
+
+
+def _warn_when_idle(idle: dict[str, int], record: dict, bar: tqdm, stage: str) -> None:
+    for key, what in (("grad_norm", "no gradient reaches what this stage trains"), ("rewards/margins", "policy and reference do not part")):
+        idle[key] = idle[key] + 1 if record.get(key) == 0 else 0
+        if idle[key] == IDLE_STEPS:
+            bar.write(
+                f"warning: {key} has been 0 for {IDLE_STEPS} steps of {stage}: {what}; look at the learning rate, the labels and the parts"
+            )
 
 
 def peak_memory_mb() -> float:

@@ -6,33 +6,63 @@ log-probabilities are tensors before the first step.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from mmfast.data import chat, images
 from mmfast.data.supervised import read_records, report_faults
 from mmfast.losses import preference_loss, segment_logp
-from mmfast.ops import linear_logp
 from mmfast.ops.preference import LOSSES
-from mmfast.spec import Alignment, Contrast
+from mmfast.spec import Alignment, Contrast, View
 
+from .checkpoint import Run, RunError, load_model, write_atomically
 from .evaluate import caption_all
-from .loop import Run, RunError, train
-from .supervised import Session
+from .loop import Objective, Options, train
+from .place import autocast
+from .supervised import Session, cached_states, token_logps
 
 PAIR_SPLIT = "pairs"
 
 
 class PairSource:
-    """Pictures and, for each text of the pairs, its encoded conversation."""
+    """Pictures and, for each text of the pairs, its encoded conversation. A batch holds every view of its pairs, view after view."""
 
-    def __init__(self, pictures: Tensor, rows: dict[str, chat.Rows], picture_of: Tensor):
-        self.pictures, self.rows, self.picture_of = pictures, rows, picture_of
+    def __init__(self, pictures: Tensor, texts: dict[str, chat.Rows], picture_of: Tensor, pad_token: int):
+        self.pictures, self.texts, self.picture_of, self.pad_token = pictures, texts, picture_of, pad_token
+        self.views: dict[str, View] = {name: View(name) for name in texts}
+        self.packing, self.with_pictures = False, True
 
     def __len__(self) -> int:
         return len(self.picture_of)
+
+    @property
+    def picture_count(self) -> int:
+        return len(self.pictures)
+
+    def load_pictures(self, ids: Tensor) -> Tensor:
+        """uint8 ``[M, H, W, 3]``."""
+        return self.pictures[ids]
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        """As of ``mmfast.data.supervised.Source.batch``; ``counts`` are the pairs, then the scored tokens of each view."""
+        ids, labels, lengths = chat.stack([self.texts[view.text].batch(index) for view in self.views.values()], self.pad_token)
+        scored, pictures = (labels[:, 1:] != chat.IGNORE).sum(1), self.picture_of[index]
+        return {
+            **chat.lay_out(ids, labels, lengths, packing=self.packing),
+            "index": index,
+            "scored": scored,
+            "counts": torch.cat([torch.tensor([len(index)]), scored.view(len(self.views), -1).sum(1)]).double(),
+            "picture_ids": pictures,
+            "image_rows": torch.arange(len(index)).repeat(len(self.views)),
+            **({"pictures": self.load_pictures(pictures)} if self.with_pictures else {}),
+        }
 
 
 def own_pairs(session: Session, alignment: Alignment) -> tuple[Tensor, list[tuple[int, str, str, str]]]:
@@ -47,8 +77,6 @@ def own_pairs(session: Session, alignment: Alignment) -> tuple[Tensor, list[tupl
 
 def record_pairs(session: Session, alignment: Alignment) -> tuple[Tensor, list[tuple[int, str, str, str]]]:
     """Records with image, prompt, chosen and rejected."""
-    from pathlib import Path
-
     import numpy as np
 
     data = alignment.data
@@ -89,65 +117,136 @@ def make_source(session: Session, alignment: Alignment) -> PairSource:
         "chosen": chat.Rows([encode([(prompt, chosen)]) for _, prompt, chosen, _ in pairs], pad),
         "rejected": chat.Rows([encode([(p[1], text)]) for p, text in zip(pairs, rejected, strict=True)], pad),
     }
-    return PairSource(pictures, rows, torch.tensor([p[0] for p in pairs]))
+    return PairSource(pictures, rows, torch.tensor([p[0] for p in pairs]), pad)
 
 
-def view_logps(session: Session, source: PairSource, states: Tensor, texts: list[str], index: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Summed log-probability and token count of each text's answer, ``[B]`` each: all texts in one forward pass, pictures encoded once."""
-    ids, labels = chat.stack([source.rows[text].batch(index) for text in texts], session.tokenizer.pad_token_id)
-    model, rows = session.model, torch.arange(len(index)).repeat(len(texts))
-    hidden = model.hidden(ids, image_embeds=model.connector(states[source.picture_of[index]])[rows])
-    keep, head = labels[:, 1:] != chat.IGNORE, model.language.get_output_embeddings()
-    logp = linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias)
-    sequence = torch.arange(len(ids)).unsqueeze(1).where(keep, -1)
-    total = segment_logp(logp, sequence, num_segments=len(ids))
-    return list(total.chunk(len(texts))), list(keep.sum(-1).chunk(len(texts)))
+def view_logps(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> Tensor:
+    """Summed log-probability of each row's answer, ``[views x B]``: all views in one forward pass, each picture encoded once for all of them."""
+    logp, rows = token_logps(session, batch, states)
+    return segment_logp(logp, rows.where(batch["labels"][:, 1:] != chat.IGNORE, -1), num_segments=len(batch["scored"]))
 
 
-def train_alignment(
-    alignment: Alignment, session: Session, run: Run, *, resume: bool = False, save_every: int | None = None, quiet: bool = False
-) -> Session:
+def reference_key(alignment: Alignment, session: Session, source: PairSource) -> str:
+    """What the reference's log-probabilities depend on, hashed: the model's weights, the pairs' tokens and pictures, the views, the dtype of
+    the computation. Two runs with equal keys may share a cache; a cache with another key is stale."""
+    digest = hashlib.sha256()
+
+    def take(*values: object) -> None:
+        for value in values:
+            if isinstance(value, Tensor):
+                digest.update(repr((value.dtype, tuple(value.shape))).encode())
+                value = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                digest.update(value.data)
+            else:
+                digest.update(repr(value).encode())
+
+    for name, tensor in session.model.state_dict().items():
+        take(name, tensor)
+    for name, view in alignment.views.items():
+        take(name, view, source.texts[view.text].ids, source.texts[view.text].labels)
+    take(source.picture_of, alignment.compute.precision)
+    for ids in torch.arange(source.picture_count).split(250):
+        take(source.load_pictures(ids))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def cached_reference(alignment: Alignment, session: Session, source: PairSource, states: Tensor | None, folder: Path) -> Tensor:
+    """The reference's log-probabilities ``[views, pairs]``: read from ``reference.safetensors`` of the run, or computed and written there. A
+    file that belongs to other data, weights or settings is refused by its key and made anew, saying so."""
+    path, key = folder / "reference.safetensors", reference_key(alignment, session, source)
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") == key:
+                return file.get_tensor("logps").to(session.place.device)
+        if session.place.main:
+            print(f"{path} belongs to other data, weights or settings; the reference is computed anew")
+    session.model.eval()
+    with autocast(session.place, alignment.compute.precision):
+        logps = torch.zeros(len(source.views), len(source), dtype=torch.float64, device=session.place.device)
+        for index in session.place.part(torch.arange(len(source))).split(max(1, alignment.optim.batch // session.place.processes)):
+            batch = session.place.to(source.batch(index))
+            logps[:, batch["index"]] = view_logps(session, batch, states).view(len(source.views), -1).double()
+    logps = session.place.sum(logps).float()  # each process did its share
+    if session.place.main:
+        write_atomically(path, save({"logps": logps.cpu()}, {"key": key}))
+    return logps
+
+
+class Reference:
+    """The policy's start, asked for the same rows: log-probabilities computed once, a frozen copy, or the policy without its adapters."""
+
+    def __init__(self, alignment: Alignment, session: Session, source: PairSource, states: Tensor | None, cache: Path):
+        self.kind = alignment.reference
+        if self.kind == "frozen":
+            self.session = copy.copy(session)
+            self.session.model = copy.deepcopy(session.model).requires_grad_(False).eval()
+            self.states = states
+        elif self.kind == "adapter_off":
+            self.session, self.states = session, states
+        else:
+            self.logps = cached_reference(alignment, session, source, states, cache)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        if self.kind == "cached":
+            return self.logps[:, batch["index"].to(self.logps.device)].flatten().to(batch["index"].device)
+        if self.kind == "frozen":
+            return view_logps(self.session, batch, self.states)
+        from mmfast.models.lora import adapters_off
+
+        with adapters_off(self.session.model):
+            return view_logps(self.session, batch, self.states)
+
+
+def train_alignment(alignment: Alignment, session: Session, run: Run, *, options: Options | None = None, quiet: bool = False) -> Session:
     """Aligns the session's model in place, starting from what it is now."""
-    model, source = session.model, make_source(session, alignment)
-    states = session.states(source.pictures)
+    options = options or Options(seed=session.seed, quiet=quiet, compute=alignment.compute, place=session.place)
     names = list(alignment.views)
-    texts = [alignment.views[name].text for name in names]
     unknown = [v for term in alignment.terms for v in _views_of(term) if v not in names]
     if unknown:
         raise RunError(f"{alignment.name}: a term speaks of the view {unknown[0]!r}, the recipe has {', '.join(names)}")
-    with torch.no_grad():
-        parts = [view_logps(session, source, states, texts, part)[0] for part in torch.arange(len(source)).split(250)]
-        reference = dict(zip(names, (torch.cat(column) for column in zip(*parts, strict=True)), strict=True))
+    model, source = session.model, make_source(session, alignment)
+    source.views, source.packing = alignment.views, options.compute.packing
+    states = cached_states(session, source, alignment.train)
+    source.with_pictures = states is None
+    reference = Reference(alignment, session, source, states, run.folder)
     model.train_only(alignment.train)
-    parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def step(index: Tensor) -> tuple[Tensor, dict[str, float]]:
-        totals, counts = view_logps(session, source, states, texts, index)
-        logps, tokens = dict(zip(names, totals, strict=True)), dict(zip(names, counts, strict=True))
-        loss, logged = torch.zeros(()), {}
+    def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
+        logps, start = view_logps(session, batch, states), reference(batch).chunk(len(names))
+        logps, tokens, start = (
+            dict(zip(names, v, strict=True)) for v in (logps.chunk(len(names)), batch["scored"].chunk(len(names)), start)
+        )
+        pairs, scored = totals[0].to(logps[names[0]].dtype), dict(zip(names, totals[1:], strict=True))
+        loss, measures = 0.0, {}
         for term in alignment.terms:
             if isinstance(term, Contrast):
-                pair, facts = (term.better, term.worse), LOSSES[term.loss_type]
-                lens = dict(zip(("chosen_lens", "rejected_lens"), (tokens[v] for v in pair), strict=True)) if facts.lens else {}
+                views, facts = (term.better, term.worse), LOSSES[term.loss_type]
+                lens = dict(zip(("chosen_lens", "rejected_lens"), (tokens[v] for v in views), strict=True)) if facts.lens else {}
                 value, won, lost = preference_loss(
-                    *(logps[v] for v in pair), *(reference[v][index] for v in pair if facts.reference), **lens,
+                    *(logps[v] for v in views), *(start[v] for v in views if facts.reference), **lens,
                     loss_type=term.loss_type, beta=alignment.beta, label_smoothing=term.label_smoothing,
                 )  # fmt: skip
-                logged |= {
-                    f"rewards/{term.better}": won.mean().item(),
-                    f"rewards/{term.worse}": lost.mean().item(),
-                    "rewards/margins": (won - lost).mean().item(),
-                    "rewards/accuracies": (won > lost).float().mean().item(),
+                value = value * (len(won) / pairs)  # this batch's mean, as its share of the step's
+                measures |= {
+                    f"rewards/{term.better}": won.sum() / pairs,
+                    f"rewards/{term.worse}": lost.sum() / pairs,
+                    "rewards/margins": (won - lost).sum() / pairs,
+                    "rewards/accuracies": (won > lost).sum() / pairs,
                 }
             else:
-                value = -logps[term.view].sum() / tokens[term.view].sum()
+                value = -logps[term.view].sum() / scored[term.view].to(pairs.dtype)
             loss = loss + term.weight * value
-        logged |= {f"logps/{name}": value.mean().item() for name, value in logps.items()}
-        return loss, {**logged, "tokens": int(sum(t.sum() for t in tokens.values()))}
+        measures |= {f"logps/{name}": value.detach().sum() / pairs for name, value in logps.items()}
+        return loss, {**measures, "tokens": batch["input_ids"].numel()}
 
-    probe = caption_length(session, alignment.template) if alignment.data.path is None else None
-    options = dict(optim=alignment.optim, items=len(source), seed=session.seed, stage=alignment.name, probe=probe)
-    train(run, model, parameters, step, resume=resume, save_every=save_every, quiet=quiet, **options)
+    measure = caption_length(session, alignment.template) if alignment.data.path is None else None
+    probe = None if measure is None else lambda step: measure()
+    train(run, Objective(step, model), source, optim=alignment.optim, stage=alignment.name, options=options, probe=probe)
+    if options.place.sharded:
+        session.rebuild()
+        load_model(session.model, run.last_checkpoint()[1])
     return session
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmfast.data.synthetic import Scene, World, parse
 
-from .loop import write_atomically
+from .checkpoint import write_atomically
 
 # What the measures table shows: key, title, whether more is better, what it says.
 MEASURES = (

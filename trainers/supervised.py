@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,31 +22,37 @@ from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import build
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops import linear_logp
-from mmfast.spec import Data, Stage, System, to_dict
+from mmfast.spec import Compute, Data, Stage, System, to_dict
 
-from .loop import Run, RunError, load_model, train
+from .checkpoint import Run, RunError, load_model
+from .loop import Objective, Options, train
+from .place import Place
 
 # Part of a cached base model's name: raise it when training changes what the same recipe and seed give.
-BASE_VERSION = 3
+BASE_VERSION = 4
 _STATE_BYTES = 2 << 30
 
 
 class Session:
     """A system made concrete: its model, tokenizer and, for built-in data, its world."""
 
-    def __init__(self, system: System, *, seed: int, vocabulary: tuple[str, ...] | None = None):
+    def __init__(self, system: System, *, seed: int, vocabulary: tuple[str, ...] | None = None, place: Place | None = None):
         if system.language.weights or system.encoder.weights:
             raise RunError(
                 f"{system.name}: training from {system.language.weights} and {system.encoder.weights} is not in this version yet; use --tiny"
             )
-        torch.manual_seed(seed)
-        self.system, self.seed = system, seed
+        self.system, self.seed, self.place = system, seed, place or Place(torch.device("cpu"))
         self._sources: dict[str, supervised.Source] = {}
         self.world = World(WorldConfig(seed=seed))
         self.tokenizer = word_tokenizer(vocabulary or self.world.vocabulary)
         t = self.tokenizer
         self.image_token = t.convert_tokens_to_ids("<image>")
-        self.model = build(system, tokenizer=t)
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """The model as it was before any training."""
+        torch.manual_seed(self.seed)
+        self.model = build(self.system, tokenizer=self.tokenizer).to(self.place.device)
 
     def encoder(self, template: str, max_length: int = 2048) -> supervised.Encode:
         """``encode(turns)`` for this tokenizer and picture size."""
@@ -72,13 +79,17 @@ class Session:
         raise RunError(f"data {data.name!r} is not built in; give its records with --data FILE (JSON or JSONL) and --images FOLDER")
 
     def pixels(self, pictures: Tensor) -> Tensor:
-        return images.normalise(pictures, self.system.image)
+        return images.normalise(pictures.to(self.place.device), self.system.image)
 
     @torch.no_grad()
     def states(self, pictures: Tensor, batch: int = 250) -> Tensor:
         """Tower states of uint8 pictures, ``[M, N, D]``."""
         self.model.eval()
         return torch.cat([self.model.encoder(self.pixels(part)) for part in pictures.split(batch)])
+
+    def states_of(self, source, batch: int = 250) -> Tensor:
+        """Tower states of all pictures of a source, ``[M, N, D]``, read a batch at a time."""
+        return torch.cat([self.states(source.load_pictures(ids)) for ids in torch.arange(source.picture_count).split(batch)])
 
 
 class WordHead(nn.Module):
@@ -97,65 +108,116 @@ class WordHead(nn.Module):
         return torch.logsumexp(classes, 1), torch.logsumexp(4 * projected @ table.T + self.bias, 1)
 
 
-def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, resume: bool, save_every: int | None, quiet: bool) -> int:
-    model, source = session.model, session.source(stage.data, stage.template, stage.max_length)
-    model.train_only(stage.train)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    options = dict(
-        optim=stage.optim, items=len(source), seed=session.seed, stage=stage.name, first_step=first_step, resume=resume,
-        save_every=save_every, quiet=quiet,
-    )  # fmt: skip
-    if stage.objective == "words":
-        return _words_stage(session, run, source, parameters, options)
-    states = None
-    tokens = session.system.encoder.tokens * session.system.encoder.width * 4
-    if "encoder" not in stage.train and len(source.pictures) * tokens <= _STATE_BYTES:
-        states = session.states(source.pictures)
-
-    def step(index: Tensor) -> tuple[Tensor, dict[str, float]]:
-        batch = source.batch(index)
-        rows, pictures = batch.pop("image_rows"), source.picture_of[index]
-        # A picture passes tower and connector once, however many rows show it.
-        seen = model.connector(states[pictures]) if states is not None else model.embed_images(session.pixels(source.pictures[pictures]))
-        hidden = model.hidden(batch["input_ids"], image_embeds=seen[rows])
-        return answer_loss(model, hidden, batch["labels"], batch["token_weights"]), {"tokens": batch["input_ids"].numel()}
-
-    return train(run, model, parameters, step, **options)
-
-
-def answer_loss(model: nn.Module, hidden: Tensor, labels: Tensor, token_weights: Tensor) -> Tensor:
-    """Weighted sum of the answers' cross-entropies; the head sees the rows before an answer token, and no other."""
-    head = model.language.get_output_embeddings()
-    return -(linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias) * token_weights[:, 1:]).sum()
-
-
-def _words_stage(session: Session, run: Run, source, parameters: list, options: dict) -> int:
+def see(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> dict[str, Tensor]:
+    """What the language model gets of a batch's pictures. A picture passes tower and connector once, however many rows show it."""
+    if not len(batch["image_rows"]):
+        return {}
     model = session.model
+    if states is not None:
+        seen = model.connector(states[batch["picture_ids"].to(states.device)].to(session.place.device))
+    else:
+        seen = model.embed_images(session.pixels(batch["pictures"]))
+    return {"image_embeds": seen, "image_rows": batch["image_rows"]}
+
+
+def idle(model: nn.Module) -> Tensor | float:
+    """0, as far as arithmetic goes, but attached to tower and connector: a rank whose batch has no picture has gradients for them like all
+    others, and nobody waits for it."""
+    trained = [p for part in (model.encoder, model.connector) for p in part.parameters() if p.requires_grad]
+    return sum(p.flatten()[:1].sum() * 0 for p in trained) if trained else 0.0
+
+
+def token_logps(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Log-probability of every next token ``[B, T - 1]`` (0 where nothing is scored) and the row each belongs to. The head sees the positions
+    before a scored token, and no other."""
+    model, images = session.model, see(session, batch, states)
+    hidden = model.hidden(batch["input_ids"], position_ids=batch.get("position_ids"), **images)
+    head = model.language.get_output_embeddings()
+    logp = linear_logp(hidden[:, :-1], head.weight, batch["labels"][:, 1:], head.bias)
+    if not images:
+        logp = logp + idle(model)
+    return logp, batch["rows"][:, 1:]
+
+
+def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, options: Options) -> int:
+    """One stage of a system over the shared loop."""
+    model, source = session.model, session.source(stage.data, stage.template, stage.max_length)
+    source.packing = options.compute.packing
+    model.train_only(stage.train)
+    if stage.objective == "words":
+        objective, source = words_stage(session, source)
+        return train(run, objective, source, optim=stage.optim, stage=stage.name, options=options, first_step=first_step)
+    states = cached_states(session, source, stage.train)
+    source.with_pictures = states is None
+
+    def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, float]]:
+        logp, rows = token_logps(session, batch, states)
+        weights = (1 / totals.clamp_min(1)).to(logp.dtype)[batch["groups"]][rows]
+        return -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
+
+    return train(run, Objective(step, model), source, optim=stage.optim, stage=stage.name, options=options, first_step=first_step)
+
+
+def cached_states(session: Session, source, train: Sequence[str]) -> Tensor | None:
+    """The tower's states of all pictures, where the tower stays frozen and they fit in memory."""
+    tokens = session.system.encoder.tokens * session.system.encoder.width * 4
+    if "encoder" in train or source.picture_count * tokens > _STATE_BYTES:
+        return None
+    return session.states_of(source)
+
+
+class _ItemsArePictures:
+    """A source whose items are its pictures, with what is true of them."""
+
+    def __init__(self, source, words: Tensor, classes: Tensor):
+        self.source, self.words, self.classes = source, words, classes
+
+    def __len__(self) -> int:
+        return len(self.source.pictures)
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        return {
+            "pictures": self.source.pictures[index], "words": self.words[index], "classes": self.classes[index],
+            "counts": torch.tensor([len(index)], dtype=torch.float64),
+        }  # fmt: skip
+
+
+def words_stage(session: Session, source) -> tuple[Objective, _ItemsArePictures]:
     names, words, classes = source.words()
-    ids = torch.tensor(session.tokenizer.convert_tokens_to_ids(names))
+    ids = torch.tensor(session.tokenizer.convert_tokens_to_ids(names), device=session.place.device)
     torch.manual_seed(session.seed)
-    head = WordHead(session.system.encoder.width, classes.shape[1], len(names))
+    model, head = session.model, WordHead(session.system.encoder.width, classes.shape[1], len(names)).to(session.place.device)
 
-    def step(index: Tensor) -> tuple[Tensor, dict[str, float]]:
-        states = model.encode(session.pixels(source.pictures[index]))
+    def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        states = model.encode(session.pixels(batch["pictures"]))
         class_logits, word_logits = head(states, model.connector(states), model.language.get_input_embeddings().weight[ids])
-        by_class = F.binary_cross_entropy_with_logits(class_logits, classes[index]) * classes.shape[1]
-        by_word = F.binary_cross_entropy_with_logits(word_logits, words[index]) * len(names)
-        return by_class + by_word, {"loss/words": by_word.item()}
+        by_class = F.binary_cross_entropy_with_logits(class_logits, batch["classes"], reduction="sum")
+        by_word = F.binary_cross_entropy_with_logits(word_logits, batch["words"], reduction="sum")
+        share = totals[0].to(by_word.dtype)  # means over pictures, sums over words and classes
+        return (by_class + by_word) / share, {"loss/words": by_word.detach() / share}
 
-    return train(run, model, [*parameters, *head.parameters()], step, extra=head, **{**options, "items": len(source.pictures)})
+    return Objective(step, model, head=head), _ItemsArePictures(source, words, classes)
 
 
 def train_system(
-    system: System, run: Run, *, seed: int = 0, resume: bool = False, save_every: int | None = None, quiet: bool = False,
+    system: System,
+    run: Run,
+    *,
+    options: Options | None = None,
+    seed: int = 0,
+    quiet: bool = False,
     vocabulary: tuple[str, ...] | None = None,
-) -> Session:  # fmt: skip
+) -> Session:
     """All stages of a system."""
-    session, step = Session(system, seed=seed, vocabulary=vocabulary), 0
-    if resume and (last := run.last_checkpoint()) is not None:
-        load_model(session.model, last[1] / "model.safetensors")
+    options = options or Options(seed=seed, quiet=quiet, compute=system.compute)
+    session, step = Session(system, seed=options.seed, vocabulary=vocabulary, place=options.place), 0
+    if options.resume and (last := run.last_checkpoint()) is not None:
+        load_model(session.model, last[1])
     for stage in system.stages:
-        step = run_stage(session, run, stage, first_step=step, resume=resume, save_every=save_every, quiet=quiet)
+        step = run_stage(session, run, stage, first_step=step, options=options)
+        if options.place.sharded:  # shards cannot be undone in place: the stage's checkpoint is read into a whole model
+            session.rebuild()
+            load_model(session.model, run.last_checkpoint()[1])
     return session
 
 
@@ -164,7 +226,11 @@ def train_system(
 
 def base_name(system: System, seed: int) -> str:
     """A name that changes with anything that changes the trained base: world, recipe, seed."""
-    key = {"system": to_dict(replace(system, name="", paper="")), "seed": seed, "version": BASE_VERSION}
+    key = {
+        "system": to_dict(replace(system, name="", paper="", compute=Compute(precision=system.compute.precision))),
+        "seed": seed,
+        "version": BASE_VERSION,
+    }
     return "base-" + hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -173,14 +239,16 @@ def cache_folder(out: Path) -> Path:
     return Path(os.environ.get("MMFAST_CACHE") or out.parent / ".cache")
 
 
-def base_model(system: System, *, seed: int, cache: Path, quiet: bool = False) -> tuple[Session, Path]:
+def base_model(system: System, *, options: Options, cache: Path) -> tuple[Session, Path]:
     """The trained system of a seed, from the cache or trained into it. Returns it with its run folder."""
-    folder = cache / base_name(system, seed)
-    last = Run(folder, resume=True).last_checkpoint() if (folder / "done").exists() else None
+    folder = cache / base_name(system, options.seed)
+    run = Run(folder, resume=True, keep=1, main=options.place.main)
+    last = run.last_checkpoint() if (folder / "done").exists() else None
     if last is not None:
-        session = Session(system, seed=seed)
-        load_model(session.model, last[1] / "model.safetensors")
+        session = Session(system, seed=options.seed, place=options.place)
+        load_model(session.model, last[1])
         return session, folder
-    session = train_system(system, Run(folder, resume=True, keep=1), seed=seed, resume=True, quiet=quiet)
-    (folder / "done").touch()
+    session = train_system(system, run, options=replace(options, resume=True, save_every=None))
+    if options.place.main:
+        (folder / "done").touch()
     return session, folder

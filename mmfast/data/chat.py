@@ -107,17 +107,34 @@ class Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """ids and labels ``[B, T]`` of some rows."""
-        width = int(self.lengths[index].max()) if len(index) else 0
-        return self.ids[index, :width], self.labels[index, :width]
+    def batch(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """ids and labels ``[B, T]`` and lengths ``[B]`` of some rows."""
+        lengths = self.lengths[index]
+        width = int(lengths.max()) if len(index) else 0
+        return self.ids[index, :width], self.labels[index, :width], lengths
 
 
-def stack(parts: Sequence[tuple[Tensor, Tensor]], pad_token: int) -> tuple[Tensor, Tensor]:
+def stack(parts: Sequence[tuple[Tensor, Tensor, Tensor]], pad_token: int) -> tuple[Tensor, Tensor, Tensor]:
     """Batches of different widths on top of each other."""
-    width = max(ids.shape[1] for ids, _ in parts)
+    if len(parts) == 1:
+        return parts[0]
+    width = max(ids.shape[1] for ids, _, _ in parts)
 
     def widen(t: Tensor, value: int) -> Tensor:
         return torch.nn.functional.pad(t, (0, width - t.shape[1]), value=value)
 
-    return torch.cat([widen(ids, pad_token) for ids, _ in parts]), torch.cat([widen(labels, IGNORE) for _, labels in parts])
+    ids, labels = (torch.cat([widen(part[i], fill) for part in parts]) for i, fill in ((0, pad_token), (1, IGNORE)))
+    return ids, labels, torch.cat([lengths for _, _, lengths in parts])
+
+
+def lay_out(ids: Tensor, labels: Tensor, lengths: Tensor, *, packing: bool) -> dict[str, Tensor]:
+    """``input_ids``, ``labels`` and ``rows`` (which row a token belongs to) of a batch: padded ``[B, T]``, or with ``packing`` end to end
+    ``[1, sum of lengths]`` with ``position_ids`` that start anew at each row, from which transformers' attention keeps rows apart."""
+    rows = torch.arange(len(ids)).unsqueeze(1).expand(ids.shape)
+    if not packing:
+        return {"input_ids": ids, "labels": labels, "rows": rows}
+    places = torch.arange(ids.shape[1])
+    keep = places < lengths.unsqueeze(1)
+    labels = labels.where(places > 0, IGNORE)  # a row's first token follows nothing, least of all the row before it
+    laid = {"input_ids": ids, "labels": labels, "rows": rows, "position_ids": places.expand(ids.shape)}
+    return {name: value[keep].unsqueeze(0) for name, value in laid.items()}

@@ -19,29 +19,46 @@ Encode = Callable[[Sequence[tuple[str, str | None]]], tuple[list[int], list[int]
 
 
 class Source:
-    """Items, each a picture and one row of every column of conversations.
+    """Items, each a picture and one row of every column of conversations, all in memory.
 
-    Each column's loss is a mean over its own answer tokens and the columns' losses add up, so that long captions do not drown short answers.
+    Each column's loss is a mean over its own answer tokens and the columns' losses add up, so that long captions do not drown short answers:
+    ``counts`` of a batch are the answer tokens by column, and a row's tokens weigh one over the step's total of its column.
     """
 
     def __init__(self, pictures: np.ndarray, columns: Sequence[chat.Rows], pad_token: int, picture_of: Sequence[int] | None = None):
         self.pictures = torch.from_numpy(pictures)  # uint8 [M, H, W, 3]
         self.columns, self.pad_token = columns, pad_token
         self.picture_of = torch.arange(len(pictures)) if picture_of is None else torch.tensor(picture_of)
+        self.packing, self.with_pictures = False, True
 
     def __len__(self) -> int:
         return len(self.picture_of)
 
+    @property
+    def picture_count(self) -> int:
+        return len(self.pictures)
+
+    def load_pictures(self, ids: Tensor) -> Tensor:
+        """uint8 ``[M, H, W, 3]``."""
+        return self.pictures[ids]
+
     def batch(self, index: Tensor) -> dict[str, Tensor]:
-        """``input_ids``, ``labels``, ``token_weights`` of the items' rows, column after column, and ``image_rows``: the item of each row."""
-        ids, labels = chat.stack([column.batch(index) for column in self.columns], self.pad_token)
-        supervised = (labels[:, 1:] != chat.IGNORE).view(len(self.columns), -1)
-        weights = 1.0 / supervised.sum(1).clamp_min(1).repeat_interleave(len(index)).unsqueeze(1)
+        """The items' rows, column after column.
+
+        ``input_ids``, ``labels`` and ``rows`` as of :func:`chat.lay_out`; ``groups`` ``[B]`` the column of each row and ``counts``; the
+        pictures (unless ``with_pictures`` is off, for whoever has their states) with their ``picture_ids``, and ``image_rows``: which of
+        them stands at each row's placeholders.
+        """
+        ids, labels, lengths = chat.stack([column.batch(index) for column in self.columns], self.pad_token)
+        scored = (labels[:, 1:] != chat.IGNORE).view(len(self.columns), -1).sum(1)
+        pictures = self.picture_of[index]
         return {
-            "input_ids": ids,
-            "labels": labels,
-            "token_weights": weights.expand(labels.shape),
+            **chat.lay_out(ids, labels, lengths, packing=self.packing),
+            "groups": torch.arange(len(self.columns)).repeat_interleave(len(index)),
+            "counts": scored.double(),
+            "picture_ids": pictures,
             "image_rows": torch.arange(len(index)).repeat(len(self.columns)),
+            **({"pictures": self.load_pictures(pictures)} if self.with_pictures else {}),
         }
 
 

@@ -174,12 +174,15 @@ class MultimodalModel(nn.Module):
                 image_embeds = self.connector(image_states)
         return image_embeds if image_rows is None or image_embeds is None else image_embeds[image_rows]
 
-    def hidden(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, **images: Tensor | None) -> Tensor:
+    def hidden(
+        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **images: Tensor | None
+    ) -> Tensor:
         """Last hidden states [B, T, D]; ``images`` as for ``embed_images``.
 
         Without ``attention_mask`` padding must be on the right: under the causal mask no real token sees it, so no mask is needed.
+        ``position_ids`` that start anew keep rows apart that lie end to end in one.
         """
-        masks = {} if attention_mask is None else {"attention_mask": attention_mask}
+        masks = {k: v for k, v in (("attention_mask", attention_mask), ("position_ids", position_ids)) if v is not None}
         return self.fusion(self.language, input_ids, self.embed_images(**images), self.image_token, use_cache=False, **masks)[0]
 
     def forward(

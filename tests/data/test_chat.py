@@ -78,9 +78,22 @@ def test_unknown_template():
 
 def test_rows_give_the_narrowest_batch():
     rows = chat.Rows([([1, 5, 6], [-100, 5, 6]), ([1, 7], [-100, 7]), ([1, 2, 3, 4], [-100] * 4)], pad_token=0)
-    ids, labels = rows.batch(torch.tensor([1, 0]))
+    ids, labels, lengths = rows.batch(torch.tensor([1, 0]))
+    assert lengths.tolist() == [2, 3]
     assert ids.tolist() == [[1, 7, 0], [1, 5, 6]]
     assert labels.tolist() == [[-100, 7, -100], [-100, 5, 6]]
-    both, both_labels = chat.stack([(ids, labels), rows.batch(torch.tensor([2]))], pad_token=0)
+    both, both_labels, _ = chat.stack([(ids, labels, lengths), rows.batch(torch.tensor([2]))], pad_token=0)
     assert both.tolist() == [[1, 7, 0, 0], [1, 5, 6, 0], [1, 2, 3, 4]]
     assert both_labels[0].tolist() == [-100, 7, -100, -100]
+
+
+def test_packing_lays_rows_end_to_end():
+    ids, labels, lengths = torch.tensor([[1, 7, 0], [1, 5, 6]]), torch.tensor([[-100, 7, -100], [1, 5, 6]]), torch.tensor([2, 3])
+    packed = chat.lay_out(ids, labels, lengths, packing=True)
+    assert packed["input_ids"].tolist() == [[1, 7, 1, 5, 6]]
+    assert packed["position_ids"].tolist() == [[0, 1, 0, 1, 2]]
+    assert packed["rows"].tolist() == [[0, 0, 1, 1, 1]]
+    assert packed["labels"].tolist() == [[-100, 7, -100, 5, 6]], "nothing may be predicted across the border of two rows"
+    padded = chat.lay_out(ids, labels, lengths, packing=False)
+    assert "position_ids" not in padded
+    assert padded["rows"].tolist() == [[0] * 3, [1] * 3]
