@@ -10,7 +10,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,18 @@ class Objective(nn.Module):
 
     A module, so that DDP and FSDP2 can wrap it. ``totals``: float64 ``[C]``, the step's sums of the batches' ``counts``. Loss and
     measures must be this batch's contributions to the step's, already divided by the totals; measures have the same names in every batch.
+
+    Args:
+        blocks: modules that every batch runs and that FSDP2 may gather one at a time (a language model's layers).
+        extra: modules that train beside the model and are saved with it (a head of the stage).
     """
 
-    def __init__(self, step: Callable[[dict, Tensor], tuple[Tensor, dict[str, Tensor | float]]], model: nn.Module, **extra: nn.Module):
+    def __init__(
+        self, step: Callable[[dict, Tensor], tuple[Tensor, dict[str, Tensor | float]]], model: nn.Module, *, blocks: Sequence[nn.Module] = (),
+        **extra: nn.Module,
+    ):  # fmt: skip
         super().__init__()
-        self.step, self.model = step, model
+        self.step, self.model, self.blocks = step, model, tuple(blocks)
         self.extra = nn.ModuleDict(extra)
 
     def forward(self, batch: dict[str, Any], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -245,7 +252,7 @@ def train(
         else:
             saved = None
         run.forget_after(first_step + done)
-    shared = places.share(objective, _blocks(model) if place.sharded else (), place, compute.precision)
+    shared = places.share(objective, objective.blocks, place, compute.precision)
     groups = _groups(objective, optim)
     parameters = [p for group in groups for p in group["params"]]
     if not parameters:
@@ -369,11 +376,6 @@ def train(
 def _average_into(parameters: list[nn.Parameter], ema: list[Tensor]) -> None:
     for p, average in zip(parameters, ema, strict=True):
         p.detach().copy_(average)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The language model's decoder layers: the units that FSDP2 gathers one at a time."""
-    return list(model.language.get_decoder().layers) if hasattr(model, "language") else []
 
 
 def _groups(objective: Objective, optim: Optim) -> list[dict[str, Any]]:

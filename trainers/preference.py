@@ -243,7 +243,8 @@ def train_alignment(alignment: Alignment, session: Session, run: Run, *, options
 
     measure = caption_length(session, alignment.template) if alignment.data.path is None else None
     probe = None if measure is None else lambda step: measure()
-    train(run, Objective(step, model), source, optim=alignment.optim, stage=alignment.name, options=options, probe=probe)
+    objective = Objective(step, model, blocks=model.language.get_decoder().layers)
+    train(run, objective, source, optim=alignment.optim, stage=alignment.name, options=options, probe=probe)
     if options.place.sharded:
         session.rebuild()
         load_model(session.model, run.last_checkpoint()[1])

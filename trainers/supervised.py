@@ -155,7 +155,8 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
         weights = (1 / totals.clamp_min(1)).to(logp.dtype)[batch["groups"]][rows]
         return -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
 
-    return train(run, Objective(step, model), source, optim=stage.optim, stage=stage.name, options=options, first_step=first_step)
+    objective = Objective(step, model, blocks=model.language.get_decoder().layers)
+    return train(run, objective, source, optim=stage.optim, stage=stage.name, options=options, first_step=first_step)
 
 
 def cached_states(session: Session, source, train: Sequence[str]) -> Tensor | None:
