@@ -57,8 +57,7 @@ def parse(row: Any, number: int, *, root: str, frames: int = 8, columns: dict[st
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {_kind(row)}")
-    row = _rename(row, columns or {})
-    return _Reader(row, number, root, frames).read()
+    return _Reader(row, number, root, frames, columns or {}).read()
 
 
 def name_of(row: Any, number: int, columns: dict[str, str] | None = None) -> str:
@@ -120,8 +119,8 @@ class _Said:
 
 
 class _Reader:
-    def __init__(self, row: dict, number: int, root: str, frames: int):
-        self.row, self.number, self.root, self.frames = row, number, root, frames
+    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str]):
+        self.row, self.number, self.root, self.frames, self.columns = _rename(row, columns), number, root, frames, columns
         self.characters = 0
 
     def read(self) -> Record:
@@ -271,13 +270,13 @@ class _Reader:
             what = f"{name}[{i}]"
             if not isinstance(message, dict):
                 raise ValueError(f"{what} is {_kind(message)}, expected an object with from and value, or role and content")
+            message = _rename(message, self.columns)
             who = message.get("from", message.get("role"))
             if not isinstance(who, str):
                 raise ValueError(f"{what} has no role: expected from or role, one of {', '.join(ROLES)}")
             if who not in ROLES:
                 raise ValueError(f"{what} has the unknown role {who[:40]!r}{nearest(who, ROLES)}, expected one of {', '.join(ROLES)}")
-            content = message["value"] if not _null(message.get("value")) else message.get("content")
-            said.append(_Said(ROLES[who], *self.content(content, f"the text of {what}")))
+            said.append(_Said(ROLES[who], *self.content(message.get("value", message.get("content")), f"the text of {what}")))
         return said
 
     def content(self, content: Any, what: str) -> tuple[str, list[tuple[str, Any]]]:

@@ -195,7 +195,7 @@ class Stream:
         except Exception as error:  # whatever a reader of files raises
             raise ValueError(f"{self.name}: cannot be read on: {_cause(error)}") from None
 
-    def _record(self, row: Any, number: int, as_json: Sequence[str]) -> Record | None:
+    def _record(self, row: Any, number: int, as_json: dict[str, Any]) -> Record | None:
         try:
             record = _parse(_plain(row, as_json), number, self.data, self._root)
             if self.open_pictures:
@@ -405,22 +405,35 @@ def _through_datasets(called: str, builder: str, streaming: bool, **options: Any
     except Exception as error:  # its readers raise errors of many packages
         raise ValueError(f"{called} cannot be read: {_cause(error)}") from None
     # Pictures stay encoded: arrow rows are never decoded, and streams are told not to.
-    return rows.decode(False) if streaming else rows.with_format("arrow")
+    if not streaming:
+        return rows.with_format("arrow")
+    return rows.decode(False) if rows.features else rows
 
 
-def _json_columns(rows: Any) -> list[str]:
-    """Columns that ``datasets`` keeps as JSON text, because their values have several types."""
+def _json_columns(rows: Any) -> dict[str, Any]:
+    """Columns, with their features, in which ``datasets`` keeps values as JSON text because they have several types."""
     features = getattr(rows, "features", None) or {}
-    return [name for name, feature in features.items() if type(feature).__name__ == "Json"]
+    return {name: feature for name, feature in features.items() if "Json(" in repr(feature)}
 
 
-def _plain(row: Any, as_json: Sequence[str]) -> Any:
+def _told(value: Any, feature: Any) -> Any:
+    """A value with the JSON text in it read."""
+    if type(feature).__name__ == "Json":
+        return json.loads(value) if isinstance(value, str) else value
+    if isinstance(value, dict) and isinstance(feature, dict):
+        return {name: _told(inner, feature.get(name)) for name, inner in value.items()}
+    if isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return [_told(v, inner) for v in value]
+    return value
+
+
+def _plain(row: Any, as_json: dict[str, Any]) -> Any:
     """A row of ``datasets`` as JSON would have it; of a webdataset, the picture and the fields of its json together."""
     if not isinstance(row, dict):
         return row
-    for name in as_json:
-        if isinstance(row.get(name), str):
-            row = {**row, name: json.loads(row[name])}
+    if as_json:
+        row = {name: _told(value, as_json[name]) if name in as_json else value for name, value in row.items()}
     if "__key__" not in row:
         return row
     row = {name.lower(): value for name, value in row.items() if value is not None}
