@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -149,7 +150,7 @@ class _Reader:
             text = self.plain(row["text"], '"text"')
             return self.document(text, [(mark, None) for mark in _MARK.findall(text)])
         known = ("conversations", "messages", "question", "prompt", "chosen", "caption", "text", "texts")
-        found = ", ".join(f'"{k}"' for k in list(row)[:8]) or "nothing"
+        found = ", ".join(json.dumps(str(k)[:40]) for k in list(row)[:8]) or "nothing"
         close = next((hint for k in row if (hint := nearest(str(k), NAMES))), "")
         raise ValueError(f"has none of {', '.join(known)}; it has {found}{close}, and data.columns maps other names to ours")
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 import os
 import re
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -82,22 +81,19 @@ def _decode(source: str | Path | bytes, frame: int | None, name: str, draft: boo
     from PIL import Image as Pillow
     from PIL import ImageOps, UnidentifiedImageError
 
-    name = name or (str(source) if not isinstance(source, bytes) else f"of {len(source)} bytes")
+    name = _called(source, name)
     try:
-        with warnings.catch_warnings():
-            # Our limit is below; Pillow also warns of unknown EXIF and of palettes with transparency, which both are handled.
-            warnings.simplefilter("ignore")
-            with Pillow.open(_readable(source, name)) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise _Refused(f"image {name} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
-                if frame is not None:
-                    if frame >= getattr(picture, "n_frames", 1):
-                        raise _Refused(f"image {name} has no frame {frame}")
-                    picture.seek(frame)
-                elif draft:
-                    picture.draft("RGB", (1, 1))
-                picture.load()
-                return _rgb(ImageOps.exif_transpose(picture), name)
+        with Pillow.open(_readable(source, name)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise _Refused(f"image {name} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+            if frame is not None:
+                if frame >= getattr(picture, "n_frames", 1):
+                    raise _Refused(f"image {name} has no frame {frame}")
+                picture.seek(frame)
+            elif draft:
+                picture.draft("RGB", (1, 1))
+            picture.load()
+            return _rgb(ImageOps.exif_transpose(picture), name)
     except _Refused:
         raise
     except UnidentifiedImageError:
@@ -116,14 +112,17 @@ class _Refused(ValueError):
 def _readable(source: str | Path | bytes, name: str) -> Any:
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    try:
-        if os.path.isdir(source):
-            raise _Refused(f"image {name} cannot be read: it is a folder")
-        if not os.path.exists(source):
-            raise _Refused(f"image {name} does not exist")
-    except ValueError as error:  # a path with a zero byte
-        raise _Refused(f"image {name!r} cannot be read: {error}") from None
+    if os.path.isdir(source):
+        raise _Refused(f"image {name} cannot be read: it is a folder")
+    if not os.path.exists(source):
+        raise _Refused(f"image {name} does not exist")
     return source
+
+
+def _called(source: str | Path | bytes, name: str) -> str:
+    """What a sentence calls a source, on one line."""
+    name = name or (str(source) if not isinstance(source, bytes) else f"of {len(source)} bytes")
+    return name if name.isprintable() else repr(name)
 
 
 def _empty(source: str | Path | bytes) -> bool:
@@ -165,17 +164,15 @@ def video(source: str | Path | bytes, count: int, name: str = "") -> tuple[Pictu
     from PIL import Image as Pillow
     from PIL import UnidentifiedImageError
 
-    name = name or str(source)
+    name = _called(source, name)
     if not isinstance(source, bytes) and os.path.isdir(source):
         files = sorted((p for p in Path(source).iterdir() if p.suffix.lower() in SUFFIXES), key=lambda p: _natural(p.name))
         if not files:
             raise ValueError(f"video {name} is a folder without pictures; frames are files ending in {', '.join(sorted(SUFFIXES))}")
         return tuple(Picture(str(files[at])) for at in sample(len(files), count))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Pillow.open(_readable(source, name)) as picture:
-                total = getattr(picture, "n_frames", 1)
+        with Pillow.open(_readable(source, name)) as picture:
+            total = getattr(picture, "n_frames", 1)
     except _Refused as error:
         raise ValueError(f"video{str(error).removeprefix('image')}") from None
     except UnidentifiedImageError:

@@ -92,7 +92,8 @@ class Records:
     def id(self, number: int) -> str:
         """A row's id for an error sentence, whatever the row is."""
         try:
-            return name_of(self._row(number), number, self.data.columns)
+            name = name_of(self._row(number), number, self.data.columns)
+            return name if name.isprintable() and len(name) <= 80 else repr(name[:80])
         except ValueError:
             return f"#{number}"
 

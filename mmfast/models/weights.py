@@ -34,13 +34,16 @@ def from_pretrained(path: str | Path) -> MultimodalModel:
         )
     try:
         # A pickle (pytorch_model.bin) is not read, and a weight that is not there is not made up.
-        stock, told = LlavaForConditionalGeneration.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+        stock, told = LlavaForConditionalGeneration.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except SafetensorError as error:
         raise ValueError(f"{path}: its weights are not the safetensors file they are named: {error}") from None
     except OSError as error:
         raise ValueError(f"{path}: has no weights in safetensors format: {' '.join(str(error).split())}") from None
     if absent := sorted(told["missing_keys"]) + [name for name, *_ in told["mismatched_keys"]]:
-        raise ValueError(f"{path}: {len(absent)} weights are missing from its checkpoint or of another shape, {absent[0]} among them")
+        more = f", and so are {len(absent) - 1} more weights" if len(absent) > 1 else ""
+        raise ValueError(f"{path}: {absent[0]} is missing from its checkpoint or of another shape{more}")
     return from_stock(stock, Path(path).name)
 
 
