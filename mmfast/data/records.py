@@ -129,7 +129,6 @@ class Stream:
     ):  # fmt: skip
         self.data, self.name = data, data.path or data.name
         self.seed, self.block, self.part, self.open_pictures, self.say = seed, block, part, open_pictures, say
-        self.left_out = 0
         _check_columns(data)
         if str(data.path).startswith("hub:"):
             self._kind, self._files, self._root = "hub", [], data.images or os.curdir
@@ -142,14 +141,14 @@ class Stream:
                         raise ValueError(
                             f"{file}: streaming reads JSONL, one object a line, and this is a JSON array; convert it or leave streaming off"
                         )
-        self.load_state_dict({"epoch": 0, "block": 0, "number": 0, "at": 0, "rows": None})
+        self.load_state_dict({"epoch": 0, "block": 0, "number": 0, "at": 0, "rows": None, "left_out": 0})
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch, the block and the number of its first row, rows of it that are done, and ``datasets``' own state before the block."""
-        return dict(self._state)
+        return self._state | {"left_out": self.left_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._state = dict(state)
+        self._state, self.left_out = dict(state), state["left_out"]
 
     def __iter__(self) -> Iterator[Record]:
         state, rows = self._state, self._open()
@@ -175,8 +174,8 @@ class Stream:
         if not state["number"]:
             raise ValueError(f"{self.name}: holds no record")
         if self.left_out:
-            self.say(f"{self.name}: left out {self.left_out} of {state['number']} records")
-        self.load_state_dict({"epoch": state["epoch"] + 1, "block": 0, "number": 0, "at": 0, "rows": None})
+            self.say(f"{self.name}: left out {self.left_out} records so far")
+        self.load_state_dict({"epoch": state["epoch"] + 1, "block": 0, "number": 0, "at": 0, "rows": None, "left_out": self.left_out})
 
     def _open(self) -> Any:
         if self._kind == "hub":

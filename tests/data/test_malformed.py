@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mmfast.data import formats, images
 from mmfast.data.formats import Record, parse
+from mmfast.data.images import Picture
 from mmfast.data.records import Records, Stream, check
 from mmfast.spec import Data, Pairs
 
@@ -437,6 +438,7 @@ def test_damage_anywhere_in_a_picture_is_a_picture_or_a_sentence():
         pixels, sentence = told(images.load, raw, 8)
         assert pixels is None or pixels.shape == (8, 8, 3)
         assert sentence is None or sentence.startswith("image of ")
+        assert told(Picture(raw).check)[1] == sentence, "what is checked is what is loaded"
         outcomes.add(sentence is None)
     assert outcomes == {True, False}
 

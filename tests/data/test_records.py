@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import pickle
+import re
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,6 +214,16 @@ def test_a_form_says_what_it_says(form):
     before = json.dumps(row, default=repr)
     assert parse(row, 7, root=ROOT) == record
     assert json.dumps(row, default=repr) == before, "parsing changed the row"
+
+
+def test_documented_examples_are_records(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "data.md"
+    examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
+    animated(tmp_path / "clip.gif")
+    records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
+    assert len(records) == 14
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 10, 8]
+    assert [r.chosen for r in records] == [None] * 11 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():
@@ -503,9 +515,12 @@ def test_a_stream_skips_and_counts(folder):
     stream = Stream(Data("mine", str(path), on_bad_record="skip"), say=heard.append)
     assert [r.number for r in stream] == [0, 2]
     assert stream.left_out == 3
-    assert ["not valid JSON" in heard[0], "not UTF-8" in heard[1], "no.png does not exist" in heard[2], "left out 3 of 5" in heard[3]] == [
-        True
-    ] * 4
+    assert [
+        "not valid JSON" in heard[0],
+        "not UTF-8" in heard[1],
+        "no.png does not exist" in heard[2],
+        "left out 3 records so far" in heard[3],
+    ] == [True] * 4
     with pytest.raises(ValueError, match=r"a\.jsonl: record 1: its line is not valid JSON"):
         list(Stream(Data("mine", str(path))))
 
