@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
+import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,32 +17,215 @@ from torch import Tensor
 
 from mmfast.spec import Fixed
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 # Pillow refuses larger pictures (a decompression bomb); ours is a fair limit for photographs.
 MAX_PIXELS = 100_000_000
+# Of a picture longer than this many times its shorter side, the ends are cut before resizing; the square in its middle is far from them.
+LONGEST = 16
+# What a folder of frames is searched for.
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
-def load(path: str | Path, size: int) -> np.ndarray:
-    """A picture file as uint8 ``[size, size, 3]``: RGB, shorter side resized (bicubic), centre cropped.
+@dataclass(frozen=True)
+class Picture:
+    """Where a picture comes from; pixels exist only when they are asked for, in a loader's worker."""
+
+    source: str | bytes  # a file, or encoded bytes
+    frame: int | None = None  # of an animated picture or a video
+    name: str = ""  # what error sentences call it; a file is called by its path
+
+    @cached_property
+    def key(self) -> str:
+        """What is the same for two records that show one picture: the file's path or the hash of the bytes, and the frame."""
+        if isinstance(self.source, bytes):
+            where = "sha256:" + hashlib.sha256(self.source).hexdigest()
+        else:
+            where = os.path.abspath(self.source)
+        return where if self.frame is None else f"{where}#{self.frame}"
+
+    def load(self, size: int) -> np.ndarray:
+        """uint8 ``[size, size, 3]``; raises ValueError as ``images.load`` does."""
+        return load(self.source, size, self.frame, self.name)
+
+    def check(self) -> None:
+        """Decodes the picture and forgets it: ValueError if ``load`` would raise one."""
+        _decode(self.source, self.frame, self.name, draft=True)
+
+
+def load(source: str | Path | bytes, size: int, frame: int | None = None, name: str = "") -> np.ndarray:
+    """A picture as uint8 ``[size, size, 3]``: upright (EXIF), RGB, shorter side resized (bicubic), centre cropped.
+
+    ``source`` is a file or a file's bytes, ``frame`` one picture of an animated file or a video (which needs the package ``av``).
 
     Raises:
         ValueError: missing, unreadable, truncated or larger than ``MAX_PIXELS``; the sentence names the file.
     """
     from PIL import Image as Pillow
+
+    picture = _decode(source, frame, name)
+    # A strip of 1 x 100,000 pixels must not become one of 336 x 33,600,000: only its middle is resized.
+    short = min(picture.size)
+    over = [max(side - LONGEST * short, 0) // 2 for side in picture.size]
+    if any(over):
+        picture = picture.crop((over[0], over[1], picture.width - over[0], picture.height - over[1]))
+    # Rounded down, as the published processors do.
+    picture = picture.resize([side * size // short for side in picture.size], Pillow.Resampling.BICUBIC)
+    left, top = ((side - size) // 2 for side in picture.size)
+    return np.array(picture.crop((left, top, left + size, top + size)))
+
+
+def _decode(source: str | Path | bytes, frame: int | None, name: str, draft: bool = False) -> Image:
+    """The whole picture, upright and RGB. ``draft`` may decode a smaller one, faster, that is broken where the picture is."""
+    from PIL import Image as Pillow
+    from PIL import ImageOps, UnidentifiedImageError
+
+    name = _called(source, name)
+    try:
+        with Pillow.open(_readable(source, name)) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise _Refused(f"image {name} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+            if frame is not None:
+                if frame >= getattr(picture, "n_frames", 1):
+                    raise _Refused(f"image {name} has no frame {frame}")
+                picture.seek(frame)
+            elif draft:
+                picture.draft("RGB", (1, 1))
+            picture.load()
+            return _rgb(ImageOps.exif_transpose(picture), name)
+    except _Refused:
+        raise
+    except UnidentifiedImageError:
+        if frame is not None:
+            return _decode_video(source, frame, name)
+        what = "no bytes" if _empty(source) else "no picture format that Pillow knows"
+        raise ValueError(f"image {name} cannot be read: it holds {what}") from None
+    except Exception as error:  # decoders meet hostile bytes, and each raises what it likes
+        raise ValueError(f"image {name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
+
+
+class _Refused(ValueError):
+    """A sentence that is finished."""
+
+
+def _readable(source: str | Path | bytes, name: str) -> Any:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if os.path.isdir(source):
+        raise _Refused(f"image {name} cannot be read: it is a folder")
+    if not os.path.exists(source):
+        raise _Refused(f"image {name} does not exist")
+    return source
+
+
+def _called(source: str | Path | bytes, name: str) -> str:
+    """What a sentence calls a source, on one line."""
+    name = name or (str(source) if not isinstance(source, bytes) else f"of {len(source)} bytes")
+    return name if name.isprintable() else repr(name)
+
+
+def _empty(source: str | Path | bytes) -> bool:
+    return not (len(source) if isinstance(source, bytes) else os.path.getsize(source))
+
+
+def _rgb(picture: Image, name: str) -> Image:
+    """RGB of any mode. Sixteen bits keep their upper eight, where Pillow's own conversion would cut everything above 255 to white."""
+    from PIL import Image as Pillow
+
+    if picture.mode.startswith("I"):
+        deep = np.asarray(picture).astype(np.int64)
+        return Pillow.fromarray((deep >> 8 if deep.max() > 255 else deep).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise _Refused(f"image {name} has floating-point pixels, whose white is unknown; save it with 8 or 16 bits a channel")
+    if "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------------------------- frames
+
+
+def sample(total: int, count: int) -> list[int]:
+    """``count`` of ``total`` frames, first and last among them, evenly spaced and rounded down; a short video repeats some.
+
+    >>> sample(10, 4)
+    [0, 3, 6, 9]
+    """
+    return [at * (total - 1) // max(count - 1, 1) for at in range(count)]
+
+
+def video(source: str | Path | bytes, count: int, name: str = "") -> tuple[Picture, ...]:
+    """``count`` evenly spaced pictures of an animated GIF, WebP or PNG, a folder of frames, or a video file.
+
+    Raises:
+        ValueError: missing, unreadable, without frames, or a video file where the package ``av`` is not installed.
+    """
+    from PIL import Image as Pillow
     from PIL import UnidentifiedImageError
 
+    name = _called(source, name)
+    if not isinstance(source, bytes) and os.path.isdir(source):
+        files = sorted((p for p in Path(source).iterdir() if p.suffix.lower() in SUFFIXES), key=lambda p: _natural(p.name))
+        if not files:
+            raise ValueError(f"video {name} is a folder without pictures; frames are files ending in {', '.join(sorted(SUFFIXES))}")
+        return tuple(Picture(str(files[at])) for at in sample(len(files), count))
     try:
-        with Pillow.open(path) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ValueError(f"image {path} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
-            picture = picture.convert("RGB")
-            # Rounded down, as the published processors do.
-            picture = picture.resize([side * size // min(picture.size) for side in picture.size], Pillow.Resampling.BICUBIC)
-            left, top = ((side - size) // 2 for side in picture.size)
-            return np.array(picture.crop((left, top, left + size, top + size)))
-    except FileNotFoundError:
-        raise ValueError(f"image {path} does not exist") from None
-    except (UnidentifiedImageError, Pillow.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"image {path} cannot be read: {error}") from None
+        with Pillow.open(_readable(source, name)) as picture:
+            total = getattr(picture, "n_frames", 1)
+    except _Refused as error:
+        raise ValueError(f"video{str(error).removeprefix('image')}") from None
+    except UnidentifiedImageError:
+        total = _video_length(source, name)
+    except Exception as error:  # as in _decode
+        raise ValueError(f"video {name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
+    source = source if isinstance(source, bytes) else str(source)
+    return tuple(Picture(source, at, name) for at in sample(total, count))
+
+
+def _natural(name: str) -> list[Any]:
+    """frame2 before frame10."""
+    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+def _video_length(source: str | Path | bytes, name: str) -> int:
+    if _empty(source):
+        raise ValueError(f"video {name} cannot be read: it holds no bytes")
+    av = _av(name)
+    try:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+            # Headers guess; packets are counted without decoding them.
+            total = sum(1 for packet in container.demux(video=0) if packet.size)
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"video {name} cannot be read: {error}") from None
+    if not total:
+        raise ValueError(f"video {name} cannot be read: it has no frames")
+    return total
+
+
+def _decode_video(source: str | Path | bytes, frame: int, name: str) -> Image:
+    """Frame ``frame``, counted from the start: seeking by time would be quicker and, where frame rates vary, wrong."""
+    av = _av(name)
+    try:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+            for at, picture in enumerate(container.decode(video=0)):
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise _Refused(f"video {name} has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS:,}")
+                if at == frame:
+                    return picture.to_image()
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"video {name} cannot be read: {error}") from None
+    raise ValueError(f"video {name} cannot be read: it ends before frame {frame}")
+
+
+def _av(name: str) -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ValueError(
+            f"video {name} is not an animated picture, and reading video files needs the package av: pip install av, or give a folder of frames"
+        ) from None
+    return av
 
 
 def normalise(pixels: Tensor, spec: Fixed) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
@@ -20,7 +21,8 @@ from mmfast.nn.projector import Projector
 def from_pretrained(path: str | Path) -> MultimodalModel:
     """Read a Hugging Face folder (or hub name) of a known ``model_type``; frozen and in evaluation mode.
 
-    Known: ``llava`` with a CLIP tower and a LLaMA language model. Anything else raises ``ValueError`` with what was found.
+    Known: ``llava`` with a CLIP tower and a LLaMA language model. Anything else raises ``ValueError`` with what was found, and so do weights
+    that are missing, torn, or a pickle by another name.
     """
     config = AutoConfig.from_pretrained(path)
     if config.model_type != "llava":
@@ -30,7 +32,19 @@ def from_pretrained(path: str | Path) -> MultimodalModel:
         raise ValueError(
             f"{path}: expected a clip_vision_model tower read at one layer and a llama, got {parts} at layer {config.vision_feature_layer}"
         )
-    return from_stock(LlavaForConditionalGeneration.from_pretrained(path), Path(path).name)
+    try:
+        # A pickle (pytorch_model.bin) is not read, and a weight that is not there is not made up.
+        stock, told = LlavaForConditionalGeneration.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its weights are not the safetensors file they are named: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: has no weights in safetensors format: {' '.join(str(error).split())}") from None
+    if absent := sorted(told["missing_keys"]) + [name for name, *_ in told["mismatched_keys"]]:
+        more = f", and so are {len(absent) - 1} more weights" if len(absent) > 1 else ""
+        raise ValueError(f"{path}: {absent[0]} is missing from its checkpoint or of another shape{more}")
+    return from_stock(stock, Path(path).name)
 
 
 def from_stock(stock: LlavaForConditionalGeneration, name: str = "llava") -> MultimodalModel:

@@ -1,0 +1,441 @@
+"""One row of a user's data, in whatever published form it has, to one ``Record``.
+
+A form is recognised by the names it has; docs/data.md shows an example of each. What a row says is never guessed at: a question has an answer,
+a place has a picture, or a ValueError says in one sentence what is wrong.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mmfast.data import images
+from mmfast.data.images import Picture
+from mmfast.spec import nearest
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# The names that rows may have: what ``columns`` may map to.
+TURN_NAMES = ("from", "value", "role", "content")
+NAMES = (
+    "id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "caption",
+    "text", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
+)  # fmt: skip
+# Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
+MAX_CHARACTERS = 1_000_000
+_MARK = re.compile("<image>|<video>")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one row says. Every ``<image>`` in questions or document is the place of one of the pictures, in reading order."""
+
+    number: int
+    id: str
+    turns: tuple[tuple[str, str | None], ...] = ()  # (question, answer); a preference pair's last answer is None
+    system: str | None = None
+    pictures: tuple[Picture, ...] = ()
+    document: str | None = None  # an interleaved document, all of it supervised
+    chosen: str | None = None
+    rejected: str | None = None
+
+
+def parse(row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None) -> Record:
+    """The record of a row (a JSON object).
+
+    Args:
+        root: the folder that file names are relative to.
+        frames: pictures that a video is read as.
+        columns: their names to ours, of the row and of its turns.
+
+    Raises:
+        ValueError: in one sentence, without the record's number.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, got {_kind(row)}")
+    return _Reader(row, number, root, frames, columns or {}).read()
+
+
+def name_of(row: Any, number: int, columns: dict[str, str] | None = None) -> str:
+    """A row's id, ``#number`` where it has none."""
+    value = _rename(row, columns or {}).get("id") if isinstance(row, dict) else None
+    if value is None:
+        return f"#{number}"
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f'"id" is {_kind(value)}, expected text or a whole number')
+    return str(value)
+
+
+def _rename(row: dict, columns: dict[str, str]) -> dict:
+    """Our names, and nothing that is null (NaN is pandas' null)."""
+    told = {k: v for k, v in row.items() if not _null(v)}
+    for theirs, ours in columns.items():
+        if theirs in told:
+            told[ours] = told.pop(theirs)
+    return told
+
+
+def _null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def _kind(value: Any) -> str:
+    if _null(value):
+        return "null"
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        bytes: "bytes",
+        list: "a list",
+        tuple: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {_kind(value)}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds half a surrogate pair, which is no character") from None
+    return value
+
+
+@dataclass
+class _Said:
+    """A message: its role, its text, and for each <image> or <video> in it what it shows, or None where the row's own pictures fill it."""
+
+    role: str
+    text: str
+    shows: list[tuple[str, Any]]
+
+
+class _Reader:
+    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str]):
+        self.row, self.number, self.root, self.frames, self.columns = _rename(row, columns), number, root, frames, columns
+        self.characters = 0
+
+    def read(self) -> Record:
+        row, has = self.row, self.row.__contains__
+        self.id = name_of(row, self.number)
+        if has("chosen") or has("rejected"):
+            return self.preference()
+        for name in ("conversations", "messages"):
+            if has(name):
+                return self.conversation(self.said(row[name], name), llava=name == "conversations")
+        if has("texts") or has("text_list") or has("items"):
+            return self.document(*self.interleaved())
+        for question, answer in (("prompt", "completion"), ("question", "answer")):
+            if has(question) or has(answer):
+                if not (has(question) and has(answer)):
+                    missing, there = (answer, question) if has(question) else (question, answer)
+                    raise ValueError(f'has "{there}" but no "{missing}"')
+                return self.conversation(
+                    [*self.said(row[question], question, "user"), *self.said(row[answer], answer, "assistant")], llava=False
+                )
+        if has("caption"):
+            if not (self.listed("image") or self.listed("video")):
+                raise ValueError('has a "caption" but no "image"')
+            return self.conversation([_Said("user", "", []), *self.said(row["caption"], "caption", "assistant")], llava=False)
+        if has("text"):
+            text = self.plain(row["text"], '"text"')
+            return self.document(text, [(mark, None) for mark in _MARK.findall(text)])
+        known = ("conversations", "messages", "question", "prompt", "chosen", "caption", "text", "texts")
+        found = ", ".join(json.dumps(str(k)[:40]) for k in list(row)[:8]) or "nothing"
+        close = next((hint for k in row if (hint := nearest(str(k), NAMES))), "")
+        raise ValueError(f"has none of {', '.join(known)}; it has {found}{close}, and data.columns maps other names to ours")
+
+    # -- the forms
+
+    def conversation(self, said: list[_Said], *, llava: bool) -> Record:
+        if said and said[0].role == "assistant":  # LLaVA drops an opening that nobody asked for
+            said = said[1:]
+        system, turns, shows = self.turns(said)
+        if turns[-1][1] is None:
+            raise ValueError("ends with a question that has no answer")
+        return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
+
+    def preference(self) -> Record:
+        row = self.row
+        for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            if side not in row:
+                raise ValueError(f'has "{other}" but no "{side}"')
+        sides = [self.said(row[side], side, "assistant") for side in ("chosen", "rejected")]
+        name = next((n for n in ("prompt", "question", "conversations", "messages") if n in row), None)
+        whole = [s and s[0].role != "assistant" for s in sides]  # conversations from their start, not answers alone
+        if all(whole):
+            # The prompt is what both conversations begin with; TRL ignores a prompt that is given beside it, too.
+            shared = 0
+            while shared < min(map(len, sides)) and sides[0][shared] == sides[1][shared]:
+                shared += 1
+            if shared == len(sides[0]) == len(sides[1]):
+                raise ValueError("chosen and rejected are the same")
+            prompt, sides = sides[0][:shared], [s[shared:] for s in sides]
+            if not prompt:
+                raise ValueError("chosen and rejected share no beginning, so there is no prompt")
+        elif any(whole):
+            raise ValueError("one of chosen and rejected is a conversation and the other an answer")
+        elif name is None:
+            raise ValueError('has no "prompt", and chosen and rejected are not conversations that share one')
+        else:
+            prompt = self.said(row[name], name, "user")
+        answers = []
+        for side, messages in zip(("chosen", "rejected"), sides, strict=True):
+            if len(messages) != 1 or messages[0].role != "assistant":
+                raise ValueError(f"{side} has {len(messages)} messages after the prompt, expected one answer")
+            answers.append(self.answer(messages[0], f"the {side} answer"))
+        if answers[0].strip() == answers[1].strip():
+            raise ValueError("chosen and rejected are the same")
+        system, turns, shows = self.turns(prompt)
+        if turns[-1][1] is not None:
+            raise ValueError("the prompt ends with an answer, expected a question")
+        return Record(self.number, self.id, *self.asked(turns, shows, system), chosen=answers[0], rejected=answers[1])
+
+    def document(self, text: str, shows: list[tuple[str, Any]]) -> Record:
+        own = any(n in self.row for n in ("texts", "text_list", "items"))  # its pictures are in ``shows``
+        if own and "image" in self.row:
+            raise ValueError('an interleaved document has an "image" of no place')
+        (text,), pictures = self.place([text], shows, own=own)
+        if not _MARK.sub("", text).strip():
+            raise ValueError("the document holds no text")
+        return Record(self.number, self.id, document=text, pictures=pictures)
+
+    def interleaved(self) -> tuple[str, list[tuple[str, Any]]]:
+        """OBELICS: parallel ``texts`` and ``images``; MMC4: ``text_list`` and ``image_info``; or ``items``, each with text or image."""
+        row = self.row
+        if "text_list" in row:
+            return self.matched()
+        if "items" in row:
+            steps = [(f"items[{i}]", item) for i, item in enumerate(self.sequence(row["items"], "items"))]
+            for what, item in steps:
+                if not isinstance(item, dict):
+                    raise ValueError(f"{what} is {_kind(item)}, expected an object with text or image")
+            pairs = [(what, item.get("text"), item.get("image")) for what, item in steps]
+        else:
+            texts, shown = self.sequence(row["texts"], "texts"), self.sequence(row.get("images"), "images")
+            if len(texts) != len(shown):
+                raise ValueError(
+                    f"{len(texts)} texts but {len(shown)} images; an interleaved document has one of both, or null, at each place"
+                )
+            pairs = [(f"texts[{i}]", text, image) for i, (text, image) in enumerate(zip(texts, shown, strict=True))]
+        pieces, shows = [], []
+        for what, text, image in pairs:
+            if not _null(text) and not _null(image):
+                raise ValueError(f"{what} has a text and an image at one place, so their order is unknown")
+            if not _null(text):
+                pieces.append(self.unmarked(self.plain(text, what), what))
+            elif not _null(image):
+                pieces.append("<image>")
+                shows.append(("<image>", image))
+        return "\n".join(pieces), shows
+
+    def matched(self) -> tuple[str, list[tuple[str, Any]]]:
+        """MMC4: every picture stands before the sentence that it was matched to."""
+        row = self.row
+        texts = [
+            self.unmarked(self.plain(t, f"text_list[{i}]"), f"text_list[{i}]")
+            for i, t in enumerate(self.sequence(row["text_list"], "text_list"))
+        ]
+        at: dict[int, list[Any]] = {}
+        for i, info in enumerate(self.sequence(row.get("image_info", []), "image_info")):
+            place = info.get("matched_text_index") if isinstance(info, dict) else None
+            if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(texts):
+                raise ValueError(f"image_info[{i}] has matched_text_index {place!r}, expected the place of one of {len(texts)} texts")
+            if "image_base64" in info and not _null(info["image_base64"]):
+                shown = f"data:image;base64,{info['image_base64']}"
+            else:
+                shown = info.get("image_name") or info.get("raw_url") or ""
+            at.setdefault(place, []).append(shown)
+        shows = [("<image>", shown) for place in sorted(at) for shown in at[place]]
+        return " ".join("<image>" * len(at.get(i, ())) + text for i, text in enumerate(texts)), shows
+
+    # -- messages
+
+    def said(self, messages: Any, name: str, role: str | None = None) -> list[_Said]:
+        """Messages of a field; with ``role``, the field may also be plain text in that role, or one message."""
+        if role and isinstance(messages, str):
+            text = self.plain(messages, f'"{name}"')
+            return [_Said(role, text, [(mark, None) for mark in _MARK.findall(text)])]
+        messages = self.sequence([messages] if role and isinstance(messages, dict) else messages, name)
+        said = []
+        for i, message in enumerate(messages):
+            what = f"{name}[{i}]"
+            if not isinstance(message, dict):
+                raise ValueError(f"{what} is {_kind(message)}, expected an object with from and value, or role and content")
+            message = _rename(message, self.columns)
+            who = message.get("from", message.get("role"))
+            if not isinstance(who, str):
+                raise ValueError(f"{what} has no role: expected from or role, one of {', '.join(ROLES)}")
+            if who not in ROLES:
+                raise ValueError(f"{what} has the unknown role {who[:40]!r}{nearest(who, ROLES)}, expected one of {', '.join(ROLES)}")
+            said.append(_Said(ROLES[who], *self.content(message.get("value", message.get("content")), f"the text of {what}")))
+        return said
+
+    def content(self, content: Any, what: str) -> tuple[str, list[tuple[str, Any]]]:
+        """Text, or a list of parts joined by newlines."""
+        if not isinstance(content, list | tuple):
+            text = self.plain(content, what)
+            return text, [(mark, None) for mark in _MARK.findall(text)]
+        pieces, shows = [], []
+        for i, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text":
+                piece = self.plain(part.get("text"), f"{what}, part {i},")
+                shows += [(mark, None) for mark in _MARK.findall(piece)]
+            elif kind in ("image", "image_url", "video"):
+                piece = "<video>" if kind == "video" else "<image>"
+                given = [part[k] for k in ("image", "video", "image_url", "url", "path", "bytes") if not _null(part.get(k))]
+                shows.append((piece, given[0] if given else None))
+            else:
+                raise ValueError(f"{what}, part {i}, is not of a type that is read here: text, image, image_url or video")
+            pieces.append(piece)
+        return "\n".join(pieces), shows
+
+    def turns(self, said: list[_Said]) -> tuple[str | None, list[tuple[str, str | None]], list[tuple[str, Any]]]:
+        """System message, (question, answer) turns, the last answer None if there is none, and what the questions show."""
+        system = self.row.get("system")
+        system = self.unmarked(self.plain(system, '"system"'), '"system"') if system is not None else None
+        if said and said[0].role == "system":
+            if system:
+                raise ValueError("has a system message twice: as a field and among the messages")
+            system, said = self.unmarked(said[0].text, "the system message"), said[1:]
+        if not said:
+            raise ValueError("has a system message and nothing else" if system else "has no messages")
+        for i, message in enumerate(said):
+            if message.role != ("user", "assistant")[i % 2]:
+                raise ValueError(
+                    f"turns must alternate question, answer (and a system message only come first), but turn {i} is from the {message.role}"
+                )
+        turns: list[tuple[str, str | None]] = []
+        for i, question in enumerate(said[::2]):
+            turns.append((question.text, self.answer(said[2 * i + 1], f"answer {i}") if 2 * i + 1 < len(said) else None))
+        return system or None, turns, [shown for message in said for shown in message.shows]
+
+    def asked(
+        self, turns: list[tuple[str, str | None]], shows: list[tuple[str, Any]], system: str | None, llava: bool = False
+    ) -> tuple[tuple[tuple[str, str | None], ...], str | None, tuple[Picture, ...]]:
+        """Turns with every picture in its place, the system message, and the pictures."""
+        questions, pictures = self.place([question for question, _ in turns], shows, llava=llava)
+        for i, question in enumerate(questions):
+            if not question.strip():
+                raise ValueError(f"question {i} is empty")
+        return tuple((question, answer) for question, (_, answer) in zip(questions, turns, strict=True)), system, pictures
+
+    def answer(self, message: _Said, what: str) -> str:
+        if message.shows:
+            raise ValueError(f"{what} holds {message.shows[0][0]}; only questions may")
+        if not message.text.strip():
+            raise ValueError(f"{what} is empty")
+        return message.text
+
+    def plain(self, value: Any, what: str) -> str:
+        self.characters += len(text := _text(value, what))
+        if self.characters > MAX_CHARACTERS:
+            raise ValueError(f"has {self.characters:,} characters or more, above {MAX_CHARACTERS:,}; cut it into several records")
+        return text
+
+    def unmarked(self, text: str, what: str) -> str:
+        if mark := _MARK.search(text):
+            raise ValueError(f"{what} holds {mark.group()}, which only questions and plain documents may")
+        return text
+
+    def sequence(self, value: Any, name: str) -> list[Any]:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f'"{name}" is {_kind(value)}, expected a list')
+        return list(value)
+
+    # -- pictures
+
+    def place(
+        self, texts: Sequence[str], shows: list[tuple[str, Any]], *, llava: bool = False, own: bool = False
+    ) -> tuple[list[str], tuple[Picture, ...]]:
+        """Texts with one <image> for each picture, and the pictures.
+
+        Without any place the row's one picture goes in front of the first text, as in LLaVA, and several do where TRL does so (not
+        ``llava``). A single place inside a LLaVA question moves to its front. ``own``: the row's pictures are already among ``shows``.
+        """
+        texts, shows = list(texts), list(shows)
+        given = {"<image>": [] if own else self.listed("image"), "<video>": self.listed("video")}
+        if given["<video>"] and not given["<image>"] and [m for m, v in shows if v is None] == ["<image>"] * len(given["<video>"]):
+            # LLaVA's video data marks a video's place by <image>.
+            texts = [text.replace("<image>", "<video>") for text in texts]
+            shows = [("<video>", None) if v is None else (m, v) for m, v in shows]
+        for mark in ("<video>", "<image>"):
+            values, what = given[mark], "pictures" if mark == "<image>" else "videos"
+            places = sum(m == mark and v is None for m, v in shows)
+            if values and not any(m == mark for m, _ in shows) and (len(values) == 1 or not llava):
+                texts[0] = mark * len(values) + ("\n" + texts[0] if texts[0] else "")
+                shows = [(mark, v) for v in values] + shows
+            elif places != len(values):
+                raise ValueError(f"{places} {mark} places but {len(values)} {what}")
+            else:
+                values = iter(values)
+                shows = [(m, next(values)) if m == mark and v is None else (m, v) for m, v in shows]
+        if llava and len(shows) == 1:
+            mark = shows[0][0]
+            texts = [f"{mark}\n{text.replace(mark, '').strip()}".strip() if mark in text else text for text in texts]
+        groups = [self.picture(v, i) if m == "<image>" else self.video(v, i) for i, (m, v) in enumerate(shows)]
+        marks: Iterator[str] = iter(["<image>" * len(group) for group in groups])
+        texts = [_MARK.sub(lambda _: next(marks), text) for text in texts]
+        return texts, tuple(picture for group in groups for picture in group)
+
+    def listed(self, name: str) -> list[Any]:
+        """``image`` or ``images``, ``video`` or ``videos``, as a list; a list under ``video`` is one video's frames."""
+        if name in self.row and name + "s" in self.row:
+            raise ValueError(f'has both "{name}" and "{name}s"')
+        if name + "s" in self.row:
+            return self.sequence(self.row[name + "s"], name + "s")
+        value = self.row.get(name)
+        if value is None:
+            return []
+        return list(value) if isinstance(value, list | tuple) and name == "image" else [value]
+
+    def picture(self, value: Any, at: int) -> tuple[Picture, ...]:
+        return (Picture(*self.source(value, f"image {at}")),)
+
+    def video(self, value: Any, at: int) -> tuple[Picture, ...]:
+        if isinstance(value, list | tuple):
+            if not value:
+                raise ValueError(f"video {at} is an empty list of frames")
+            frames = [Picture(*self.source(value[i], f"frame {i} of video {at}")) for i in range(len(value))]
+            return tuple(frames[i] for i in images.sample(len(frames), self.frames))
+        source, _, name = self.source(value, f"video {at}")
+        return images.video(source, self.frames, name)
+
+    def source(self, value: Any, what: str) -> tuple[str | bytes, None, str]:
+        """(source, no frame, name) of a file name, a data: URL, bytes, or an object with one of them."""
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if not _null(v)}
+            path = value.get("path") if isinstance(value.get("path"), str) else None
+            if isinstance(value.get("bytes"), bytes):
+                return value["bytes"], None, f"{path or what} of record {self.number}"
+            value = next((value[k] for k in ("path", "url", "bytes") if k in value), None)
+        if isinstance(value, bytes):
+            return value, None, f"{what} of record {self.number}"
+        if not isinstance(value, str):
+            raise ValueError(f"{what} is {_kind(value)}, expected a file name, a data: URL, or an object with bytes or path")
+        if not value.strip():
+            raise ValueError(f"{what} is an empty name; use null for a record without pictures")
+        if value.startswith("data:"):
+            head, comma, body = value.partition(",")
+            try:
+                if not comma or not head.endswith(";base64"):
+                    raise ValueError("expected data:image/...;base64,...")
+                return base64.b64decode(body, validate=True), None, f"{what} of record {self.number}"
+            except (binascii.Error, ValueError) as error:
+                raise ValueError(f"{what} is a data: URL that cannot be read: {error}") from None
+        value = _text(value, what).removeprefix("file://")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
+            raise ValueError(
+                f"{what} is the web address {value[:80]!r}; nothing is downloaded in training, so save it and give a file name"
+            )
+        return os.path.join(self.root, value), None, ""
