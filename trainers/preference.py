@@ -16,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from mmfast.data import chat, images
-from mmfast.data.supervised import read_records, report_faults
+from mmfast.data import chat
+from mmfast.data.records import Records
+from mmfast.data.sources import PreferencePairs
 from mmfast.losses import preference_loss, segment_logp
 from mmfast.ops.preference import LOSSES
 from mmfast.spec import Alignment, Contrast, View
@@ -75,49 +76,29 @@ def own_pairs(session: Session, alignment: Alignment) -> tuple[Tensor, list[tupl
     return pictures[kept], [(i, f"<image> {p.prompt}", p.chosen, p.rejected) for i, p in enumerate(pairs)]
 
 
-def record_pairs(session: Session, alignment: Alignment) -> tuple[Tensor, list[tuple[int, str, str, str]]]:
-    """Records with image, prompt, chosen and rejected."""
-    import numpy as np
-
-    data = alignment.data
-    records, root = read_records(data.path), Path(data.images) if data.images else Path(data.path).parent
-    pictures, pairs, faults = [], [], []
-    for i, record in enumerate(records):
-        try:
-            missing = [k for k in ("image", "prompt", "chosen", "rejected") if not isinstance(record, dict) or not record.get(k)]
-            if missing:
-                raise ValueError(f"lacks {', '.join(missing)}")
-            if record["chosen"] == record["rejected"]:
-                raise ValueError("chosen and rejected are the same text")
-            pictures.append(images.load(root / record["image"], session.system.image.size))
-        except ValueError as error:
-            faults.append(f"record {i}: {error}")
-            continue
-        pairs.append(
-            (len(pictures) - 1, "<image>\n" + record["prompt"].replace("<image>", "").strip(), record["chosen"], record["rejected"])
-        )
-    report_faults(data.path, faults, len(records), data.on_bad_record)
-    return torch.from_numpy(np.stack(pictures)), pairs
-
-
-def make_source(session: Session, alignment: Alignment) -> PairSource:
-    if alignment.data.path is not None:
-        pictures, pairs = record_pairs(session, alignment)
-    elif alignment.data.name == "shapes_own":
-        pictures, pairs = own_pairs(session, alignment)
+def make_source(session: Session, alignment: Alignment) -> PairSource | PreferencePairs:
+    data, encode = alignment.data, session.encoder(alignment.template, alignment.max_length)
+    if data.path is not None:
+        source = PreferencePairs(Records(data), encode, size=session.system.image.size, shuffled=data.shuffled)
+    elif data.name == "shapes_own":
+        source = _own_source(session, alignment, encode)
     else:
-        raise RunError(f"pairs {alignment.data.name!r} are not built in; give records with --data FILE (image, prompt, chosen, rejected)")
-    if len(pairs) < 2:
-        raise RunError(f"only {len(pairs)} preference pairs: the policy made too few false claims to learn from")
+        raise RunError(f"pairs {data.name!r} are not built in; give records with --data FILE (images, prompt, chosen, rejected)")
+    if len(source) < 2:
+        raise RunError(f"only {len(source)} preference pairs" + (": the policy made too few false claims" if data.path is None else ""))
+    return source
+
+
+def _own_source(session: Session, alignment: Alignment, encode: chat.Encoder) -> PairSource:
+    pictures, pairs = own_pairs(session, alignment)
     rejected = [p[3] for p in pairs]
     if alignment.data.shuffled:
         rejected = rejected[len(pairs) // 2 :] + rejected[: len(pairs) // 2]
-    encode, pad = session.encoder(alignment.template, alignment.max_length), session.tokenizer.pad_token_id
     rows = {
-        "chosen": chat.Rows([encode([(prompt, chosen)]) for _, prompt, chosen, _ in pairs], pad),
-        "rejected": chat.Rows([encode([(p[1], text)]) for p, text in zip(pairs, rejected, strict=True)], pad),
+        "chosen": chat.Rows([encode([(prompt, chosen)]) for _, prompt, chosen, _ in pairs], encode.pad_token),
+        "rejected": chat.Rows([encode([(p[1], text)]) for p, text in zip(pairs, rejected, strict=True)], encode.pad_token),
     }
-    return PairSource(pictures, rows, torch.tensor([p[0] for p in pairs]), pad)
+    return PairSource(pictures, rows, torch.tensor([p[0] for p in pairs]), encode.pad_token)
 
 
 def view_logps(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> Tensor:
@@ -142,9 +123,11 @@ def reference_key(alignment: Alignment, session: Session, source: PairSource) ->
 
     for name, tensor in session.model.state_dict().items():
         take(name, tensor)
-    for name, view in alignment.views.items():
-        take(name, view, source.texts[view.text].ids, source.texts[view.text].labels)
-    take(source.picture_of, alignment.compute.precision)
+    take(alignment.views, alignment.compute.precision)
+    with_pictures, source.with_pictures = source.with_pictures, False
+    for index in torch.arange(len(source)).split(250):
+        take(*(value for _, value in sorted(source.batch(index).items())))
+    source.with_pictures = with_pictures
     for ids in torch.arange(source.picture_count).split(250):
         take(source.load_pictures(ids))
     return digest.hexdigest()

@@ -10,19 +10,21 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfast.data import chat, images, supervised
+from mmfast.data.records import Records, Stream
+from mmfast.data.sources import Conversations, Streamed
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import build
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops import linear_logp
-from mmfast.spec import Compute, Data, Stage, System, to_dict
+from mmfast.spec import Compute, Data, Mixture, Stage, System, to_dict
 
 from .checkpoint import Run, RunError, load_model
 from .loop import Objective, Options, train
@@ -42,7 +44,7 @@ class Session:
                 f"{system.name}: training from {system.language.weights} and {system.encoder.weights} is not in this version yet; use --tiny"
             )
         self.system, self.seed, self.place = system, seed, place or Place(torch.device("cpu"))
-        self._sources: dict[str, supervised.Source] = {}
+        self._sources: dict[str, Any] = {}
         self.world = World(WorldConfig(seed=seed))
         self.tokenizer = word_tokenizer(vocabulary or self.world.vocabulary)
         t = self.tokenizer
@@ -54,29 +56,33 @@ class Session:
         torch.manual_seed(self.seed)
         self.model = build(self.system, tokenizer=self.tokenizer).to(self.place.device)
 
-    def encoder(self, template: str, max_length: int = 2048) -> supervised.Encode:
+    def encoder(self, template: str, max_length: int = 2048) -> chat.Encoder:
         """``encode(turns)`` for this tokenizer and picture size."""
-        return partial(
-            lambda turns, **k: chat.encode(self.tokenizer, template, turns, **k),
-            image_tokens=self.system.encoder.tokens, image_token=self.image_token, max_length=max_length,
-        )  # fmt: skip
+        t = self.tokenizer
+        return chat.Encoder(t, template, self.system.encoder.tokens, self.image_token, t.pad_token_id, max_length)
 
-    def source(self, data: Data, template: str, max_length: int = 2048) -> supervised.Source:
+    def source(self, data: Data | Mixture, template: str, max_length: int = 2048):
         """The stages of a system mostly read the same data: it is made once."""
         key = repr((data, template, max_length))
         if key not in self._sources:
             self._sources[key] = self._make_source(data, template, max_length)
         return self._sources[key]
 
-    def _make_source(self, data: Data, template: str, max_length: int) -> supervised.Source:
-        encode, pad = self.encoder(template, max_length), self.tokenizer.pad_token_id
-        if data.path is not None:
-            return supervised.Records(data.path, data.images, encode, pad, size=self.system.image.size, on_bad_record=data.on_bad_record)
-        if data.name == "shapes":
-            return supervised.Shapes(self.world, encode, pad)
-        if data.name == "easy_vqa":
-            return supervised.EasyVQA(encode, pad)
-        raise RunError(f"data {data.name!r} is not built in; give its records with --data FILE (JSON or JSONL) and --images FOLDER")
+    def _make_source(self, data: Data | Mixture, template: str, max_length: int):
+        encode, size = self.encoder(template, max_length), self.system.image.size
+        parts = data.parts if isinstance(data, Mixture) else (data,)
+        if all(part.path is not None for part in parts):
+            if any(part.streaming for part in parts):
+                if len(parts) > 1:
+                    raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
+                return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, size=size)
+            return Conversations([Records(part) for part in parts], encode, size=size, seed=self.seed)
+        if len(parts) == 1 and data.name == "shapes":
+            return supervised.Shapes(self.world, encode, encode.pad_token)
+        if len(parts) == 1 and data.name == "easy_vqa":
+            return supervised.EasyVQA(encode, encode.pad_token)
+        name = next(part.name for part in parts if part.path is None)
+        raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
 
     def pixels(self, pictures: Tensor) -> Tensor:
         return images.normalise(pictures.to(self.place.device), self.system.image)
@@ -161,8 +167,9 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
 
 def cached_states(session: Session, source, train: Sequence[str]) -> Tensor | None:
     """The tower's states of all pictures, where the tower stays frozen and they fit in memory."""
-    tokens = session.system.encoder.tokens * session.system.encoder.width * 4
-    if "encoder" in train or source.picture_count * tokens > _STATE_BYTES:
+    size = session.system.encoder.tokens * session.system.encoder.width * 4
+    pictures = getattr(source, "picture_count", None)  # a stream does not know
+    if "encoder" in train or not pictures or pictures * size > _STATE_BYTES:
         return None
     return session.states_of(source)
 

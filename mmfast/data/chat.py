@@ -19,6 +19,7 @@ class Template:
     """The words around turns. Only answers, and the end token where it follows one, are supervised."""
 
     system: str = ""
+    after_system: str = ""  # behind a record's own system message
     before: str = ""  # a question
     between: str = ""  # question and answer
     after: str = ""  # an answer
@@ -35,6 +36,7 @@ TEMPLATES = {
     "vicuna_v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        after_system=" ",
         before="USER: ",
         between=" ASSISTANT: ",
     ),
@@ -47,45 +49,107 @@ def check_template(name: str) -> None:
 
 
 def encode(
-    tokenizer: Any, template: str, turns: Sequence[tuple[str, str | None]], *, image_tokens: int, image_token: int, max_length: int = 2048
-) -> tuple[list[int], list[int]]:
+    tokenizer: Any, template: str, turns: Sequence[tuple[str, str | None]], *, image_tokens: int, image_token: int, max_length: int = 2048,
+    system: str | None = None,
+) -> tuple[list[int], list[int]]:  # fmt: skip
     """Token ids and labels of a conversation; an answer of None leaves the prompt open for generation.
 
-    Each ``<image>`` in a question becomes ``image_tokens`` places. What is longer than ``max_length`` (places counted) loses its end, but
-    never a part of a picture.
+    Each ``<image>`` in a question becomes ``image_tokens`` places. What is longer than ``max_length`` (places counted) loses its end, and a
+    picture that would lose its own end goes whole. ``system`` takes the place of the template's.
 
     Raises:
-        ValueError: unknown template, or a picture beyond ``max_length``.
+        ValueError: unknown template, a prompt that is longer than ``max_length``, or answers all beyond it.
     """
     check_template(template)
-    form, ids, labels = TEMPLATES[template], [tokenizer.bos_token_id], [IGNORE]
-
-    def add(text: str, supervised: bool = False) -> None:
-        pieces = text.split("<image>")
-        for i, piece in enumerate(pieces):
-            if i:
-                ids.extend([image_token] * image_tokens)
-                labels.extend([IGNORE] * image_tokens)
-            new = tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
-            ids.extend(new)
-            labels.extend(new if supervised else [IGNORE] * len(new))
-
-    add(form.system)
+    form, line = TEMPLATES[template], _Line(tokenizer, image_tokens, image_token)
+    line.add(form.system if system is None else system + form.after_system)
     for i, (question, answer) in enumerate(turns):
         if not form.keep_question:
             question = "<image>" * question.count("<image>")
-        add(form.before + question + form.between)
+        line.add(form.before + question + form.between)
         if answer is None:
+            if len(line.ids) > max_length:
+                raise ValueError(f"the prompt has {len(line.ids)} tokens with its pictures, more than max_length={max_length}")
             break
-        add(answer + form.after, supervised=True)
+        line.add(answer + form.after, supervised=True)
         if form.end_each or (i == len(turns) - 1 and not form.after):
-            ids.append(tokenizer.eos_token_id)
-            labels.append(tokenizer.eos_token_id)
-    if len(ids) > max_length:
-        if image_token in ids[max_length:]:
-            raise ValueError(f"a picture ends beyond max_length={max_length}; raise it above {len(ids)} or drop turns")
-        ids, labels = ids[:max_length], labels[:max_length]
-    return ids, labels
+            line.end()
+    return line.cut(max_length)
+
+
+def encode_document(
+    tokenizer: Any, text: str, *, image_tokens: int, image_token: int, max_length: int = 2048
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of an interleaved document: all its text is supervised, its pictures' places are not. Cut as in ``encode``."""
+    line = _Line(tokenizer, image_tokens, image_token)
+    line.add(text, supervised=True)
+    line.end()
+    return line.cut(max_length)
+
+
+class _Line:
+    """Token ids and labels that grow piece by piece."""
+
+    def __init__(self, tokenizer: Any, image_tokens: int, image_token: int):
+        self.tokenizer, self.image_tokens, self.image_token = tokenizer, image_tokens, image_token
+        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self.ids, self.labels = first, [IGNORE] * len(first)
+
+    def add(self, text: str, supervised: bool = False) -> None:
+        for i, piece in enumerate(text.split("<image>")):
+            if i:
+                self.ids.extend([self.image_token] * self.image_tokens)
+                self.labels.extend([IGNORE] * self.image_tokens)
+            new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+            self.ids.extend(new)
+            self.labels.extend(new if supervised else [IGNORE] * len(new))
+
+    def end(self) -> None:
+        self.ids.append(self.tokenizer.eos_token_id)
+        self.labels.append(self.tokenizer.eos_token_id)
+
+    def cut(self, max_length: int) -> tuple[list[int], list[int]]:
+        ids, labels, whole = self.ids[:max_length], self.labels[:max_length], len(self.ids)
+        # Places come in runs of whole pictures: what exceeds the last whole one belongs to a picture that was cut.
+        torn = ids.count(self.image_token) % self.image_tokens
+        if torn:
+            ids, labels = ids[:-torn], labels[:-torn]
+        if whole > max_length and any(x != IGNORE for x in self.labels) and all(x == IGNORE for x in labels):
+            raise ValueError(
+                f"nothing to learn is left after the cut at max_length={max_length}; the whole has {whole} tokens with its pictures"
+            )
+        return ids, labels
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer, a template and a picture's number of tokens, from conversations to ids. A class, so that a loader's processes can be handed it."""
+
+    tokenizer: Any
+    template: str
+    image_tokens: int
+    image_token: int
+    pad_token: int
+    max_length: int = 2048
+
+    def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
+        """ids and labels of turns."""
+        return encode(self.tokenizer, self.template, turns, system=system, **self._sizes())
+
+    def record(self, record: Any) -> tuple[list[int], list[int]]:
+        """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
+        if record.document is not None:
+            return encode_document(self.tokenizer, record.document, **self._sizes())
+        return self(record.turns, record.system)
+
+    def answer(self, record: Any, text: str) -> tuple[list[int], list[int]]:
+        """ids and labels of a preference record's conversation with this answer at its end; earlier answers are part of the prompt."""
+        prompt, _ = self([*record.turns[:-1], (record.turns[-1][0], None)], record.system)
+        ids, labels = self([*record.turns[:-1], (record.turns[-1][0], text)], record.system)
+        return ids, [IGNORE] * min(len(prompt), len(ids)) + labels[len(prompt) :]
+
+    def _sizes(self) -> dict[str, int]:
+        return {"image_tokens": self.image_tokens, "image_token": self.image_token, "max_length": self.max_length}
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

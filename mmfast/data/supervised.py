@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -131,79 +130,3 @@ def easy_vqa_folder() -> Path:
     except ImportError:
         raise ValueError("the easy-vqa data is a package of its own: pip install easy-vqa") from None
     return Path(easy_vqa.__file__).parent / "data"
-
-
-class Records(Source):
-    """LLaVA-style records: JSON or JSONL of ``{"id", "image", "conversations": [{"from": "human" | "gpt", "value"}]}``.
-
-    Everything is checked before training: all faulty records are listed at once. ``on_bad_record="skip"`` drops them and says how many.
-    """
-
-    def __init__(self, path: str, folder: str | None, encode: Encode, pad_token: int, *, size: int, on_bad_record: str = "fail"):
-        records, root = read_records(path), Path(folder) if folder else Path(path).parent
-        pictures, rows, faults = [], [], []
-        for i, record in enumerate(records):
-            try:
-                turns = conversation(record)
-                if not isinstance(record.get("image"), str):
-                    raise ValueError('needs "image", a file name; text-only records are not supported yet')
-                picture = images.load(root / record["image"], size)
-                ids, labels = encode(turns)
-                if all(label == chat.IGNORE for label in labels):
-                    raise ValueError("has nothing to learn: every label is masked")
-            except ValueError as error:
-                faults.append(f"record {i} ({record.get('id', 'no id') if isinstance(record, dict) else 'not an object'}): {error}")
-                continue
-            pictures.append(picture)
-            rows.append((ids, labels))
-        self.skipped = faults
-        report_faults(path, faults, len(records), on_bad_record)
-        super().__init__(np.stack(pictures), [chat.Rows(rows, pad_token)], pad_token)
-
-
-def report_faults(path: str, faults: list[str], total: int, on_bad_record: str) -> None:
-    """Raises, or under "skip" prints, the list of faulty records."""
-    if not faults:
-        return
-    listed = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
-    if on_bad_record != "skip" or len(faults) == total:
-        raise ValueError(f"{path}: {len(faults)} of {total} records are faulty (on_bad_record=skip leaves them out):\n  {listed}")
-    print(f"{path}: left out {len(faults)} of {total} records:\n  {listed}")
-
-
-def read_records(path: str) -> list[Any]:
-    """All records of a JSON array or a JSONL file."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ValueError(f"data file {path} does not exist") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data file {path} is not valid UTF-8: {error}") from None
-    try:
-        records = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"data file {path} is not valid JSON or JSONL: {error}") from None
-    if not records:
-        raise ValueError(f"data file {path} holds no record")
-    return records
-
-
-def conversation(record: dict) -> list[tuple[str, str]]:
-    """(question, answer) turns of a record; exactly one <image> place, moved to the front of the first question as LLaVA does."""
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise ValueError('expected an object with "conversations"')
-    said = [(turn.get("from"), turn.get("value")) for turn in record["conversations"] if isinstance(turn, dict)]
-    if said and said[0][0] == "gpt":
-        said = said[1:]
-    if not said or len(said) % 2 or [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2):
-        raise ValueError("conversation turns must alternate human, gpt")
-    if any(not isinstance(value, str) for _, value in said):
-        raise ValueError('every turn needs a text "value"')
-    turns = [(said[i][1], said[i + 1][1]) for i in range(0, len(said), 2)]
-    if any("<image>" in answer for _, answer in turns):
-        raise ValueError("an answer holds <image>; only questions may")
-    places = sum(question.count("<image>") for question, _ in turns)
-    if places > 1 or (places == 1 and "image" not in record):
-        raise ValueError(f"{places} <image> places but {int('image' in record)} pictures")
-    turns = [(question.replace("<image>", "").strip(), answer) for question, answer in turns]
-    return [("<image>\n" + turns[0][0], turns[0][1]), *turns[1:]] if "image" in record else turns

@@ -67,8 +67,34 @@ def test_truncation_counts_image_tokens_and_never_cuts_them():
     assert len(ids) == 1 + 4 + 1 + 6 + 1
     short, short_labels = encode("bare", [("<image>q", "answer")], tokens=4, max_length=8)
     assert (short, short_labels) == (ids[:8], labels[:8])
-    with pytest.raises(ValueError, match=r"picture ends beyond max_length=4.*above 13"):
+    with pytest.raises(ValueError, match=r"nothing to learn is left after the cut at max_length=4; the whole has 13 tokens"):
         encode("bare", [("<image>q", "answer")], tokens=4, max_length=4)
+    with pytest.raises(ValueError, match=r"the prompt has 6 tokens with its pictures, more than max_length=5"):
+        encode("bare", [("<image>q", None)], tokens=4, max_length=5)
+    # A picture that would be torn goes whole: 4 of its 4 places, then 3 of the next one's.
+    two = [("<image>", "a"), ("<image>", "b")]
+    assert read(encode("bare", two, tokens=4, max_length=9)[0]) == "<s>@@@@a"
+    assert read(encode("bare", two, tokens=4, max_length=10)[0]) == "<s>@@@@a@@@@"
+
+
+def test_documents_are_supervised_but_for_their_pictures():
+    ids, labels = chat.encode_document(Speller(), "a<image>bc", image_tokens=2, image_token=IMAGE)
+    assert read(ids) == "<s>a@@bc</s>"
+    assert scored(ids, labels) == "abc</s>"
+
+
+def test_a_system_message_of_ones_own():
+    ids, _ = encode("vicuna_v1", TURNS[1:], system="Be brief.")
+    assert read(ids) == "<s>Be brief. USER: Who? ASSISTANT: Me.</s>"
+    ids, _ = encode("bare", [("q", "a")], system="")
+    assert read(ids) == "<s>qa</s>"
+
+
+def test_a_tokenizer_without_a_first_token():
+    class Plain(Speller):
+        bos_token_id = None
+
+    assert read(chat.encode(Plain(), "bare", [("q", "a")], image_tokens=2, image_token=IMAGE)[0]) == "qa</s>"
 
 
 def test_unknown_template():

@@ -1,11 +1,8 @@
 """Sources: what a batch weighs, what user records must be, and the built-in sets."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mmfast.data import supervised
 from mmfast.data.synthetic import World
@@ -62,83 +59,3 @@ def test_easy_vqa_source():
     names, true, _ = source.words()
     assert sorted(n for n, v in zip(names, true[0], strict=True) if v) == ["blue", "rectangle"]
     assert {"triangle", "?", "<image>", "what"} <= set(source.vocabulary())
-
-
-# ------------------------------------------------------------------------------------------------------------------ records
-
-
-def folder(tmp_path, records, jsonl=False):
-    Image.fromarray(np.full((20, 30, 3), 200, np.uint8)).save(tmp_path / "ok.png")
-    (tmp_path / "torn.png").write_bytes((tmp_path / "ok.png").read_bytes()[:40])
-    text = "\n".join(map(json.dumps, records)) if jsonl else json.dumps(records)
-    (tmp_path / "data.json").write_text(text)
-    return str(tmp_path / "data.json")
-
-
-def record(*said, image="ok.png", **extra):
-    turns = [{"from": "human" if i % 2 == 0 else "gpt", "value": v} for i, v in enumerate(said)]
-    return {"id": "x", **({"image": image} if image else {}), "conversations": turns, **extra}
-
-
-@pytest.mark.parametrize("jsonl", [False, True])
-def test_records_are_read_and_the_picture_comes_first(tmp_path, jsonl):
-    heard = []
-    path = folder(tmp_path, [record("What is\n<image>", "grey"), record("And?", "still grey", "Sure?", "yes")], jsonl)
-    source = supervised.Records(path, None, lambda turns: heard.append(turns) or spell(turns), 0, size=16)
-    assert heard == [[("<image>\nWhat is", "grey")], [("<image>\nAnd?", "still grey"), ("Sure?", "yes")]]
-    assert source.pictures.shape == (2, 16, 16, 3)
-
-
-BAD = [
-    (record("<image> q", "a", image="gone.png"), "gone.png does not exist"),
-    (record("<image> q", "a", image="torn.png"), "torn.png cannot be read"),
-    (record("<image> q <image>", "a"), "2 <image> places but 1 pictures"),
-    (record("<image> q", "look: <image>"), "answer holds <image>"),
-    (record("<image> q"), "must alternate"),
-    (record("<image> q", ""), "nothing to learn"),
-    (record("q", "a", image=None), 'needs "image"'),
-    (record("<image> q", 3), 'text "value"'),
-    (record("<image> q", "a", image=7), '"image", a file name'),
-    ({"id": "x", "image": "ok.png"}, "conversations"),
-    ("text", "conversations"),
-    (None, "conversations"),
-]
-
-
-@pytest.mark.parametrize(("bad", "words"), BAD, ids=[w for _, w in BAD])
-def test_a_faulty_record_is_numbered_and_explained(tmp_path, bad, words):
-    path = folder(tmp_path, [record("<image> q", "a"), bad])
-    with pytest.raises(ValueError, match="1 of 2 records are faulty") as error:
-        supervised.Records(path, None, spell, 0, size=16)
-    assert "record 1 (" in str(error.value)
-    assert words in str(error.value)
-
-
-def test_all_faults_are_told_at_once_or_skipped(tmp_path, capsys):
-    path = folder(tmp_path, [b for b, _ in BAD] + [record("<image> q", "a")])
-    with pytest.raises(ValueError) as error:
-        supervised.Records(path, None, spell, 0, size=16)
-    assert all(f"record {i} (" in str(error.value) for i in range(len(BAD)))
-    source = supervised.Records(path, None, spell, 0, size=16, on_bad_record="skip")
-    assert len(source) == 1
-    assert f"left out {len(BAD)} of {len(BAD) + 1} records" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "does not exist"),
-        (b"", "holds no record"),
-        (b"[]", "holds no record"),
-        (b'{"a": 1}\n{"a": ', "not valid JSON"),
-        (b"\xff\xfe\x00", "not valid"),
-        (b'{"id": 1}', "conversations"),
-    ],
-)
-def test_a_file_that_is_no_data(tmp_path, content, words):
-    path = tmp_path / "data.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=words) as error:
-        supervised.Records(str(path), None, spell, 0, size=16)
-    assert "data.json" in str(error.value)

@@ -219,22 +219,59 @@ def test_a_term_that_names_no_view(base, tmp_path):
 
 
 def test_preference_records_of_ones_own(base, tmp_path):
+    """Records take the way of built-in pairs: the same log-probabilities, the same start."""
     from PIL import Image
 
     session, weights = base
     session.model.load_state_dict(weights)
     Image.new("RGB", (80, 70), "red").save(tmp_path / "a.png")
     good = {"image": "a.png", "prompt": "describe the picture:", "chosen": "we see a red circle.", "rejected": "we see a green ring."}
-    for bad, words in (
-        ({**good, "chosen": ""}, "lacks chosen"),
-        ({**good, "rejected": good["chosen"]}, "same text"),
-        ({**good, "image": "b.png"}, "b.png does not exist"),
-    ):
-        (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r) for r in [good, good, bad]))
-        own = replace(ALIGN, data=spec.Pairs("mine", path=str(tmp_path / "p.jsonl")))
-        with pytest.raises(ValueError, match=f"record 2: .*{words}"):
-            preference.make_source(session, own)
-        assert len(preference.make_source(session, replace(own, data=replace(own.data, on_bad_record="skip")))) == 2
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r) for r in [good, good, good, {**good, "rejected": "nothing."}]))
+    own = replace(ALIGN, data=spec.Pairs("mine", path=str(tmp_path / "p.jsonl")), optim=replace(ALIGN.optim, batch=4))
+    source = preference.make_source(session, own)
+    got = preference.view_logps(session, source.batch(torch.tensor([0, 3])), None)
+    for at, text in ((0, good["chosen"]), (1, good["chosen"]), (2, good["rejected"]), (3, "nothing.")):
+        ids, labels = session.encoder("bare")([("<image>\ndescribe the picture:", text)])
+        logits = session.model(torch.tensor([ids]), pixel_values=session.pixels(source.load_pictures(torch.tensor([0])))).logits
+        want = sum(torch.log_softmax(logits[0, t], -1)[labels[t + 1]] for t in range(len(ids) - 1) if labels[t + 1] != -100)
+        assert got[at].item() == pytest.approx(want.item(), abs=1e-4)
+    preference.train_alignment(own, session, Run(tmp_path / "run"), quiet=True)
+    assert rows(tmp_path / "run", "loss")[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r) for r in [good, {**good, "chosen": ""}]))
+    with pytest.raises(ValueError, match=r"record 1 "):
+        preference.make_source(session, own)
+
+
+def test_three_references_are_one(base, tmp_path):
+    """Cached, a frozen copy: the same losses. A cache of other weights is refused by its key."""
+    session, weights = base
+    curves = {}
+    for kind in ("cached", "frozen"):
+        session.model.load_state_dict(weights)
+        optim = replace(ALIGN.optim, steps=4)
+        preference.train_alignment(replace(ALIGN, reference=kind, optim=optim), session, Run(tmp_path / kind), quiet=True)
+        curves[kind] = rows(tmp_path / kind, "loss")
+    torch.testing.assert_close(torch.tensor(curves["cached"]), torch.tensor(curves["frozen"]), atol=1e-6, rtol=0)
+
+
+def test_a_stale_reference_is_not_used(base, tmp_path, capsys):
+    session, weights = base
+    session.model.load_state_dict(weights)
+    source = preference.make_source(session, ALIGN)
+    first = preference.cached_reference(ALIGN, session, source, None, tmp_path)
+    stamp = (tmp_path / "reference.safetensors").stat().st_mtime_ns
+    again = preference.cached_reference(ALIGN, session, source, None, tmp_path)
+    assert torch.equal(first, again)
+    assert (tmp_path / "reference.safetensors").stat().st_mtime_ns == stamp, "read, not computed"
+    assert "anew" not in capsys.readouterr().out
+    with torch.no_grad():
+        session.model.language.get_input_embeddings().weight[0, 0] += 1
+    preference.cached_reference(ALIGN, session, source, None, tmp_path)
+    assert "belongs to other data, weights or settings" in capsys.readouterr().out
+    source.texts["chosen"].labels[0, -3:] = -100
+    preference.cached_reference(ALIGN, session, source, None, tmp_path)
+    assert "belongs to other data" in capsys.readouterr().out
+    session.model.load_state_dict(weights)
 
 
 def test_bases_are_cached_by_world_recipe_and_seed(tmp_path):

@@ -1,0 +1,199 @@
+"""What a stage trains on when the user brings the records: batches of conversations, or of preference pairs, each decoded when it is asked for.
+
+A source is ``__len__`` and ``batch(index)``, as ``mmfast.data.supervised.Source`` describes a batch; pictures are opened by whoever asks, which
+with ``compute.workers`` is a loader's process. Letters: B rows, T tokens, M pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfast.data import chat
+from mmfast.data.formats import Record
+from mmfast.data.mixtures import Mixed
+from mmfast.data.records import Records, Stream, check
+from mmfast.spec import View
+
+# Token ids that are kept after the check, over all records; beyond that a record is encoded each time it is drawn.
+KEEP_TOKENS = 50_000_000
+
+
+class _Checked:
+    """Good records of several sets as one list: their items, their distinct pictures, their encodings while these are few."""
+
+    def __init__(
+        self, parts: Sequence[Records], texts: dict[str, Callable[[Record], tuple[list[int], list[int]]]], encoder: chat.Encoder, size: int
+    ):
+        self.parts, self.texts, self.encoder, self.size = parts, texts, encoder, size
+        self.items: list[tuple[int, int]] = []  # part and number
+        self.sizes: list[int] = []
+        self.packing, self.with_pictures = False, True
+        self._kept: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}
+        self._tokens = 0
+        for at, records in enumerate(parts):
+            good = check(records, lambda record, at=at: self._encode_all(at, record), on_bad_record=records.data.on_bad_record)
+            self.items += [(at, number) for number in good]
+            self.sizes.append(len(good))
+        places: dict[str, int] = {}
+        self._pictures: list[tuple[int, int, int]] = []  # where a picture is first seen: part, number, place in the record
+        self._pictures_of: list[list[int]] = []
+        for at, number in self.items:
+            ids = []
+            for place, picture in enumerate(parts[at].parse(number).pictures):
+                if picture.key not in places:
+                    places[picture.key] = len(self._pictures)
+                    self._pictures.append((at, number, place))
+                ids.append(places[picture.key])
+            self._pictures_of.append(ids)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def picture_count(self) -> int:
+        return len(self._pictures)
+
+    def load_pictures(self, ids: Tensor) -> Tensor:
+        """uint8 ``[M, size, size, 3]`` of the distinct pictures with these numbers."""
+        found = [self._pictures[i] for i in ids.tolist()]
+        loaded = [self.parts[at].parse(number).pictures[place].load(self.size) for at, number, place in found]
+        return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
+
+    def _encode_all(self, at: int, record: Record) -> tuple[list[int], list[int]]:
+        """Every text of a record, kept; the one with fewest labels stands for all before the check."""
+        made = [self._encode(at, record, name) for name in self.texts]
+        return min(made, key=lambda pair: sum(label != chat.IGNORE for label in pair[1]))
+
+    def _encode(self, at: int, record: Record, name: str) -> tuple[list[int], list[int]]:
+        ids, labels = self.texts[name](record)
+        if self._tokens < KEEP_TOKENS:
+            self._tokens += len(ids)
+            self._kept[at, record.number, name] = torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
+        return ids, labels
+
+    def encoded(self, item: int, name: str) -> tuple[list[int], list[int]]:
+        """Token ids and labels of an item's text."""
+        at, number = self.items[item]
+        kept = self._kept.get((at, number, name))
+        return (kept[0].tolist(), kept[1].tolist()) if kept else self.texts[name](self.parts[at].parse(number))
+
+    def lay_out(self, index: Tensor, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
+        """The batch of these items' texts, text after text, and the scored tokens of each row."""
+        encoded = [(i, *self.encoded(i, name)) for name in names for i in index.tolist()]
+        ids, labels = chat.pad([ids for _, ids, _ in encoded], self.encoder.pad_token), chat.pad([ls for _, _, ls in encoded], chat.IGNORE)
+        # A text that was cut shows the pictures that are left of it.
+        shown = [
+            p for i, ids, _ in encoded for p in self._pictures_of[i][: ids.count(self.encoder.image_token) // self.encoder.image_tokens]
+        ]
+        pictures = list(dict.fromkeys(shown))
+        place = {p: at for at, p in enumerate(pictures)}
+        lengths, scored = torch.tensor([len(ids) for _, ids, _ in encoded]), (labels[:, 1:] != chat.IGNORE).sum(1)
+        picture_ids = torch.tensor(pictures, dtype=torch.long)
+        return {
+            **chat.lay_out(ids, labels, lengths, packing=self.packing),
+            "picture_ids": picture_ids,
+            "image_rows": torch.tensor([place[p] for p in shown], dtype=torch.long),
+            **({"pictures": self.load_pictures(picture_ids)} if self.with_pictures and pictures else {}),
+        }, scored
+
+
+class Conversations(_Checked):
+    """Conversations and documents of one data set or a mixture. All were checked when this was made; see ``mmfast.data.records.check``.
+
+    Args:
+        encoder: from turns to token ids.
+        size: pictures become ``size`` x ``size``.
+        seed: of the order in which a mixture is drawn.
+    """
+
+    def __init__(self, parts: Sequence[Records], encoder: chat.Encoder, *, size: int, seed: int = 0):
+        super().__init__(parts, {"answer": encoder.record}, encoder, size)
+        weights = [records.data.weight for records in parts]
+        self.mixed = Mixed(self.sizes, None if all(w is None for w in weights) else weights, seed) if len(parts) > 1 else None
+        self.permutation = self.mixed.order if self.mixed is not None else None
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        batch, scored = self.lay_out(index, ["answer"])
+        return {**batch, "groups": torch.zeros(len(index), dtype=torch.long), "counts": scored.sum().double().view(1)}
+
+
+class PreferencePairs(_Checked):
+    """Preference pairs: each item has a chosen and a rejected answer under the same pictures. A batch holds every view, view after view."""
+
+    def __init__(self, records: Records, encoder: chat.Encoder, *, size: int, shuffled: bool = False):
+        texts = {name: _Answer(encoder, name) for name in ("chosen", "rejected")}
+        super().__init__([records], texts, encoder, size)
+        self.views: dict[str, View] = {name: View(name) for name in texts}
+        self._from = list(range(len(self)))
+        if shuffled:
+            self._from = self._from[len(self) // 2 :] + self._from[: len(self) // 2]
+            self._encode_shuffled()
+
+    def _encode_shuffled(self) -> None:
+        """Every pair's rejected answer becomes another pair's, under its own question and pictures."""
+        records = [self.parts[0].parse(number) for _, number in self.items]
+        for i, other in enumerate(self._from):
+            ids, labels = self.encoder.answer(records[i], records[other].rejected)
+            self._kept[0, records[i].number, "rejected"] = torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        batch, scored = self.lay_out(index, [view.text for view in self.views.values()])
+        counts = torch.cat([torch.tensor([len(index)]), scored.view(len(self.views), -1).sum(1)]).double()
+        return {**batch, "index": index, "scored": scored, "counts": counts}
+
+
+class _Answer:
+    """``encode(record)`` of one of a pair's answers; a class, so that a loader's processes can be handed it."""
+
+    def __init__(self, encoder: chat.Encoder, name: str):
+        self.encoder, self.name = encoder, name
+
+    def __call__(self, record: Record) -> tuple[list[int], list[int]]:
+        return self.encoder.answer(record, getattr(record, self.name))
+
+
+class Streamed:
+    """Conversations read through without an index (``Data.streaming``). Every process reads the whole stream and keeps its share of each
+    micro-batch, so that all are always at the same place and one state serves any number of them."""
+
+    def __init__(self, stream: Stream, encoder: chat.Encoder, *, size: int):
+        self.stream, self.encoder, self.size, self.packing = stream, encoder, size, False
+        self._records = iter(stream)
+
+    def take(self, rows: int, rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
+        """The next ``rows`` records' batch, of which this process gets every ``processes``-th."""
+        mine = []
+        for at in range(rows):
+            record = self._next()
+            if at % processes == rank:
+                mine.append((*self.encoder.record(record), record.pictures))
+        ids, labels = chat.pad([i for i, _, _ in mine], self.encoder.pad_token), chat.pad([ls for _, ls, _ in mine], chat.IGNORE)
+        shown = [p for i, _, pictures in mine for p in pictures[: i.count(self.encoder.image_token) // self.encoder.image_tokens]]
+        lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()
+        pictures = {"pictures": torch.from_numpy(np.stack([p.load(self.size) for p in shown]))} if shown else {}
+        return {
+            **chat.lay_out(ids, labels, lengths, packing=self.packing),
+            **pictures,
+            "image_rows": torch.arange(len(shown)),
+            "groups": torch.zeros(len(mine), dtype=torch.long),
+            "counts": scored.double().view(1),
+        }
+
+    def _next(self) -> Record:
+        for _ in range(2):
+            for record in self._records:
+                return record
+            self._records = iter(self.stream)  # the next epoch
+        raise ValueError(f"{self.stream.name}: holds no record that can be used")
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stream.load_state_dict(state)
+        self._records = iter(self.stream)

@@ -1,0 +1,174 @@
+"""Batches of a user's records: which token, which picture, which row; cut, packed, mixed, streamed and fetched by other processes."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmfast.data import chat
+from mmfast.data.records import Records, Stream
+from mmfast.data.sources import Conversations, PreferencePairs, Streamed
+from mmfast.spec import Data, Pairs
+
+IMAGE = 3
+
+
+class Speller:
+    bos_token_id, eos_token_id = 1, 2
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def encoder(**kwargs):
+    return chat.Encoder(Speller(), "bare", image_tokens=2, image_token=IMAGE, pad_token=0, **kwargs)
+
+
+def text(ids):
+    return "".join({0: "", 1: "^", 2: "$", IMAGE: "@"}.get(i) if i < 4 else chr(i) for i in ids)
+
+
+def data(folder: Path, records, **kwargs):
+    for i in range(4):
+        Image.fromarray(np.full((9, 9, 3), 50 * i, np.uint8)).save(folder / f"{i}.png")
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return Data("mine", path=str(folder / "data.jsonl"), **kwargs)
+
+
+def said(question, answer, *images):
+    return {
+        "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+        "images": [f"{i}.png" for i in images],
+    }
+
+
+RECORDS = [
+    said("<image>and<image>", "x", 1, 2),
+    said("text", "yy"),
+    said("<image>q", "zzz", 2),
+    {"text": "a<image>b<image>", "images": ["0.png", "3.png"]},
+]
+
+
+def shown(batch):
+    """The grey of the picture at each placeholder run."""
+    if "pictures" not in batch:
+        return []
+    return [int(batch["pictures"][i, 0, 0, 0]) // 50 for i in batch["image_rows"]]
+
+
+def test_a_batch_of_all_kinds(tmp_path):
+    source = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    assert (len(source), source.picture_count) == (4, 4)
+    batch = source.batch(torch.tensor([2, 1, 0, 3]))
+    assert [text(row) for row in batch["input_ids"].tolist()] == ["^@@qzzz$", "^textyy$", "^@@and@@x$", "^a@@b@@$"]
+    assert shown(batch) == [2, 1, 2, 0, 3]
+    assert len(batch["picture_ids"]) == 4, "a picture that two rows show is loaded once"
+    assert batch["pictures"].shape == (4, 4, 4, 3)
+    assert batch["counts"].tolist() == [4 + 3 + 2 + 3]
+    alone = source.batch(torch.tensor([1]))
+    assert "pictures" not in alone
+    assert len(alone["image_rows"]) == 0
+    source.with_pictures = False
+    assert "pictures" not in source.batch(torch.tensor([0]))
+
+
+def test_what_is_cut_loses_its_pictures_too(tmp_path):
+    long = [{"text": "abc<image>d<image>efg", "images": ["1.png", "2.png"]}]
+    for limit, want, pictures in ((20, "^abc@@d@@efg$", [1, 2]), (8, "^abc@@d", [1]), (7, "^abc@@d", [1]), (5, "^abc", [])):
+        source = Conversations([Records(data(tmp_path, long))], encoder(max_length=limit), size=4)
+        batch = source.batch(torch.tensor([0]))
+        assert text(batch["input_ids"][0].tolist()) == want
+        assert shown(batch) == pictures
+
+
+def test_packed_rows(tmp_path):
+    source = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    source.packing = True
+    batch = source.batch(torch.tensor([1, 2]))
+    assert text(batch["input_ids"][0].tolist()) == "^textyy$^@@qzzz$"
+    assert batch["position_ids"][0].tolist() == [*range(8), *range(8)]
+    assert batch["rows"][0].tolist() == [0] * 8 + [1] * 8
+
+
+def test_mixtures_draw_by_weight(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    few = data(tmp_path / "a", [said(f"few{i}", "x") for i in range(4)], weight=3.0)
+    many = data(tmp_path / "b", [said(f"many{i}", "x") for i in range(12)], weight=1.0)
+    source = Conversations([Records(few), Records(many)], encoder(), size=4, seed=5)
+    drawn = [text(source.batch(source.permutation(0)[i : i + 1])["input_ids"][0].tolist()) for i in range(16)]
+    assert sum("few" in t for t in drawn) == 12
+    assert len({t for t in drawn if "many" in t}) == 4
+    assert Conversations([Records(few)], encoder(), size=4).permutation is None
+
+
+def test_encodings_need_not_be_kept(tmp_path, monkeypatch):
+    kept = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    monkeypatch.setattr("mmfast.data.sources.KEEP_TOKENS", 0)
+    fresh = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    assert not fresh._kept
+    for index in ([0, 1], [3]):
+        a, b = kept.batch(torch.tensor(index)), fresh.batch(torch.tensor(index))
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_source_travels_to_other_processes(tmp_path):
+    source = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    sent = pickle.dumps(source)
+    assert len(sent) < 20_000, "no pixels in it"
+    a, b = source.batch(torch.tensor([0, 3])), pickle.loads(sent).batch(torch.tensor([0, 3]))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_pairs(tmp_path):
+    records = [
+        {"image": "1.png", "prompt": "p", "chosen": "good", "rejected": "bad"},
+        {"images": ["2.png"], "prompt": "q", "chosen": "yes", "rejected": "no"},
+    ]
+    mine = data(tmp_path, records)
+    source = PreferencePairs(Records(Pairs("mine", path=mine.path)), encoder(), size=4)
+    batch = source.batch(torch.tensor([1, 0]))
+    assert [text(row) for row in batch["input_ids"].tolist()] == ["^@@\nqyes$", "^@@\npgood$", "^@@\nqno$", "^@@\npbad$"]
+    assert batch["counts"].tolist() == [2, 9, 7]
+    assert batch["scored"].tolist() == [4, 5, 3, 4]
+    assert shown(batch) == [2, 1, 2, 1]
+    assert len(batch["pictures"]) == 2, "both answers share a picture"
+    assert batch["index"].tolist() == [1, 0]
+    shuffled = PreferencePairs(Records(Pairs("mine", path=mine.path)), encoder(), size=4, shuffled=True)
+    assert [text(row) for row in shuffled.batch(torch.tensor([0]))["input_ids"].tolist()] == ["^@@\npgood$", "^@@\npno$"]
+
+
+def test_pairs_score_only_the_answers_that_differ(tmp_path):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    pair = {"prompt": turns, "chosen": [{"role": "assistant", "content": "D"}], "rejected": [{"role": "assistant", "content": "E"}]}
+    mine = data(tmp_path, [pair, pair])
+    batch = PreferencePairs(Records(Pairs("mine", path=mine.path)), encoder(), size=4).batch(torch.tensor([0]))
+    assert text(batch["input_ids"][0].tolist()) == "^abcD$"
+    assert [text([i for i in row if i != -100]) for row in batch["labels"].tolist()] == ["D$", "E$"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_streams_continue_where_they_were(tmp_path, processes):
+    pytest.importorskip("datasets")
+    spec = data(tmp_path, [said(f"<image>{i}", "x" * (i % 3 + 1), i % 4) for i in range(10)], streaming=True)
+
+    def taken(source, n, rank):
+        return [[text(row) for row in source.take(4, rank, processes)["input_ids"].tolist()] for _ in range(n)]
+
+    for rank in range(processes):
+        whole = Streamed(Stream(spec, seed=1, block=4), encoder(), size=4)
+        want = taken(whole, 6, rank)
+        first = Streamed(Stream(spec, seed=1, block=4), encoder(), size=4)
+        assert taken(first, 2, rank) == want[:2]
+        second = Streamed(Stream(spec, seed=1, block=4), encoder(), size=4)
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert taken(second, 4, rank) == want[2:]
+    assert sum(map(len, want)) == 24 // processes
+    batch = Streamed(Stream(spec), encoder(), size=4).take(3)
+    assert shown(batch) == [0, 1, 2]
+    assert batch["counts"].tolist() == [2 + 3 + 4]
