@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from mmfast.trainers.__main__ import main
 from PIL import Image
+
+from mmfast.trainers.__main__ import main
 
 
 def call(capsys, *argv):

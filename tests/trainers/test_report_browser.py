@@ -7,8 +7,9 @@ from html import unescape
 
 import numpy as np
 import pytest
-from mmfast.trainers import report
 from PIL import Image
+
+from mmfast.trainers import report
 
 from .test_report import run_folder
 
