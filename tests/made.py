@@ -80,7 +80,7 @@ class Session:
         with torch.no_grad():
             for p in language.parameters():
                 if p.ndim > 1:
-                    p.normal_(std=0.3)
+                    p.normal_(std=0.2)
         language.save_pretrained(folder / "lm")
         tok.save_pretrained(folder / "lm")
         TOWERS[tower]().save_pretrained(folder / "tower")

@@ -102,7 +102,7 @@ def test_logits_and_words_of_the_stock_class(tower, options, lora, tmp_path):
         add_lora(session.model, spec.Lora(rank=2, alpha=4, dropout=0.0))
         with torch.no_grad():
             for p in lora_parameters(session.model):
-                p.normal_(std=0.3)
+                p.normal_(std=0.2)
         session.model.train_only(("connector",), lora=True)
     path = photograph(tmp_path / "a.jpg")
     out = export(session, recipe(session), tmp_path / "out", metrics={"accuracy": 0.5})
@@ -116,8 +116,10 @@ def test_logits_and_words_of_the_stock_class(tower, options, lora, tmp_path):
     pixels = session.pixels(torch.from_numpy(images.load(path, 28))[None])
     with torch.no_grad():
         want, got = session.model(torch.tensor([ids]), pixel_values=pixels).logits, stock(**batch).logits
+        same = session.model(torch.tensor([ids]), pixel_values=batch["pixel_values"]).logits
     assert want.std() > 0.3
-    torch.testing.assert_close(got, want, atol=1e-5 if not lora else 3e-5, rtol=0)
+    torch.testing.assert_close(got, same, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, want, atol=5e-5, rtol=0)  # pixels differ in their last bit
     ours = session.model.generate(torch.tensor([ids]), pixel_values=pixels, end=session.tokenizer.eos_token_id, max_new_tokens=20)
     theirs = stock.generate(**batch, max_new_tokens=20)[:, len(ids) :]
     assert theirs.tolist() == ours.tolist()
