@@ -110,8 +110,10 @@ def config_of(weights: str, where: str = "weights") -> PretrainedConfig:
 
 
 def tower_config(choice: spec.Clip | spec.Siglip | spec.Dino) -> PretrainedConfig:
-    """The vision half of a tower's configuration."""
+    """The vision half of a tower's configuration; that of a stock LLaVA has one too."""
     config, kinds = config_of(choice.weights, "encoder.weights"), TOWERS[type(choice)][1]
+    if config.model_type == "llava":
+        config = config.vision_config
     if config.model_type not in kinds:
         fits = [kind.__name__ for kind, (_, types) in TOWERS.items() if config.model_type in types]
         raise ValueError(
@@ -192,15 +194,20 @@ def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec
 
 
 def _normalisation(weights: str) -> dict[str, tuple[float, ...]]:
-    folder, _ = locate(weights, "weights")
-    try:
-        from transformers.utils import cached_file
+    """Mean and deviation that a tower was trained with, as far as they lie beside its weights."""
+    from transformers.utils import cached_file
 
-        found = cached_file(folder, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        told = json.loads(Path(found).read_text()) if found else {}
-    except (OSError, ValueError):
-        told = {}
-    return {ours: tuple(told[theirs]) for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in told}
+    folder, _ = locate(weights, "weights")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+            told = json.loads(Path(found).read_text()) if found else {}
+        except (OSError, ValueError):
+            continue
+        told = told.get("image_processor", told)
+        if "image_mean" in told and "image_std" in told:
+            return {"mean": tuple(told["image_mean"]), "std": tuple(told["image_std"])}
+    return {}
 
 
 # ------------------------------------------------------------------------------------------------------------- the parts
@@ -235,6 +242,10 @@ def tokenizer_for(system: spec.System):
 def load_tower(choice, dtype: torch.dtype | None = None) -> nn.Module:
     """The vision tower of some weights, fp32 unless said otherwise."""
     tower_config(choice)
+    if config_of(choice.weights, "encoder.weights").model_type == "llava":
+        from mmfast.models.weights import from_pretrained
+
+        return from_pretrained(choice.weights, dtype=dtype).encoder.vision
     return load_weights(TOWERS[type(choice)][0], choice.weights, "encoder.weights", dtype or torch.float32)
 
 

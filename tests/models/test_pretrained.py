@@ -123,6 +123,11 @@ def test_towers_equal_the_stock_llava(kind, tmp_path):
     assert want.std() > 0.1
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
     torch.testing.assert_close(again, want, atol=1e-5, rtol=0)
+    # Its tower as the tower of another system.
+    eye = replace(given, encoder=replace(given.encoder, weights=str(tmp_path / "out")))
+    assert resolved(eye).encoder.tokens == ours.system.encoder.tokens
+    pixels = inputs["pixel_values"]
+    assert torch.equal(build(eye, tokenizer=tokenizer_for(eye)).encode(pixels), ours.encode(pixels))
     # The whole of it as a start for another system.
     whole = spec.System("whole", weights=str(tmp_path / "out"))
     told = resolved(whole)

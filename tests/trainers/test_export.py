@@ -156,6 +156,25 @@ def test_what_lies_in_the_folder(tmp_path):
     assert AutoTokenizer.from_pretrained(out).chat_template == (out / "chat_template.jinja").read_text()
 
 
+def test_it_is_a_start_for_another_run(tmp_path):
+    """Weights of a system, or of its tower, with the pictures' normalisation."""
+    from mmfast.models import build, resolved, tokenizer_for
+
+    session = Session(tmp_path, kind="words")
+    changed = replace(session.system.image, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    session.model.system = session.system = replace(session.system, image=changed)
+    out = str(export(session, recipe(session), tmp_path / "out"))
+    for given in (spec.System("whole", weights=out), replace(session.system, encoder=spec.Clip(weights=out), image=spec.Fixed(size=99))):
+        assert resolved(given).image == changed
+        model = build(given, tokenizer=tokenizer_for(given))
+        ids = torch.tensor([[1, *[model.image_token] * 4, 9, 10]])
+        pixels = torch.randn(1, 3, 28, 28)
+        if given.weights:
+            with torch.no_grad():
+                torch.testing.assert_close(model(ids, pixel_values=pixels).logits, session.model(ids, pixel_values=pixels).logits)
+        assert torch.equal(model.encode(pixels), session.model.encode(pixels))
+
+
 def test_large_models_are_cut_into_shards(tmp_path, monkeypatch):
     from mmfast.models import weights
 
