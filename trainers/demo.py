@@ -103,7 +103,7 @@ def run_demo(out: Path, *, seed: int = 0, steps: int | None = None, scenes: int 
 
     say("4/4  the same design on easy-vqa")
     easy_run = Run(out / "easy_vqa")
-    easy_session = train_system(easy, easy_run, options=options, vocabulary=EasyVQA.vocabulary())
+    easy_session = train_system(easy, easy_run, options=options)
     accuracy, examples = easy_vqa_accuracy(easy_session)
     easy_run.write_json("recipe.json", _spec(easy) | {"seed": seed})
     easy_run.write_json("eval.json", {"accuracy": accuracy})

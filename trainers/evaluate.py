@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,15 +14,19 @@ from mmfast.data.synthetic import PROMPT, Scene, parse
 from mmfast.eval import chair, pope
 from mmfast.models.tokenizer import plain_text
 
-from .supervised import Session
+from .checkpoint import Run
+
+if TYPE_CHECKING:
+    from .loop import Options
+    from .supervised import Session
 
 
 class Exam:
     """Held-out scenes, their pictures and questions; the same for every model of a seed."""
 
-    def __init__(self, session: Session, *, scenes: int = 500, statistics_scenes: int = 10_000):
+    def __init__(self, session: Session, *, scenes: int = 500, statistics_scenes: int = 10_000, split: str = "eval"):
         world = session.world
-        self.scenes = world.scenes("eval", scenes)
+        self.scenes = world.scenes(split, scenes)
         self.pictures = torch.from_numpy(world.render(self.scenes))
         self.statistics = chair.Cooccurrence(world, world.scenes("train", statistics_scenes))
         self.questions = pope.build(world, self.scenes, self.statistics)
@@ -80,3 +88,68 @@ def claims(session: Session, scenes: list[Scene], texts: list[str]) -> tuple[np.
     found = [parse(text) for text in texts]
     false = [sum(session.world.claim_error(s, m) in ("object", "colour") for m in f) for s, f in zip(scenes, found, strict=True)]
     return np.array(false), np.array([len(f) for f in found])
+
+
+# ------------------------------------------------------------------------------------------------------- during training
+
+PROBE_SCENES = 100
+PROBE_SAMPLES = 4
+
+
+def make_probe(
+    session: Session, source: Any, template: str, run: Run, options: Options, *, light: bool = False
+) -> Callable[[int], dict[str, float]] | None:
+    """``probe(step)`` for the loop, or None where nothing is to be measured.
+
+    With ``options.eval_every``: CHAIR and POPE on scenes that nothing else uses, for a model that speaks the shapes world's words, and for
+    every model a few answers, into ``samples/steps.jsonl``. Without, ``light`` gives the words a caption: captions that grow short are the
+    first sign of a preference method that pushes too hard.
+    """
+    if not options.eval_every and not (light and session.knows_the_world):
+        return None
+    if session.knows_the_world:
+        scenes = session.world.scenes("valid", PROBE_SCENES)
+        states = session.states(torch.from_numpy(session.world.render(scenes)))
+        exam = Exam(session, scenes=PROBE_SCENES, statistics_scenes=2000, split="valid") if options.eval_every else None
+
+        def measure(step: int) -> dict[str, float]:
+            if exam is not None:
+                measured, details = exam(session, template=template)
+                _note(run, step, [{"said": text} for text in details["captions"][:PROBE_SAMPLES]])
+                return {k: float(v) for k, v in measured.items() if v is not None}
+            texts, _ = caption_all(session, states, template)
+            return {"len": sum(len(text.split()) for text in texts) / len(texts)}
+
+        return measure
+    if not hasattr(source, "prompts"):
+        return None
+    asked = source.prompts(PROBE_SAMPLES)
+
+    def samples(step: int) -> dict[str, float]:
+        _note(
+            run,
+            step,
+            [{"asked": question, "said": said} for question, said in zip((q for q, *_ in asked), answer(session, asked), strict=True)],
+        )
+        return {}
+
+    return samples
+
+
+def answer(session: Session, asked: list[tuple[str, list[int], Tensor]], max_new_tokens: int = 64) -> list[str]:
+    """Greedy answers to (question, token ids, pictures uint8 [M, H, W, 3])."""
+    said = []
+    session.model.eval()
+    for _, ids, pictures in asked:
+        seen = {"pixel_values": session.pixels(pictures)} if len(pictures) else {}
+        prompt = torch.tensor([ids], device=session.place.device)
+        out = session.model.generate(prompt, end=session.tokenizer.eos_token_id, max_new_tokens=max_new_tokens, **seen)
+        said.append(plain_text(session.tokenizer, out[0].tolist()))
+    return said
+
+
+def _note(run: Run, step: int, rows: list[dict[str, str]]) -> None:
+    if run.main:
+        (run.folder / "samples").mkdir(exist_ok=True)
+        with open(run.folder / "samples" / "steps.jsonl", "a") as file:
+            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)

@@ -27,6 +27,7 @@ from .place import Place
 
 # Steps without gradient, or without any margin between chosen and rejected, after which a warning is due.
 IDLE_STEPS = 10
+PROBE_EVERY = 20
 
 
 class Stopped(RunError):
@@ -205,7 +206,7 @@ class Options:
     seed: int = 0
     resume: bool = False
     save_every: int | None = None  # steps between checkpoints; one is always written at the end of a stage
-    probe_every: int = 20
+    eval_every: int = 0  # steps between measures and samples during training; 0: light ones now and then
     quiet: bool = False
     compute: Compute = field(default_factory=Compute)
     place: Place = field(default_factory=lambda: Place(torch.device("cpu")))
@@ -229,7 +230,7 @@ def train(
 
     Args:
         first_step: steps that earlier stages of the run took; steps are numbered through.
-        probe: ``probe(step)``: what else to log after the first and every ``probe_every``-th step. It may draw random numbers:
+        probe: ``probe(step)``: what else to log after the first and every ``eval_every``-th step. It may draw random numbers:
             each step starts its generator anew from (seed, step, rank).
         left_out: names of weights that checkpoints need not hold, because no stage of the run has touched them and their origin is named.
     """
@@ -341,7 +342,7 @@ def train(
                 record["peak_memory_mb"] = peak_memory_mb()
                 if skipped:
                     record["skipped"] = skipped
-                if probe is not None and (done == 1 or done % options.probe_every == 0 or done == total):
+                if probe is not None and (done == 1 or done % (options.eval_every or PROBE_EVERY) == 0 or done == total):
                     with places.gathered(objective):
                         record |= probe(first_step + done)
                     model.train()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,11 +22,11 @@ from mmfast.losses import preference_loss, segment_logp
 from mmfast.ops.preference import LOSSES
 from mmfast.spec import Alignment, Contrast, View
 
-from .checkpoint import Run, RunError, load_model, write_atomically
-from .evaluate import caption_all
+from .checkpoint import Run, RunError, write_atomically
+from .evaluate import caption_all, make_probe
 from .loop import Objective, Options, train
 from .place import autocast
-from .supervised import Session, cached_states, token_logps
+from .supervised import Session, cached_states, restore, token_logps
 
 PAIR_SPLIT = "pairs"
 
@@ -191,10 +190,14 @@ def train_alignment(alignment: Alignment, session: Session, run: Run, *, options
         raise RunError(f"{alignment.name}: a term speaks of the view {unknown[0]!r}, the recipe has {', '.join(names)}")
     model, source = session.model, make_source(session, alignment)
     source.views, source.packing = alignment.views, options.compute.packing
-    states = cached_states(session, source, alignment.train)
+    session.add_adapters(alignment.lora)  # they begin as nothing: the model is still the reference
+    model.train_only(alignment.train, lora=alignment.lora is not None)
+    states = cached_states(session, source)
     source.with_pictures = states is None
     reference = Reference(alignment, session, source, states, run.folder)
-    model.train_only(alignment.train)
+    session.let_train(alignment.train, alignment.lora)
+    if options.compute.checkpointing:
+        model.checkpoint_activations()
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
         logps, start = view_logps(session, batch, states), reference(batch).chunk(len(names))
@@ -224,25 +227,15 @@ def train_alignment(alignment: Alignment, session: Session, run: Run, *, options
         measures |= {f"logps/{name}": value.detach().sum() / pairs for name, value in logps.items()}
         return loss, {**measures, "tokens": batch["input_ids"].numel()}
 
-    measure = caption_length(session, alignment.template) if alignment.data.path is None else None
-    probe = None if measure is None else lambda step: measure()
+    probe = make_probe(session, source, alignment.template, run, options, light=True)
     objective = Objective(step, model, blocks=model.language.get_decoder().layers)
-    train(run, objective, source, optim=alignment.optim, stage=alignment.name, options=options, probe=probe)
+    train(
+        run, objective, source, optim=alignment.optim, stage=alignment.name, options=options, probe=probe, left_out=session.left_out
+    )  # fmt: skip
     if options.place.sharded:
         session.rebuild()
-        load_model(session.model, run.last_checkpoint()[1])
+        restore(session, (), run.last_checkpoint()[1], lora=alignment.lora)
     return session
-
-
-def caption_length(session: Session, template: str) -> Callable[[], dict[str, float]]:
-    """Words a caption of 100 scenes that nothing else uses: captions that grow short are the first sign of pushing too hard."""
-    states = session.states(torch.from_numpy(session.world.render(session.world.scenes("valid", 100))))
-
-    def measure() -> dict[str, float]:
-        texts, _ = caption_all(session, states, template)
-        return {"len": sum(len(text.split()) for text in texts) / len(texts)}
-
-    return measure
 
 
 def _views_of(term) -> tuple[str, ...]:

@@ -5,9 +5,11 @@ Where a stage leaves the tower frozen and its pictures fit in memory, the tower'
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +24,14 @@ from mmfast.data.records import Records, Stream
 from mmfast.data.sources import Conversations, Streamed
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import build
+from mmfast.models.lora import add_lora, lora_parameters, merge_lora
+from mmfast.models.pretrained import tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops import linear_logp
-from mmfast.spec import Compute, Data, Mixture, Stage, System, to_dict
+from mmfast.spec import Compute, Data, Lora, Mixture, Stage, System, to_dict
 
-from .checkpoint import Run, RunError, load_model
+from .checkpoint import Run, RunError, load_model, load_state
+from .evaluate import make_probe
 from .loop import Objective, Options, train
 from .place import Place
 
@@ -38,23 +43,87 @@ _STATE_BYTES = 2 << 30
 class Session:
     """A system made concrete: its model, tokenizer and, for built-in data, its world."""
 
-    def __init__(self, system: System, *, seed: int, vocabulary: tuple[str, ...] | None = None, place: Place | None = None):
-        if system.language.weights or system.encoder.weights:
-            raise RunError(
-                f"{system.name}: training from {system.language.weights} and {system.encoder.weights} is not in this version yet; use --tiny"
-            )
-        self.system, self.seed, self.place = system, seed, place or Place(torch.device("cpu"))
+    def __init__(self, system: System, *, seed: int, place: Place | None = None, precision: str = "fp32"):
+        self.seed, self.place = seed, place or Place(torch.device("cpu"))
+        # What is read from published weights and does not train may be held in half precision.
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._sources: dict[str, Any] = {}
+        self.touched: set[str] = set()  # names of all parameters that some stage has trained
         self.world = World(WorldConfig(seed=seed))
-        self.tokenizer = word_tokenizer(vocabulary or self.world.vocabulary)
-        t = self.tokenizer
-        self.image_token = t.convert_tokens_to_ids("<image>")
+        self.origin = self._open_origin(system)
+        self.system = self.origin.adopted(system) if self.origin else system
+        self.tokenizer = self._tokenizer()
+        self.image_token = self.tokenizer.convert_tokens_to_ids("<image>")
         self.rebuild()
 
+    def _open_origin(self, system: System) -> Session | None:
+        """The run that the system's weights are those of, if they are a run's."""
+        from .runs import is_run, open_run
+
+        return open_run(Path(system.weights), place=self.place)[0] if system.weights and is_run(system.weights) else None
+
+    def adopted(self, system: System) -> System:
+        """``system`` with this session's model in place of its own choices."""
+        own = self.system
+        return replace(
+            system, encoder=own.encoder, connector=own.connector, fusion=own.fusion, language=own.language, image=own.image
+        )  # fmt: skip
+
+    def _tokenizer(self):
+        if self.origin:
+            return self.origin.tokenizer
+        if self.system.weights or self.system.language.weights:
+            return tokenizer_for(self.system)
+        names = {part.name for stage in self.system.stages for part in parts_of(stage.data)}
+        return word_tokenizer(supervised.EasyVQA.vocabulary() if "easy_vqa" in names else self.world.vocabulary)
+
+    @property
+    def knows_the_world(self) -> bool:
+        """Whether the model speaks the shapes world's words, so that its claims can be judged."""
+        return self.tokenizer.get_vocab().keys() == set(self.world.vocabulary)
+
     def rebuild(self) -> None:
-        """The model as it was before any training."""
+        """The model as it was before any training of this session."""
         torch.manual_seed(self.seed)
-        self.model = build(self.system, tokenizer=self.tokenizer).to(self.place.device)
+        if self.origin:
+            self.model = merge_lora(copy.deepcopy(self.origin.model))
+            self.model.train_only(())
+        else:
+            self.model = build(self.system, tokenizer=self.tokenizer, dtype=self.dtype).to(self.place.device)
+            self.system = self.model.system
+
+    def add_adapters(self, choice: Lora | None) -> None:
+        """A stage's adapters, unless an earlier stage has added them."""
+        if choice is not None and not lora_parameters(self.model):
+            add_lora(self.model, choice)
+            self.model.to(self.place.device)
+
+    def let_train(self, parts: Sequence[str], lora: Lora | None) -> list[str]:
+        """Lets exactly these parts and adapters learn; returns the parameters' names and makes sure that they are what was asked for."""
+        self.add_adapters(lora)
+        self.model.train_only(parts, lora=lora is not None)
+        modules = [self.model.part(name) for name in parts] + ([] if lora is None else [self.model.part(lora.part)])
+        asked, names = {id(p) for module in modules for p in module.parameters()}, self.model.trained
+        strange = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in asked]
+        if strange or not names:
+            raise RunError(f"{self.system.name}: {', '.join(parts)} should train, and {strange[:3] or 'nothing'} would")
+        self.touched |= set(names)
+        return names
+
+    def left_out(self) -> set[str]:
+        """Weights that checkpoints need not hold: read from where the recipe says, and never trained."""
+        system = self.system
+        given = [
+            name
+            for name, choice in (("encoder", system.encoder), ("language", system.language))
+            if choice.weights or (system.weights and not self.origin)
+        ]
+        given += ["connector"] if system.weights and not self.origin else []
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        touched = {id(own[n]) for n in self.touched if n in own}
+        return {
+            n for n, p in own.items() if n.startswith(tuple(f"{part}." for part in given)) and id(p) not in touched and ".lora_" not in n
+        }
 
     def encoder(self, template: str, max_length: int = 2048) -> chat.Encoder:
         """``encode(turns)`` for this tokenizer and picture size."""
@@ -70,7 +139,7 @@ class Session:
 
     def _make_source(self, data: Data | Mixture, template: str, max_length: int):
         encode, size = self.encoder(template, max_length), self.system.image.size
-        parts = data.parts if isinstance(data, Mixture) else (data,)
+        parts = parts_of(data)
         if all(part.path is not None for part in parts):
             if any(part.streaming for part in parts):
                 if len(parts) > 1:
@@ -149,11 +218,18 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
     """One stage of a system over the shared loop."""
     model, source = session.model, session.source(stage.data, stage.template, stage.max_length)
     source.packing = options.compute.packing
-    model.train_only(stage.train)
+    trained = session.let_train(stage.train, stage.lora)
+    if options.place.main and not options.quiet:
+        print(
+            f"{stage.name} trains {sum(p.numel() for p in model.parameters() if p.requires_grad):,} parameters: {', '.join(summarise(trained))}"
+        )
+    if options.compute.checkpointing:
+        model.checkpoint_activations()
+    common = dict(optim=stage.optim, stage=stage.name, options=options, first_step=first_step, left_out=session.left_out)
     if stage.objective == "words":
         objective, source = words_stage(session, source)
-        return train(run, objective, source, optim=stage.optim, stage=stage.name, options=options, first_step=first_step)
-    states = cached_states(session, source, stage.train)
+        return train(run, objective, source, **common)
+    states = cached_states(session, source)
     source.with_pictures = states is None
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -162,14 +238,14 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
         return -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
 
     objective = Objective(step, model, blocks=model.language.get_decoder().layers)
-    return train(run, objective, source, optim=stage.optim, stage=stage.name, options=options, first_step=first_step)
+    return train(run, objective, source, probe=make_probe(session, source, stage.template, run, options), **common)
 
 
-def cached_states(session: Session, source, train: Sequence[str]) -> Tensor | None:
+def cached_states(session: Session, source) -> Tensor | None:
     """The tower's states of all pictures, where the tower stays frozen and they fit in memory."""
     size = session.system.encoder.tokens * session.system.encoder.width * 4
     pictures = getattr(source, "picture_count", None)  # a stream does not know
-    if "encoder" in train or not pictures or pictures * size > _STATE_BYTES:
+    if session.model.encoder_learns or not pictures or pictures * size > _STATE_BYTES:
         return None
     return session.states_of(source)
 
@@ -208,25 +284,50 @@ def words_stage(session: Session, source) -> tuple[Objective, _ItemsArePictures]
 
 
 def train_system(
-    system: System,
-    run: Run,
-    *,
-    options: Options | None = None,
-    seed: int = 0,
-    quiet: bool = False,
-    vocabulary: tuple[str, ...] | None = None,
+    system: System, run: Run, *, options: Options | None = None, seed: int = 0, quiet: bool = False, session: Session | None = None
 ) -> Session:
-    """All stages of a system."""
+    """All stages of a system; ``session``: one that was made for it before."""
     options = options or Options(seed=seed, quiet=quiet, compute=system.compute)
-    session, step = Session(system, seed=options.seed, vocabulary=vocabulary, place=options.place), 0
+    session, step = session or Session(system, seed=options.seed, place=options.place, precision=options.compute.precision), 0
+    if run.main:
+        session.tokenizer.save_pretrained(run.folder / "tokenizer")
     if options.resume and (last := run.last_checkpoint()) is not None:
-        load_model(session.model, last[1])
+        restore(session, system.stages, last[1])
     for stage in system.stages:
         step = run_stage(session, run, stage, first_step=step, options=options)
         if options.place.sharded:  # shards cannot be undone in place: the stage's checkpoint is read into a whole model
             session.rebuild()
-            load_model(session.model, run.last_checkpoint()[1])
+            restore(session, system.stages, run.last_checkpoint()[1])
     return session
+
+
+def restore(session: Session, stages: Sequence[Stage], path: Path, lora: Lora | None = None) -> None:
+    """A checkpoint into a session's model, with the adapters that the stages up to it (or an alignment) had."""
+    session.add_adapters(lora)
+    names = [stage.name for stage in stages]
+    at = load_state(path)["stage"]
+    for stage in stages[: names.index(at) + 1] if at in names else ():
+        session.let_train(stage.train, stage.lora)
+    load_model(session.model, path)
+
+
+def parts_of(data: Data | Mixture) -> tuple[Data, ...]:
+    return data.parts if isinstance(data, Mixture) else (data,)
+
+
+def summarise(names: Sequence[str]) -> list[str]:
+    """Parameter names with the layers' numbers put together: ``language.model.layers.{0-2}.mlp.up_proj.weight``."""
+    groups: dict[str, set[int]] = {}
+    for name in names:
+        found = re.search(r"\.(\d+)\.", name)
+        key = name if found is None else f"{name[: found.start()]}.{{}}.{name[found.end() :]}"
+        groups.setdefault(key, set()).update([] if found is None else [int(found.group(1))])
+    return [key.replace("{}", f"{{{_span(sorted(numbers))}}}") if numbers else key for key, numbers in groups.items()]
+
+
+def _span(numbers: list[int]) -> str:
+    whole = numbers == list(range(numbers[0], numbers[-1] + 1))
+    return f"{numbers[0]}-{numbers[-1]}" if whole and len(numbers) > 1 else ",".join(map(str, numbers))
 
 
 # ------------------------------------------------------------------------------------------------------------- base models
@@ -254,7 +355,7 @@ def base_model(system: System, *, options: Options, cache: Path) -> tuple[Sessio
     last = run.last_checkpoint() if (folder / "done").exists() else None
     if last is not None:
         session = Session(system, seed=options.seed, place=options.place)
-        load_model(session.model, last[1])
+        restore(session, system.stages, last[1])
         return session, folder
     session = train_system(system, run, options=replace(options, resume=True, save_every=None))
     if options.place.main:

@@ -64,6 +64,18 @@ class _Checked:
         loaded = [self.parts[at].parse(number).pictures[place].load(self.size) for at, number, place in found]
         return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
 
+    def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
+        """The first items' last questions, with the token ids up to their answers and their pictures: what samples are made of."""
+        found = []
+        for at, number in self.items[:count]:
+            record = self.parts[at].parse(number)
+            if record.turns:
+                turns = [*record.turns[:-1], (record.turns[-1][0], None)]
+                pictures = [picture.load(self.size) for picture in record.pictures]
+                stacked = torch.from_numpy(np.stack(pictures)) if pictures else torch.empty(0)
+                found.append((turns[-1][0], self.encoder(turns, record.system)[0], stacked))
+        return found
+
     def _encode_all(self, at: int, record: Record) -> tuple[list[int], list[int]]:
         """Every text of a record, kept; the one with fewest labels stands for all before the check."""
         made = [self._encode(at, record, name) for name in self.texts]

@@ -190,6 +190,11 @@ class MultimodalModel(nn.Module):
             dropout.train(mode and self._lora)
         return self
 
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in backward instead of keeping them: in the language model, and in the tower where it learns."""
+        for part in (self.language, self.encoder.vision):
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     # -- forward
 
     def encode(self, pixel_values: Tensor) -> Tensor:
