@@ -412,7 +412,7 @@ def test_a_video_is_some_of_its_frames(tmp_path, kind):
     assert len({p.key for p in record.pictures}) == 4
 
 
-@pytest.mark.parametrize("said", ["what?", "<video>\nwhat?", "<image>\nwhat?"])
+@pytest.mark.parametrize("said", ["what?", "<video>\nwhat?", "<image>\nwhat?", "what?\n<image>"])
 def test_where_a_video_goes(tmp_path, said):
     """In front where nothing is said, and where LLaVA's video data says <image>."""
     animated(tmp_path / "a.gif")
