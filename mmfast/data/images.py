@@ -92,7 +92,6 @@ def _decode(source: str | Path | bytes, frame: int | None, name: str, draft: boo
                 picture.seek(frame)
             elif draft:
                 picture.draft("RGB", (1, 1))
-            picture.load()
             return _rgb(ImageOps.exif_transpose(picture), name)
     except _Refused:
         raise

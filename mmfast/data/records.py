@@ -64,6 +64,7 @@ class Records:
                 self._starts = [sum(len(rows) for rows, _ in lists[:i]) for i in range(len(lists))]
                 identity = [digest for _, digest in lists]
             else:
+                _one_folder(data, files)
                 self.rows, self._starts = _load(kind, files, streaming=False), [0]
                 identity = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             self._roots = [data.images or str(file.parent) for file in files]
@@ -134,6 +135,7 @@ class Stream:
             self._kind, self._files, self._root = "hub", [], data.images or os.curdir
         else:
             self._kind, self._files = _files(data)
+            _one_folder(data, self._files)
             self._root = data.images or str(self._files[0].parent)
             for file in self._files if self._kind == "json" else ():
                 with open(file, "rb") as opened:
@@ -333,6 +335,12 @@ def _files(data: Data | Pairs) -> tuple[str, list[Path]]:
             f"data {path} mixes {' and '.join(sorted(kinds))} files; give a pattern such as {path}/*{files[0].suffix}, or a mixture"
         )
     return kinds.pop(), files
+
+
+def _one_folder(data: Data | Pairs, files: Sequence[Path]) -> None:
+    """``datasets`` does not say which file a row is from, so picture names can be relative to one folder alone."""
+    if data.images is None and len({file.parent for file in files}) > 1:
+        raise ValueError(f"{data.path}: its files are in several folders; name the one that pictures are relative to with data.images")
 
 
 def _read_json(file: Path) -> tuple[list[Any], str]:

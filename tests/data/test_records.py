@@ -299,6 +299,18 @@ def test_every_source_gives_the_same_records(folder, source):
     assert check(records, None, on_bad_record="fail") == [0, 1, 2, 3, 4]
 
 
+def test_picture_names_are_relative_to_their_own_file(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.jsonl", rows_of(2))
+    data = Data("mine", str(tmp_path / "*" / "a.jsonl"))
+    want = [str(tmp_path / name / f"{i}.png") for name in ("one", "two") for i in range(2)]
+    assert [r.pictures[0].source for r in Records(data)] == want
+    assert [r.number for r in Records(data)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="in several folders"):
+        Stream(data)
+
+
 def test_pictures_inside_parquet_stay_encoded(tmp_path):
     datasets = pytest.importorskip("datasets")
     rows = [{"messages": [ask, say(f"a{i}")], "images": [{"bytes": png(i), "path": None}] * 2} for i in range(3)]
@@ -400,7 +412,7 @@ def test_a_video_is_some_of_its_frames(tmp_path, kind):
     assert len({p.key for p in record.pictures}) == 4
 
 
-@pytest.mark.parametrize("said", ["what?", "<video>\nwhat?", "<image>\nwhat?"])
+@pytest.mark.parametrize("said", ["what?", "<video>\nwhat?", "<image>\nwhat?", "what?\n<image>"])
 def test_where_a_video_goes(tmp_path, said):
     """In front where nothing is said, and where LLaVA's video data says <image>."""
     animated(tmp_path / "a.gif")
@@ -552,11 +564,14 @@ def test_weights_are_shares_of_the_draws():
 
 def test_a_part_is_walked_without_repeats_until_exhausted():
     mixed = Mixed([40, 7, 30], [1, 3, 2], seed=1)
-    walks = [[], [], []]
+    walks, parts = [[], [], []], set()
     for epoch in range(6):
-        for index in mixed.order(epoch).tolist():
+        order = mixed.order(epoch)
+        parts.add(tuple(torch.bucketize(order, torch.tensor([40, 47]), right=True).tolist()))
+        for index in order.tolist():
             p = 2 if index >= 47 else 1 if index >= 40 else 0
             walks[p].append(index - mixed.starts[p])
+    assert len(parts) == 6, "the sequence of parts is shuffled anew"
     for walk, size in zip(walks, mixed.sizes, strict=True):
         assert len(walk) > size
         laps = [walk[i : i + size] for i in range(0, len(walk) - size + 1, size)]
