@@ -174,7 +174,7 @@ def correction_weights(
 ) -> tuple[list[float], list[float]]:
     """Token weights of both answers, gamma on corrected segments and 1 elsewhere, for ``segment_logp(token_weights=...)``: RLHF-V.
 
-    With ``norm="weight"`` and gamma 5 the paper's score (arXiv:2312.00849, eq. 3); its code sums (``norm="none"``) with gamma 1.1. The same
+    With ``norm="weight"`` and gamma 5 the paper's score (arXiv:2312.00849, section 3.2); its code sums (``norm="none"``) with gamma 1.1. The same
     weights belong to policy and reference. Arguments as for ``changed_segments``; returns the rejected answer's, then the chosen one's.
     """
     weights = [1.0] * len(rejected), [1.0] * len(chosen)

@@ -50,12 +50,15 @@ def penalised_score(
             them. correct: ``[B]``, what comparing with a known answer gave: 1 for the right letter, +-.5 for a "No", 0 where there is none.
         response_length: columns of a response, 896 in the paper's run.
     """
-    unfinished = torch.where(ended.bool(), 0.0, no_end).to(reward.dtype)
+    unfinished, lens = no_end * (~ended.bool()).to(reward.dtype), lens.to(reward.dtype)
     return reward + unfinished + length_coef * length_bonus * lens / response_length + correct_coef * correct
 
 
 def rloo_advantages(scores: Tensor) -> Tensor:
     """``r_i - mean of the other answers' r``: REINFORCE leave-one-out (arXiv:2402.14740), a constant.
+
+    The policy's ratio is then one for a whole answer: give ``mmfast.ppo_policy_loss`` sums of log-probabilities, ``[B, 1]``. TRL's code also
+    accepts answers that no reward scored and leaves them out; drop them first.
 
     Args:
         scores: ``[.., G]``, the G answers of a prompt side by side, the KL penalty already taken off (``token_rewards(..).sum(-1)``).
