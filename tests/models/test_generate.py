@@ -20,6 +20,8 @@ def test_weakened_and_contrasted_pictures(dtype):
     for beside, stays in ((0.390562, False), (0.390563, True)):
         edge = torch.tensor([2, beside], dtype=dtype)
         assert contrastive_logits(edge, edge).isfinite().tolist() == [True, stays]
+    unlikely = contrastive_logits(torch.tensor([0, 5], dtype=dtype), torch.tensor([5, 0], dtype=dtype))
+    assert unlikely.tolist() == [-torch.inf, 10], "what the clean picture makes implausible goes, however likely it is under noise"
     released = contrast.softmax(-1).tolist()
     assert released == pytest.approx([0.924141819979, 0.075858180021, 0, 0], **(tolerance | {"abs": 1e-12}))
     weakened = noisy.softmax(-1).tolist()
