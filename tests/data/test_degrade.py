@@ -1,4 +1,4 @@
-"""Degraded pictures and frames: the noise schedule's worked values, sizes, and colours against the standard library."""
+"""Degraded pictures: the noise schedule's worked values, sizes, and colours against the standard library."""
 
 import colorsys
 import math
@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from mmfast.data import degrade
-from mmfast.data.video import frame_indices
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -135,15 +134,3 @@ def test_crop(dtype):
     assert got.shape == image.shape
     torch.testing.assert_close(got[:, :, 1:-1], (10 + (torch.arange(40, dtype=dtype) + 0.5) / 2 - 0.5)[1:-1].expand(3, 30, 38))
     torch.testing.assert_close(degrade.crop(image, (0, 0, 30, 40)), image)
-
-
-def test_frames_of_llava_hound():
-    assert frame_indices(20, 8) == [0, 2, 5, 8, 10, 13, 16, 19]
-    assert frame_indices(3, 8) == [0, 0, 0, 0, 1, 1, 1, 2]
-    assert frame_indices(5, 1) == [0]
-    assert frame_indices(1, 4) == [0, 0, 0, 0]
-    for frames in range(1, 60):
-        for count in range(2, 12):
-            assert frame_indices(frames, count) == [math.floor((frames - 1) * i / (count - 1)) for i in range(count)]
-    with pytest.raises(ValueError, match="at least one frame, got 8 of 0"):
-        frame_indices(0)

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from mmfast.models.generate import contrastive_logits
+from mmfast.models.decoding import contrastive_logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
