@@ -1,5 +1,6 @@
 """What the documents say is what is there."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -16,6 +17,14 @@ def test_links_lead_somewhere():
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_functions_that_the_alignment_page_names_exist():
+    names = re.findall(r"`(mmfast(?:\.\w+)+)`", (ROOT / "docs" / "alignment.md").read_text())
+    assert len(names) > 40
+    for name in names:
+        module, _, function = name.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), function)), name
 
 
 def test_readme_op_example_runs():

@@ -1,6 +1,8 @@
-"""MMHal-Bench's scores (arXiv:2309.14525) from ratings: 3 to 6 without hallucination, informativeness 0 to 3; 0 to 2 with, 0 to 2."""
+"""Scores from a judge's replies: MMHal-Bench's ratings (arXiv:2309.14525; 3 to 6 without hallucination, informativeness 0 to 3; 0 to 2 with,
+0 to 2), and LLaVA-Hound's of answers about videos (arXiv:2404.01258; 1 to 5)."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from mmfast.eval.chair import NAN
@@ -28,3 +30,19 @@ def oracle_rating(false_claims: int, facts: int, facts_told: int) -> int:
     """What a perfect judge of the shapes world gives: 3 + level without a false claim, else min(level, 2); level = round(3 recall)."""
     level = int(3 * facts_told / facts + 0.5) if facts else 0
     return 3 + level if false_claims == 0 else min(level, 2)
+
+
+def read_score(reply: str) -> float:
+    """The score in a judge's reply, as LLaVA-Hound's script reads it (arXiv:2404.01258): what stands after "Score:", else the number that the
+    reply names most often (the mean of those, if several), else 1. Only a reply that is missing has none: None for ``data.pairs``."""
+    if stated := re.search(r"score:\s*([1-5])\b", reply.lower()):
+        return float(stated[1])
+    counts = Counter(float(n) for n in re.findall(r"\d+(?:\.\d+)?", reply))
+    most = [n for n, count in counts.items() if count == max(counts.values())]
+    return sum(most) / len(most) if most else 1.0
+
+
+def judged_answers(scores: Sequence[float]) -> dict[str, float]:
+    """LLaVA-Hound's accuracy, the share of scores of at least 3, and the mean score. Comparable under one version of one judge alone."""
+    n = len(scores)
+    return {"judge_accuracy": sum(s >= 3 for s in scores) / n if n else NAN, "judge_score": sum(scores) / n if n else NAN}

@@ -107,3 +107,15 @@ def wpo_weights(logp: Tensor, log_square_sum: Tensor, seq_ids: Tensor, num_segme
     A pair's weight is the product of its two answers'. ``log_square_sum`` is ``logsumexp(2 z) - 2 logsumexp(z)`` over a token's logits z.
     """
     return segment_logp(logp.detach() - log_square_sum.detach(), seq_ids, norm="count", num_segments=num_segments).exp()
+
+
+def strongest_alternative(logits: Tensor, labels: Tensor) -> Tensor:
+    """The likeliest token that is not the label: the arg-max, or the runner-up where the arg-max is the label. ``[.., V]``, ``[..]`` -> ids.
+
+    An ablation, not a method. The released code of STIC (arXiv:2405.19716), and POVID's (arXiv:2402.11411) before it was repaired, scores
+    these ids in place of the rejected text, policy and reference each its own: that sinks what competes with the rejected tokens, the
+    opposite of the paper's objective. POVID's second stage in its first version took them from the chosen text under a noised image; the
+    present one takes the arg-max, so that only tokens whose prediction the noise changes count. Score them by ``label_logp``.
+    """
+    first, second = logits.detach().topk(2, dim=-1).indices.unbind(-1)
+    return torch.where(first == labels, second, first)

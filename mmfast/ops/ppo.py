@@ -18,6 +18,7 @@ from torch import Tensor
 import mmfast.ops.library  # noqa: F401  registers torch.ops.mmfast
 
 _SEMANTICS = ("masked", "llava_rlhf")
+_SCORE_AT = ("end", "after_end", "last")
 _KL_KINDS = {"k1": 1, "k1_clamped": 2, "k2": 3, "k3": 4}
 _POLICY_STATS = ("clip_fraction", "approx_kl", "ratio", "ref_kl")
 _VALUE_STATS = ("clip_fraction", "squared_error")
@@ -49,6 +50,7 @@ def token_rewards(
     mask: Tensor | None = None,
     kl_kind: str | None = None,
     scale: float | None = None,
+    score_at: str | None = None,
     semantics: str = "masked",
 ) -> Tensor:
     """A sequence's score and a penalty for leaving the reference, as rewards of its tokens. Once a rollout: plain PyTorch, no kernel.
@@ -60,13 +62,16 @@ def token_rewards(
         mask: ``[B, T]``; all True when left out. A row without a token gets no reward.
         kl_kind: as in ``ppo_policy_loss``; left out ``"k1"``, under llava_rlhf ``"k1_clamped"``.
         scale: left out 1, under llava_rlhf 10 (a constant of its code).
-        semantics: ``"masked"`` puts the score on the last token inside the mask (TRL: one column later); ``"llava_rlhf"`` on column
-            T - 1 and ignores the mask, so padding must hold equal log-probabilities.
+        score_at: where the score stands. ``"end"``: the last token inside the mask. ``"after_end"``: one column past it, or on it where the
+            row is full, as in TRL's PPO; ``gae`` and the value loss must then count that column too: their mask is
+            ``mask | mask.roll(1, -1)``. ``"last"``: column T - 1, padding or not. Left out ``"end"``, under llava_rlhf ``"last"``.
+        semantics: ``"llava_rlhf"`` ignores the mask, so padding must hold equal log-probabilities.
 
     Returns:
         ``[B, T]``, float32 (float64 for float64 logp); a constant, without gradient.
     """
     faithful = _choice("token_rewards", "semantics", semantics, _SEMANTICS) == "llava_rlhf"
+    score_at = _choice("token_rewards", "score_at", score_at or ("last" if faithful else "end"), _SCORE_AT)
     kl_kind = _choice("token_rewards", "kl_kind", kl_kind or ("k1_clamped" if faithful else "k1"), _KL_KINDS)
     if logp.dim() != 2 or ref_logp.shape != logp.shape or scores.shape != logp.shape[:1]:
         got = ", ".join(str(list(t.shape)) for t in (scores, logp, ref_logp))
@@ -75,6 +80,10 @@ def token_rewards(
     kl = _kl(logp.detach().to(wide), ref_logp.detach().to(wide), kl_kind)
     inside = torch.ones_like(kl, dtype=torch.bool) if mask is None or faithful else _bool(mask)
     end = inside & (inside.flip(-1).cumsum(-1).flip(-1) == 1)
+    if score_at == "after_end":
+        end = torch.where(end[:, -1:], end, end.roll(1, -1))
+    elif score_at == "last":
+        end = end.any(-1, keepdim=True) & (torch.arange(end.shape[1], device=end.device) == end.shape[1] - 1)
     rewards = torch.where(inside, -kl_coef * kl, 0.0) + torch.where(end, scores.detach().to(wide).unsqueeze(-1), 0.0)
     return rewards * ((10.0 if faithful else 1.0) if scale is None else scale)
 

@@ -97,6 +97,13 @@ def test_a_tokenizer_without_a_first_token():
     assert read(chat.encode(Plain(), "bare", [("q", "a")], image_tokens=2, image_token=IMAGE)[0]) == "qa</s>"
 
 
+def test_places_of_a_picture_leave_448_of_1024():
+    """A picture of 336 pixels at 14 a patch takes 576; the rest of the text falls away."""
+    ids, _ = encode("bare", [("<image>q", "a" * 2000)], tokens=576, max_length=1024)
+    assert len(ids) == 1024
+    assert sum(i != IMAGE for i in ids) == 448
+
+
 def test_unknown_template():
     with pytest.raises(ValueError, match=r"unknown template 'vicuna'.*'vicuna_v1'"):
         encode("vicuna", TURNS)

@@ -165,11 +165,19 @@ def test_idealised_captioners(large):
 
 def test_mmhal_by_hand():
     got = judged.mmhal([6, 4, 3, 2, 0, 5])
-    assert got == pytest.approx({"mmhal_score": 10 / 3, "mmhal_hallucination": 1 / 3, "mmhal_informativeness": 0.44444}, abs=1e-4)
+    assert got == pytest.approx({"mmhal_score": 10 / 3, "mmhal_hallucination": 1 / 3, "mmhal_informativeness": 4 / 9}, rel=1e-9)
     assert [judged.read_rating(t) for t in ("Rating: 4", "rating: 2 or rating: 3", "great", "Rating: 10")] == [4, 0, 0, 1]
     assert judged.oracle_rating(0, 4, 4) == 6
     assert judged.oracle_rating(1, 4, 4) == 2
     assert judged.oracle_rating(2, 4, 0) == 0
+
+
+def test_judge_of_video_answers_by_hand():
+    replies = ["Explanation: 4 of 5 facts.\nScore: 3", "Score: 5", "I give 4. Yes, 4 of 5", "2 or 3", "none"]
+    scores = [judged.read_score(r) for r in replies]
+    assert scores == [3, 5, 4, 2.5, 1]
+    assert judged.judged_answers([5, 3, 2, 4, 1, 2]) == pytest.approx({"judge_accuracy": 1 / 2, "judge_score": 17 / 6}, rel=1e-9)
+    assert math.isnan(judged.judged_answers([])["judge_accuracy"])
 
 
 def test_paired_bootstrap():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mmfast.losses import anchor, contrast, forward_kl, kto_margin, likelihood, phrase_contrast, preference_loss, segment_logp, wpo_weights
+from mmfast.ops.preference import LOSSES
 
 
 def double(*shape):
@@ -50,6 +51,33 @@ def test_weights_of_one_change_nothing():
     ones = torch.ones(2)
     assert torch.equal(contrast(chosen, rejected, ref_chosen, ref_rejected, severity=ones)[0], plain)
     assert torch.equal(preference_loss(chosen, rejected, ref_chosen, ref_rejected, pair_weights=ones)[0], plain)
+
+
+# A loss over answers has no pairs, the sft term weighs by length, and what sorts the batch is below.
+ADDITIVE = [n for n in LOSSES if n not in ("aot", "aot_unpaired", "kto", "anchor", "sft")]
+
+
+@pytest.mark.parametrize("name", ADDITIVE)
+def test_a_batch_is_the_mean_of_its_pairs(name):
+    """So micro-batches may be averaged."""
+    answers, lens = (-10 * torch.rand(4, 5).double())[: 4 if LOSSES[name].reference else 2], torch.randint(1, 20, (5,))
+
+    def loss(rows):
+        return preference_loss(*answers[:, rows], loss_type=name, chosen_lens=lens[rows], rejected_lens=lens[rows] + 1)[0]
+
+    torch.testing.assert_close(loss(slice(None)), torch.stack([loss(slice(i, i + 1)) for i in range(5)]).mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "references", "want"),
+    [("aot", ((-31, -22), (-30, -23)), 0.6237512125142362), ("aot_unpaired", ((-22, -31), (-23, -30)), 0.6212677647275813)],
+)
+def test_what_sorts_a_batch_is_not_the_mean_of_its_pairs(name, references, want):
+    """aot: differences (4, -1) and (-1, 1), sorted 0 and 3, pair by pair 5 and -2. unpaired: (2, 1) and (-1, 1), so 2 and 1, not 3 and 0."""
+    answers = torch.tensor(((-20, -30), (-24, -29), *references), dtype=torch.float64)
+    assert preference_loss(*answers, loss_type=name)[0].item() == pytest.approx(want, rel=1e-9)
+    each = [preference_loss(*answers[:, i : i + 1], loss_type=name)[0].item() for i in range(2)]
+    assert sum(each) / 2 != pytest.approx(want, rel=1e-3)
 
 
 def test_prompts_and_padding_do_not_matter():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from worked import near, row
 
+from mmfast.data.pairs import correction_weights, ranked_pairs
 from mmfast.losses import (
     anchor,
     contrast,
@@ -19,6 +20,7 @@ from mmfast.losses import (
     phrase_contrast,
     preference_loss,
     segment_logp,
+    strongest_alternative,
     wpo_weights,
 )
 
@@ -217,6 +219,8 @@ def test_dense_weights_of_corrected_tokens(gamma, norm, beta, sums, want, dtype)
     """RLHF-V."""
     now, before, changed = (row(*(a + b), dtype=dtype) for a, b in zip(CHANGED["chosen"], CHANGED["rejected"], strict=True))
     ids, weights = torch.tensor([0] * 4 + [1] * 5), 1 + (gamma - 1) * changed
+    found = correction_weights([1, 2, 30, 31, 4], [1, 2, 3, 4], gamma, min_match=1)  # so short that one shared token must do
+    assert found[1] + found[0] == near(weights.tolist(), dtype)
     chosen, rejected = segment_logp(now, ids, token_weights=weights, norm=norm).split(1)
     ref_chosen, ref_rejected = segment_logp(before, ids, token_weights=weights, norm=norm).split(1)
     if sums is not None:
@@ -268,6 +272,8 @@ def test_rejected_text_is_scored_on_its_own_labels(dtype):
     """The strongest alternative to each rejected token scored in its place gives .6811, shipped as DPO by two projects."""
     policy = torch.tensor([[2, 0.5, -1, 0], [0.2, 1.5, 1, -0.5], [-0.3, 0.1, 0.4, 2.2]], dtype=dtype)
     reference = torch.tensor([[1.8, 0.7, -0.9, 0.1], [0.4, 1.1, 1.3, -0.4], [-0.2, 0.3, 0.2, 2]], dtype=dtype)
+    for logits in (policy, reference):
+        assert strongest_alternative(logits, torch.tensor([0, 2, 1])).tolist() == [1, 1, 3]
     for ids, sums, want in (
         ([0, 2, 1], (-3.957364017505260, -3.415564380004120), 0.647165522360424),
         ([1, 1, 3], (-2.857364017505259, -3.015564380004120), 0.681130280735412),  # not the labels: a value to be refused
@@ -308,11 +314,13 @@ def test_povid(dtype):
     n, ref_n, _, loss = total(label_sums(noisy, ids), label_sums(ref_noisy, ids))
     assert (n, ref_n, loss) == near((-2.496565323094847, -3.265206655608469, 0.690162305541811), dtype)
     # The runner-up where the arg-max is the chosen token: an earlier variant, to be refused.
+    assert strongest_alternative(noisy, torch.tensor([0, 1, 3])).tolist() == [1, 2, 2]
     assert label_sums(clean, [1, 2, 2]).item() == near(-5.157364017505260, dtype)
 
 
 def test_bpo(dtype):
     """Each negative of a prompt makes its own pair with the ground truth; the loss is the mean over pairs."""
+    assert ranked_pairs([1, 0, 0]) == [(0, 1), (0, 2)]
     chosen, rejected = row(-2.2, -2.2, dtype=dtype), row(-3.1, -4.0, dtype=dtype)
     batch = chosen, rejected, row(-2.6, -2.6, dtype=dtype), row(-2.8, -4.1, dtype=dtype)
     assert preference_loss(*batch, reduction="none")[0].tolist() == near([0.658759555548697, 0.678259676341449], dtype)

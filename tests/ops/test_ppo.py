@@ -90,6 +90,31 @@ def test_masked_rewards_stand_on_the_end_token(row):
     close(mmfast.token_rewards(score, row(*OLD), row(*REF), kl_coef=0.1, mask=gaps.long()), (-0.05, 0.0, -4.3, 0.0), row.tolerance)
 
 
+def test_rewards_stand_one_column_past_the_end_in_trl(row):
+    """Two tokens, a score of 1, the KL of the first 2 with coefficient .05: TRL's example, with the column that its value loss counts too."""
+    mask, full = (torch.tensor([m], device=row.device) for m in ([True, True, False], [True, True, True]))
+    score = torch.ones(1, dtype=row.dtype, device=row.device)
+    logp, ref = row(-1.0, -2.0, math.nan), row(-3.0, -2.0, math.nan)
+    trl = dict(kl_coef=0.05, score_at="after_end")
+    rewards = mmfast.token_rewards(score, logp, ref, mask=mask, **trl)
+    close(rewards, (-0.1, 0.0, 1.0), row.tolerance)
+    counted = mask | mask.roll(1, -1)
+    assert counted.tolist() == [[True, True, True]]
+    advantages, returns = mmfast.gae(rewards, row(0.2, 0.3, 0.4), gamma=1.0, lam=0.95, mask=counted)
+    close(advantages, (0.6365, 0.67, 0.6), row.tolerance)
+    close(returns, (0.8365, 0.97, 1.0), row.tolerance)
+    close(mmfast.token_rewards(score, logp, ref, mask=mask, kl_coef=0.05), (-0.1, 1.0, 0.0), row.tolerance)  # on the end token
+    # A full row has no column to spare; a row without a token gets nothing.
+    close(mmfast.token_rewards(score, row(-1.0, -2.0, -3.0), row(-3.0, -2.0, -3.0), mask=full, **trl), (-0.1, 0.0, 1.0), row.tolerance)
+    assert (mmfast.token_rewards(score, row(-1.0, -2.0, 0.0), row(-3.0, -2.0, 0.0), mask=torch.zeros_like(mask), **trl) == 0).all()
+    last = mmfast.token_rewards(
+        score, row(-1.0, math.nan, math.nan), ref, mask=full & (full.cumsum(-1) == 1), kl_coef=0.05, score_at="last"
+    )
+    close(last, (-0.1, 0.0, 1.0), row.tolerance)
+    one = mmfast.token_rewards(score, row(-1.0), row(-3.0), kl_coef=0.05, score_at="after_end")
+    close(one, (0.9,), row.tolerance)
+
+
 def test_llava_rlhf_update(row):
     """From rewards to losses as the released code computes them."""
     advantages, returns = mmfast.gae(row(-0.5, 0.0, 0.0, -43.0), row(*VALUES), gamma=1.0, lam=1.0)
