@@ -100,7 +100,10 @@ def resolve(args: argparse.Namespace, rest: list[str]):
 
     from . import config
 
-    mmfast.build_info()  # a wrong MMFAST_CPU_ISA is told here rather than by the first op
+    try:
+        mmfast.build_info()
+    except ValueError as error:  # a wrong MMFAST_CPU_ISA is told here rather than by the first op
+        raise RunError(str(error)) from None
     recipe, problems = config.layered(args.recipe, tiny=args.tiny, files=args.config, rest=rest, flags=FLAGS)
     if getattr(args, "device", None):
         recipe = replace(recipe, compute=replace(recipe.compute, device=args.device))

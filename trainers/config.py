@@ -228,7 +228,10 @@ def _scalar(hint: Any, base: Any, given: Any, where: str, problems: list[str], *
     try:
         if not fits:
             raise ValueError
-        return _leaf_parser(hint).parse_args([f"--value={given}"]).value
+        value = _leaf_parser(hint).parse_args([f"--value={given}"]).value
+        return (
+            given if isinstance(given, int | float) and hint is not bool else value
+        )  # a file's 1 stays 1 where a number is wanted, not 1.0
     except Exception:  # jsonargparse's own errors are of several types, and their text shows its insides
         problems.append(f"{where}: expected {expected}, got {given!r}{nearest(str(given), literal)}")
         return base

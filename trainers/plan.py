@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmfast.models import build
 from mmfast.models.build import MultimodalModel
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
-from mmfast.spec import PARTS, Alignment, Lora, Stage, System
+from mmfast.spec import PARTS, Alignment, LanguageModel, Lora, Stage, System
 
 from . import config
 from .describe import columns
@@ -77,7 +77,7 @@ def sized(system: System) -> System:
         language = replace(
             language, family=found.model_type, vocab=found.vocab_size, width=found.hidden_size, depth=found.num_hidden_layers,
             heads=found.num_attention_heads, kv_heads=getattr(found, "num_key_value_heads", found.num_attention_heads),
-            ffn=found.intermediate_size, tied=bool(found.tie_word_embeddings),
+            ffn=found.intermediate_size, context=found.max_position_embeddings, tied=bool(found.tie_word_embeddings),
         )  # fmt: skip
     if not language.vocab:  # the shapes world's words
         from mmfast.data.synthetic import World
@@ -327,13 +327,14 @@ def jobs(recipe: System | Alignment) -> list[Stage | Alignment]:
 
 
 def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: int = 1, length: int | None = None) -> Plan:
-    """Parameters and memory of one stage in one of ``processes`` processes, with every row ``length`` positions long."""
+    """Parameters and memory of one stage in one of ``processes`` processes, with every row ``length`` positions long (default: as long as
+    the stage or the language model lets it be)."""
     system = recipe.policy if isinstance(recipe, Alignment) else recipe
     compute, optim, words = recipe.compute, job.optim, isinstance(job, Stage) and job.objective == "words"
     shape = sized(system)
     pictures = math.ceil(optim.batch / processes)
     rows = pictures * (len(job.views) if isinstance(job, Alignment) else 1)
-    length = length or job.max_length
+    length = length or min(job.max_length, shape.language.context)
     if length <= shape.encoder.tokens:
         raise RunError(f"rows of {length} positions cannot hold a picture of {shape.encoder.tokens} tokens; give a longer --length")
     counted = count(system, job.train, job.lora, words)
@@ -355,7 +356,8 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
         outside = sum(counted.parts.values()) - counted.blocks
         gathered, casts = half * (outside + 2 * counted.block), 0  # a block at work and the next one on its way
 
-    outside = saved.outside + (0 if words else head_bytes(rows, length, shape.language.width, half))
+    learns_head = "language" in job.train or (shape.language.tied and "embeddings" in job.train)
+    outside = saved.outside + (0 if words else head_bytes(rows, length, shape.language, half, trained=learns_head))
     plain = outside + sum(sum(blocks) for blocks in saved.blocks.values()) + casts
     kept = outside + sum(saved.inputs[name] * len(blocks) for name, blocks in saved.blocks.items())
     widest = max((max(blocks, default=0) for blocks in saved.blocks.values()), default=0)
@@ -365,12 +367,14 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     memory["logits"] = logits_bytes(scored, shape.language.vocab, shape.language.width, half, cpu=compute.device == "cpu")
     full = 0 if words else 4 * rows * length * shape.language.vocab
     passing = _passing(job, shape, pictures, half)
-    return Plan(job.name, rows, pictures, length, counted.parts, trained, memory, passing, activations, full)
+    return Plan(job.name, rows, pictures, length, dict(counted.parts), trained, memory, passing, activations, full)
 
 
-def head_bytes(rows: int, length: int, width: int, size: int) -> int:
-    """What ``linear_logp`` saves for backward: hidden states in fp32 (and their half copy), labels, and its statistics; no logits."""
-    return rows * length * ((4 * width if size == 4 else 6 * width) + 8 + 12 * 4)
+def head_bytes(rows: int, length: int, language: LanguageModel, size: int, *, trained: bool) -> int:
+    """What ``linear_logp`` saves for backward: hidden states in fp32 (in half types a copy, and one of a head that trains), labels and its
+    statistics; no logits."""
+    half = 2 * language.width * (rows * length + trained * language.vocab) if size == 2 else 0
+    return rows * length * (4 * language.width + 8 + 12 * 4) + half
 
 
 def logits_bytes(scored: int, vocab: int, width: int, size: int, *, cpu: bool) -> int:
