@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmfast.models import build
 from mmfast.models.build import MultimodalModel
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
-from mmfast.spec import PARTS, Alignment, LanguageModel, Lora, Stage, System
+from mmfast.spec import PARTS, Alignment, LanguageModel, Lora, Stage, System, nearest
 
 from . import config
 from .describe import columns
@@ -272,11 +272,11 @@ def _trace(job, system: System, precision: str, rows: int, pictures: int, length
         system, encoder=replace(encoder, depth=depth["encoder"], layer=-behind - 1), language=replace(language, depth=depth["language"])
     )
     autocast = torch.autocast("cpu", kind) if precision != "fp32" else nullcontext()
-    with torch.device("meta"):
+    with torch.enable_grad(), torch.device("meta"):
         model = build(small)
         model.language.set_attn_implementation(_plain_attention())
         learnt = {id(p) for p in _prepare(model, job.train, job.lora)}
-    with FakeTensorMode():
+    with torch.enable_grad(), FakeTensorMode():
         _materialise(model, lambda p: torch.float32 if id(p) in learnt else kind)
         states = torch.zeros(pictures, encoder.tokens, encoder.width)
         head = _fake_word_head(system) if words else None
@@ -454,7 +454,10 @@ def after(recipe: System | Alignment, move: Move) -> System | Alignment | None:
 
 
 def _stage(recipe: System | Alignment, name: str) -> Stage | Alignment:
-    return next(job for job in jobs(recipe) if job.name == name)
+    found = {job.name: job for job in jobs(recipe)}
+    if name not in found:
+        raise RunError(f"{recipe.name} has no stage {name!r}{nearest(name, found)}; there are {', '.join(found)}")
+    return found[name]
 
 
 def advice(
@@ -517,6 +520,13 @@ def _priced(recipe: System | Alignment, chosen: list[Move], price: Callable[...,
 
 def out_of_memory_hint(recipe: System | Alignment, stage: str, *, processes: int = 1, length: int | None = None) -> str:
     """One sentence for a stage that ran out of memory: what was predicted, and the three changes that save most, each by itself."""
+    try:
+        return f"out of memory in {stage}, {_hint(recipe, stage, processes, length)}; `mmfast plan` shows all of it"
+    except Exception as error:  # it is called while another error is handled, which must not be lost
+        return f"out of memory in {stage}; `mmfast plan` names what to change (its own prediction failed: {type(error).__name__}: {error})"
+
+
+def _hint(recipe: System | Alignment, stage: str, processes: int, length: int | None) -> str:
     before, found = predict(recipe, _stage(recipe, stage), processes=processes, length=length), {}
     for move in moves(recipe, _stage(recipe, stage), processes):
         if (changed := after(recipe, move)) is not None:
@@ -527,11 +537,8 @@ def out_of_memory_hint(recipe: System | Alignment, stage: str, *, processes: int
     best = sorted(found.values(), key=lambda pair: -pair[0])[:3]
     options = [f"{move} (saves {gib(saved)})" for saved, move in best]
     said = ", ".join(options[:-1]) + " or " * (len(options) > 1) + "".join(options[-1:])
-    return (
-        f"out of memory in {stage}, whose rows of up to {before.length} positions need about {gib(before.total)} a process: "
-        + (f"try {said}; " if said else "")
-        + "`mmfast plan` shows all of it"
-    )
+    need = f"which needs about {gib(before.total)} a process with rows of {before.length} positions"
+    return need + (f": try {said}" if said else "")
 
 
 # ------------------------------------------------------------------------------------------------------------------ page

@@ -3,7 +3,9 @@
 import dataclasses
 import itertools
 import json
+import re
 import typing
+from pathlib import Path
 
 import pytest
 import yaml
@@ -111,6 +113,16 @@ def test_a_kind_starts_from_its_own_defaults(tmp_path):
     assert optim == vocabulary.Optim(lr=0.1, steps=3)
     file.write_text("stages: {instruct: {optim: {lr: 0.1, steps: 3}}}\n")
     assert stage(given("llava", tiny=True, files=[str(file)])).optim.warmup == 40
+
+
+def test_the_file_in_the_documents(tmp_path):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+    (tmp_path / "lab.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
+    recipe = given("llava", files=[str(tmp_path / "lab.yaml")])
+    assert [s.name for s in recipe.stages] == ["instruct"]
+    assert stage(recipe).optim.lr_of == {"connector": 1e-4}
+    words, told = re.search(r"\$ mmfast train llava --tiny (.*?)\nmmfast: (.*?)```", text, re.S).groups()
+    assert str(config.ConfigError(wrong("llava", *words.split()))) == told.strip()
 
 
 # ------------------------------------------------------------------------------------------------------------- round trip

@@ -4,9 +4,13 @@ import re
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from mmfast.trainers import config, plan
+from mmfast.trainers.__main__ import main
+from mmfast.trainers.supervised import answer_loss
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,9 +18,6 @@ from mmfast.data.synthetic import World
 from mmfast.models import build
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.spec import PARTS, Clip, Fixed, Lora, Mlp
-from mmfast.trainers import config, plan
-from mmfast.trainers.__main__ import main
-from mmfast.trainers.supervised import answer_loss
 
 NAMES = list(config.recipe_names())
 TINY = config.load_recipe("llava", tiny=True)
@@ -27,7 +28,7 @@ LORA = Lora(rank=8)
 def one_stage(train=WHOLE, batch=4, length=64, width=64, depth=3, vocab=400, lora=None, precision="fp32", checkpointing=False):
     """A LLaVA of one stage between tiny and small."""
     stage = replace(TINY.stages[-1], train=train, lora=lora, max_length=length, optim=replace(TINY.stages[-1].optim, batch=batch))
-    language = replace(TINY.language, vocab=vocab, width=width, heads=4, kv_heads=4, ffn=2 * width, depth=depth)
+    language = replace(TINY.language, context=4096, vocab=vocab, width=width, heads=4, kv_heads=4, ffn=2 * width, depth=depth)
     compute = replace(TINY.compute, precision=precision, checkpointing=checkpointing, device="cpu")
     return replace(TINY, language=language, stages=(stage,), compute=compute)
 
@@ -360,6 +361,30 @@ def test_the_hint_is_one_sentence_with_three_options_that_exist(name, stage, tin
         assert float(saved) > 0
         changed, problems = config.layered(name, tiny=tiny, rest=words.split())
         assert problems + config.check(changed) == []
+
+
+def test_a_hint_never_hides_the_error_it_is_for(monkeypatch):
+    monkeypatch.setattr(plan, "trace", lambda *_, **__: 1 / 0)
+    hint = plan.out_of_memory_hint(TINY, "align")
+    assert (
+        hint
+        == "out of memory in align; `mmfast plan` names what to change (its own prediction failed: ZeroDivisionError: division by zero)"
+    )
+
+
+def test_rows_end_where_the_language_model_does():
+    assert plan.predict(TINY, TINY.stages[-1]).length == TINY.language.context < TINY.stages[-1].max_length
+
+
+def test_the_page_in_the_documents_is_the_command_s():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+    words, shown = re.search(r"\$ mmfast plan (.*?)\n(.*?)```", text, re.S).groups()
+    name, memory, processes, *rest = words.replace("--gpu-memory ", "").replace("--processes ", "").split()
+    recipe, problems = config.layered(name, rest=rest)
+    assert problems == []
+    assert plan.page(recipe, gpu_memory=float(memory), processes=int(processes)).strip() == shown.strip(), (
+        "paste the command's output again"
+    )
 
 
 def test_command(capsys):
