@@ -459,14 +459,14 @@ def _check_model(system: System, rules: _Rules) -> None:
         )
         its.within(choice, width="[1, inf)", depth="[1, inf)", heads="[1, inf)", ffn="[1, inf)", **rest)
         if choice.heads > 0:
-            its(choice.width % choice.heads == 0, "width", f"{name}.width {choice.width} is not a multiple of {name}.heads {choice.heads}")
+            its(choice.width % choice.heads == 0, "width", f"{choice.width} is not a multiple of {name}.heads {choice.heads}")
     if language.kv_heads > 0:
         fits = language.heads % language.kv_heads == 0
-        rules(fits, "language.kv_heads", f"language.heads {language.heads} is not a multiple of language.kv_heads {language.kv_heads}")
+        rules(fits, "language.kv_heads", f"language.heads {language.heads} is not a multiple of {language.kv_heads}")
     if encoder.patch > 0:
         fits = encoder.size % encoder.patch == 0
-        rules(fits, "encoder.patch", f"encoder.size {encoder.size} is not a multiple of encoder.patch {encoder.patch}")
-    rules(image.size == encoder.size, "image.size", f"image.size {image.size} and encoder.size {encoder.size} must agree")
+        rules(fits, "encoder.patch", f"encoder.size {encoder.size} is not a multiple of {encoder.patch}")
+    rules(image.size == encoder.size, "image.size", f"{image.size} and encoder.size {encoder.size} must agree")
     rules.below("encoder").within(encoder, layer=f"[{-encoder.depth - 1}, {encoder.depth}]")
     rules.below("language").within(language, vocab="[0, inf)", norm_eps="(0, inf)", init="(0, inf)")
     rules.below("image").within(image, std="(0, inf)")

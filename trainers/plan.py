@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmfast.models import build
 from mmfast.models.build import MultimodalModel
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
-from mmfast.spec import PARTS, Alignment, LanguageModel, Lora, Stage, System, nearest
+from mmfast.spec import PARTS, Alignment, Compute, LanguageModel, Lora, Stage, System, nearest
 
 from . import config
 from .describe import columns
@@ -246,7 +246,8 @@ def trace(job: Stage | Alignment, system: System, precision: str, *, pictures: i
     small ones, traced once, give all."""
     words = isinstance(job, Stage) and job.objective == "words"
     views = len(job.views) if isinstance(job, Alignment) else 1
-    key = repr((replace(system, name="", paper="", stages=()), job.train, job.lora, words, views, precision, length))
+    model = replace(system, name="", paper="", stages=(), compute=Compute())
+    key = repr((model, job.train, job.lora, words, views, precision, length))
     if key not in _traces:
         _traces[key] = tuple(_trace(job, sized(system), precision, n * views, n, length, words) for n in (2, 3))
     two, three = _traces[key]

@@ -203,7 +203,7 @@ def test_everything_wrong_at_once(tmp_path, capsys):
         "  --quiett needs a value",
         "  unknown option --stpes (did you mean 'steps'?); `mmfast show llava` lists the recipe's fields",
         "  --stages.instruct.optim.lr: expected a number, got 'fast'",
-        "  image.size: image.size 32 and encoder.size 64 must agree",
+        "  image.size: 32 and encoder.size 64 must agree",
         "  stages.align.optim.floor: expected at least 0 and at most 1, got 2",
         "  stages.instruct.optim.batch: expected at least 1, got 0",
     ]
@@ -273,11 +273,11 @@ RULES = [
         "compute.precision: fp16 is for CUDA; on the CPU choose bf16 or fp32",
     ),
     ("llava", ["--compute.bad_steps", "0"], "compute.bad_steps: expected at least 1, got 0"),
-    ("llava", ["--encoder.heads", "7"], "encoder.width: encoder.width 64 is not a multiple of encoder.heads 7"),
+    ("llava", ["--encoder.heads", "7"], "encoder.width: 64 is not a multiple of encoder.heads 7"),
     ("llava", ["--encoder.heads", "0"], "encoder.heads: expected at least 1, got 0"),
     ("llava", ["--encoder.layer", "9"], "encoder.layer: expected at least -4 and at most 3, got 9"),
-    ("llava", ["--encoder.patch", "12"], "encoder.patch: encoder.size 64 is not a multiple of encoder.patch 12"),
-    ("llava", ["--language.kv_heads", "3"], "language.kv_heads: language.heads 4 is not a multiple of language.kv_heads 3"),
+    ("llava", ["--encoder.patch", "12"], "encoder.patch: encoder.size 64 is not a multiple of 12"),
+    ("llava", ["--language.kv_heads", "3"], "language.kv_heads: language.heads 4 is not a multiple of 3"),
     ("llava", ["--image.std.0", "0"], "image.std: expected more than 0, got 0.0"),
     ("llava", ["--stages.align.data.frames", "0"], "stages.align.data.frames: expected at least 1, got 0"),
     (
@@ -311,7 +311,7 @@ RULES = [
         ["--reference", "adapter_off", "--lora.rank", "4", "--train", "embeddings"],
         "reference: adapter_off leaves embeddings as trained; set train [] or another reference",
     ),
-    ("dpo", ["--policy.image.size", "32"], "policy.image.size: image.size 32 and encoder.size 64 must agree"),
+    ("dpo", ["--policy.image.size", "32"], "policy.image.size: 32 and encoder.size 64 must agree"),
     ("dpo", ["--data.scenes", "1"], "data.scenes: expected at least 2, got 1"),
 ]
 

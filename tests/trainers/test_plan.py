@@ -233,6 +233,36 @@ def test_activations_are_what_autograd_saves(options):
     assert predicted.memory["activations"] == pytest.approx(saved_for_backward(recipe), rel=0.05)
 
 
+def test_activations_of_the_words_stage():
+    """The tower, the connector and the head that reads them; the language model gives its embeddings alone."""
+    from mmfast.trainers.supervised import WordHead
+    from torch.nn.functional import binary_cross_entropy_with_logits
+
+    stage = TINY.stages[0]
+    model = build(TINY, tokenizer=word_tokenizer(World().vocabulary))
+    tower = getattr(model.encoder.vision, "vision_model", model.encoder.vision)
+    tower.encoder.layers = tower.encoder.layers[:-1]  # nothing reads it: autograd drops what it saved, the measure here would not
+    model.encoder.layer = -1
+    model.train_only(stage.train)
+    head, pictures = WordHead(TINY.encoder.width, 36, 18), torch.randn(stage.optim.batch, 3, 64, 64)
+    own = {t.untyped_storage().data_ptr() for m in (model, head) for t in (*m.parameters(), *m.buffers())}
+    seen = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        states = model.encode(pictures)
+        for logits in head(states, model.connector(states), model.language.get_input_embeddings().weight[torch.arange(18)]):
+            binary_cross_entropy_with_logits(logits, torch.zeros_like(logits))
+    predicted = plan.predict(TINY, stage)
+    measured = sum(storage.nbytes() for storage in seen.values())
+    assert predicted.memory["logits"] == predicted.full_logits == 0
+    assert predicted.memory["activations"] == pytest.approx(measured, rel=0.05)
+
+
 class Live(TorchDispatchMode):
     """The most bytes alive at once, of every storage that an op returns until it dies."""
 
