@@ -114,8 +114,8 @@ def resolve(args: argparse.Namespace, rest: list[str]):
         if isinstance(recipe, Alignment):
             recipe = replace(recipe, data=replace(recipe.data, **given))
         else:  # a mixture gives way to the one set
-            kept = {id(s): s.data if isinstance(s.data, Data) else Data(s.data.name) for s in recipe.stages}
-            stages = [replace(s, data=replace(kept[id(s)], **given)) if s.objective == "lm" else s for s in recipe.stages]
+            own = [s.data if isinstance(s.data, Data) else Data(s.data.name) for s in recipe.stages]
+            stages = [replace(s, data=replace(d, **given)) if s.objective == "lm" else s for s, d in zip(recipe.stages, own, strict=True)]
             recipe = replace(recipe, stages=tuple(stages))
     recipe = config.resolved(recipe, problems, processes=getattr(args, "processes", None))
     if args.print_config:

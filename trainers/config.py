@@ -287,7 +287,7 @@ def _at(where: str, key: Any) -> str:
 
 def _any(names: Iterable[str]) -> str:
     names = list(names)
-    return f"expected {names[0]}" if len(names) == 1 else f"one of {', '.join(names)}"
+    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ input

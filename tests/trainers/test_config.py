@@ -172,6 +172,15 @@ def test_print_config_holds_the_flags_too(capsys):
     assert tree["compute"]["device"] == "cpu"
 
 
+def test_data_replaces_a_mixture(capsys, tmp_path):
+    (tmp_path / "mine.json").write_text("[]")
+    mixture = "{kind: Mixture, name: m, parts: [{name: a}, {name: b}]}"
+    with pytest.raises(SystemExit):
+        main(["train", "llava", "--stages.instruct.data", mixture, "--data", str(tmp_path / "mine.json"), "--print-config"])
+    data = yaml.safe_load(capsys.readouterr().out)["stages"][1]["data"]
+    assert (data["kind"], data["name"], data["path"]) == ("Data", "m", str(tmp_path / "mine.json"))
+
+
 def test_every_field_can_be_set_by_its_shown_name():
     """`mmfast show` prints names and values that the command line takes, and they change nothing."""
     for name in NAMES:
@@ -227,6 +236,9 @@ TOLD = [
     (["--stages.align.optim.lr_of.connector", "x"], "--stages.align.optim.lr_of.connector: expected a number, got 'x'"),
     (["--stages.align.optim.lr_of.connector", "null"], "there is no entry 'connector' to take out"),
     (["--connector.kind", "Mpl"], "--connector.kind: unknown kind 'Mpl' (did you mean 'Mlp'?), expected one of Linear, Mlp"),
+    (["--encoder.kind", "Clipp"], "--encoder.kind: unknown kind 'Clipp' (did you mean 'Clip'?), expected Clip"),
+    (["--connector", "{depth: 3}"], "--connector.depth: Linear has no field 'depth'"),
+    (["--stages.align.data", "{kind: Mixture, name: m, parts: 3}"], "--stages.align.data.parts: expected a list such as [a, b], got 3"),
     (["--connector", "3"], "--connector: is a group of fields; expected the name of a kind (Linear, Mlp), got '3'"),
     (["--connector.depth", "3"], "--connector.depth: Linear has no field 'depth'; it has none"),
     (["--encoder", "Klip"], "--encoder: is a group of fields; expected fields, say --encoder.weights, got 'Klip' (did you mean 'Clip'?)"),
