@@ -9,13 +9,14 @@ from mmfast import ops
 from mmfast.ops import *  # noqa: F403
 from mmfast.ops.library import build_info
 
-__version__ = build_info()["version"]
 __all__ = ["build_info", "ops", *ops.__all__]
 
 
 def __getattr__(name: str):  # mmfast.nn, .apply, .restore without their own import line, and without its cost for those who want an op
     import importlib
 
+    if name == "__version__":  # not at import: a wrong MMFAST_CPU_ISA fails there, and `mmfast env` is to say so
+        return build_info()["version"]
     if name == "nn":
         return importlib.import_module("mmfast.nn")
     if name in ("apply", "restore"):

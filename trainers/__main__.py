@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from mmfast.spec import Alignment, System, nearest, to_dict
+from mmfast.spec import Alignment, Data, System, nearest, to_dict
 
 from .checkpoint import RunError
 
@@ -17,6 +17,9 @@ class UsageError(RunError):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)  # --step is not --steps
+
     def error(self, message: str) -> None:
         raise UsageError(message)
 
@@ -29,11 +32,26 @@ def parser() -> Parser:
         return commands.add_parser(name, help=what, description=what)
 
     add("list", "every bundled recipe").add_argument("--markdown", action="store_true", help="as a Markdown table")
-    for name, what in (("show", "all fields of a recipe"), ("train", "train a recipe; any field can be set as --name.of.field VALUE")):
+    for name, what in (
+        ("show", "all fields of a recipe"),
+        ("train", "train a recipe; any field can be set as --name.of.field VALUE"),
+        ("plan", "parameters and memory of a recipe, and what to change where it does not fit; loads nothing"),
+    ):
         sub = add(name, what)
-        sub.add_argument("recipe", help="a name from `mmfast list`, or a Python file that defines RECIPE")
+        sub.add_argument(
+            "recipe", help="a name from `mmfast list`, a Python file that defines RECIPE, a --print-config file, or a run folder"
+        )
         sub.add_argument("--tiny", action="store_true", help="at a size that two CPU cores train in minutes, on built-in data")
-        sub.add_argument("--config", metavar="FILE", help="YAML with fields to change")
+        sub.add_argument(
+            "--config", metavar="FILE", action="append", default=[], help="YAML or JSON with fields to change; may be repeated"
+        )
+        sub.add_argument("--print-config", action="store_true", help="print the resolved recipe as YAML, in the form that --config takes")
+        if name == "plan":
+            sub.add_argument(
+                "--gpu-memory", type=float, metavar="GIB", help="memory of one device: says what to change where a stage does not fit"
+            )
+            sub.add_argument("--processes", type=int, default=1, metavar="N", help="processes that share a batch (torchrun)")
+            sub.add_argument("--length", type=int, metavar="T", help="positions of a row (default: the stage's max_length)")
         if name == "train":
             sub.add_argument("--out", type=Path, metavar="DIR", help="run folder (default runs/NAME)")
             sub.add_argument("--seed", type=int, default=0)
@@ -43,15 +61,16 @@ def parser() -> Parser:
             sub.add_argument("--data", metavar="FILE", help="JSON or JSONL records instead of the recipe's data")
             sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
             sub.add_argument("--on-bad-record", choices=("fail", "skip"), default="fail", help="an unreadable picture or faulty record")
-            sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="where to train (default: CUDA where there is a device)")
             sub.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints to keep")
             sub.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps between measures and samples during training")
             sub.add_argument("--track", default="", metavar="LIST", help="also log to some of tensorboard,wandb,trackio")
+            sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="short for --compute.device")
             sub.add_argument("--dry-run", action="store_true", help="resolve and print the recipe, train nothing")
             sub.add_argument("--quiet", action="store_true", help="no progress bars")
     sub = add("diff", "the fields in which two recipes differ")
-    sub.add_argument("a")
-    sub.add_argument("b")
+    for side in ("a", "b"):
+        sub.add_argument(side, metavar=side.upper(), help="a recipe as in `mmfast show`: a name, a file or a run folder")
+    sub.add_argument("--tiny", action="store_true", help="of their tiny forms (of names and Python files)")
     sub = add("eval", "measure a trained run on held-out scenes of the shapes world")
     sub.add_argument("run", type=Path)
     sub.add_argument("--scenes", type=int, default=500)
@@ -69,49 +88,44 @@ def parser() -> Parser:
     return top
 
 
-COMMANDS = ("list", "show", "train", "diff", "eval", "report", "demo", "bench", "env")
+COMMANDS = ("list", "show", "train", "plan", "diff", "eval", "chat", "export", "report", "demo", "bench", "env")
 FLAGS = (
-    "tiny",
-    "config",
-    "out",
-    "seed",
-    "steps",
-    "resume",
-    "save-every",
-    "data",
-    "images",
-    "on-bad-record",
-    "device",
-    "keep",
-    "eval-every",
-    "track",
-    "dry-run",
-    "quiet",
-)
+    "tiny", "config", "print-config", "out", "seed", "steps", "resume", "save-every", "data", "images", "on-bad-record", "device", "dry-run",
+    "quiet", "keep", "eval-every", "track", "gpu-memory", "processes", "length",
+)  # fmt: skip
 
 
 def resolve(args: argparse.Namespace, rest: list[str]):
-    """The recipe of a command line, all changes applied."""
+    """The recipe of a command line, all layers applied and checked; with --print-config it is printed, and that is all."""
     from dataclasses import replace
+
+    import mmfast
 
     from . import config
 
-    recipe = config.load_recipe(args.recipe)
-    if args.tiny:
-        from mmfast.models.tiny import tiny
-
-        recipe = tiny(recipe)
-    changes = config.read_yaml(args.config) if args.config else {}
-    recipe = config.apply(recipe, changes | config.options(rest), FLAGS)
+    try:
+        mmfast.build_info()
+    except ValueError as error:  # a wrong MMFAST_CPU_ISA is told here rather than by the first op
+        raise RunError(str(error)) from None
+    recipe, problems = config.layered(args.recipe, tiny=args.tiny, files=args.config, rest=rest, flags=FLAGS)
+    if getattr(args, "device", None):
+        recipe = replace(recipe, compute=replace(recipe.compute, device=args.device))
     if getattr(args, "data", None):
         if not Path(args.data).exists():
-            raise RunError(f"data file {args.data} does not exist")
+            problems.append(f"data file {args.data} does not exist")
         given = dict(path=args.data, images=args.images, on_bad_record=args.on_bad_record)
         if isinstance(recipe, Alignment):
             recipe = replace(recipe, data=replace(recipe.data, **given))
-        else:
-            stages = [replace(s, data=replace(s.data, **given)) if s.objective == "lm" else s for s in recipe.stages]
+        else:  # a mixture gives way to the one set
+            own = [s.data if isinstance(s.data, Data) else Data(s.data.name) for s in recipe.stages]
+            stages = [replace(s, data=replace(d, **given)) if s.objective == "lm" else s for s, d in zip(recipe.stages, own, strict=True)]
             recipe = replace(recipe, stages=tuple(stages))
+    recipe = config.resolved(recipe, problems, processes=getattr(args, "processes", None))
+    if args.print_config:
+        from .demo import cap
+
+        print(config.to_yaml(cap(recipe, getattr(args, "steps", None))), end="")
+        raise SystemExit(0)
     return recipe
 
 
@@ -262,20 +276,22 @@ def bench(args: argparse.Namespace) -> int:
     return subprocess.call([sys.executable, "-m", "pytest", "-s", "-q", str(target), "-o", "python_files=bench_*.py"])
 
 
-def environment() -> None:
-    import importlib.metadata as metadata
-    import platform
+def environment() -> int:
+    """What a report of a fault should hold; exit code 1 where something here keeps mmfast from running."""
+    from . import describe
 
-    import mmfast
+    text, healthy = describe.environment()
+    print(text)
+    return 0 if healthy else 1
 
-    print(f"python {platform.python_version()} on {platform.platform()}")
-    for name in ("torch", "transformers", "peft", "jsonargparse", "pillow", "numpy"):
-        try:
-            print(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            print(f"{name} is not installed")
-    for key, value in mmfast.build_info().items():
-        print(f"mmfast {key}: {value}")
+
+def plan(args: argparse.Namespace, rest: list[str]) -> None:
+    try:
+        from .plan import page
+
+        print(page(resolve(args, rest), gpu_memory=args.gpu_memory, processes=args.processes, length=args.length))
+    except (RunError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 def run(argv: list[str]) -> int:
@@ -285,9 +301,9 @@ def run(argv: list[str]) -> int:
     if args.command is None:
         parser().print_help()
         return 2
-    if rest and args.command not in ("train", "show"):
+    if rest and args.command not in ("train", "show", "plan"):
         raise UsageError(f"{args.command}: unknown option {rest[0]!r}")
-    for name in ("steps", "scenes"):
+    for name in ("steps", "scenes", "processes", "length"):
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise UsageError(f"--{name} {value}: expected at least 1")
     if args.command == "train":
@@ -311,8 +327,10 @@ def run(argv: list[str]) -> int:
             print(report.write(folder / "report.html", report.run_page(folder)))
     elif args.command == "bench":
         return bench(args)
+    elif args.command == "plan":
+        plan(args, rest)
     elif args.command == "env":
-        environment()
+        return environment()
     else:
         from . import config, describe
 
@@ -320,9 +338,9 @@ def run(argv: list[str]) -> int:
             if args.command == "list":
                 print(describe.table(args.markdown))
             elif args.command == "show":
-                print(describe.show(resolve(args, rest)))
+                print(describe.show(resolve(args, rest), config.load_recipe(args.recipe)))
             else:
-                print(describe.diff(config.load_recipe(args.a), config.load_recipe(args.b)))
+                print(describe.diff(*(config.load_recipe(side, tiny=args.tiny) for side in (args.a, args.b))))
         except RunError as error:
             raise UsageError(str(error)) from error
     return 0

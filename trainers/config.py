@@ -1,21 +1,46 @@
-"""From the command line to a recipe: by name or file, changed by a YAML file and dotted options, strictly."""
+"""From the command line to a recipe: by name or file, changed in layers by files and dotted options, strictly.
+
+The layers, each over the one before: the recipe, ``--tiny``, every ``--config FILE`` in order, the dotted options. A layer is a tree that is
+merged into the recipe along the types of ``mmfast.spec``: a mapping changes fields in place, a mapping that says its ``kind`` starts from that
+kind's defaults. Whatever is wrong is collected, so that one run tells all of it; what the types cannot say is in :func:`check`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import json
+import os
 import pkgutil
+import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmfast.spec import Alignment, System, nearest
+from mmfast.spec import PARTS, Alignment, Contrast, Data, Lora, Mixture, Optim, System, nearest, to_dict
 
 from . import recipes
 from .checkpoint import RunError
 
 Recipe = System | Alignment
+MISSING = dataclasses.MISSING
+_NULL = ("null", "None", "~")
+_EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
+
+class ConfigError(RunError):
+    """Everything that is wrong with a configuration, a line each."""
+
+    def __init__(self, problems: Iterable[str]):
+        self.problems = list(dict.fromkeys(problems))
+        count = len(self.problems)
+        super().__init__(self.problems[0] if count == 1 else "\n  ".join([f"{count} errors in the configuration", *self.problems]))
+
+
+# ---------------------------------------------------------------------------------------------------------------- recipes
 
 
 def recipe_names() -> dict[str, str]:
@@ -28,17 +53,35 @@ def recipe_names() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def load_recipe(name: str) -> Recipe:
-    """A bundled recipe, or the ``RECIPE`` of a Python file."""
-    known = recipe_names()
+def load_recipe(name: str, *, tiny: bool = False) -> Recipe:
+    """A bundled recipe, the ``RECIPE`` of a Python file, what ``--print-config`` wrote (YAML or JSON), or the recipe of a run folder."""
+    recipe = _load(name)
+    if not tiny:
+        return recipe
+    from mmfast.models.tiny import tiny as shrink
+
+    return shrink(recipe)
+
+
+def _load(name: str) -> Recipe:
+    known, path = recipe_names(), Path(name)
     if name in known:
         return importlib.import_module(known[name]).RECIPE
-    if not name.endswith(".py"):
+    if path.is_dir():
+        if not (path / "recipe.json").is_file():
+            raise RunError(f"{name} is no run folder: it holds no recipe.json")
+        path = path / "recipe.json"
+    elif path.suffix not in (".py", ".yaml", ".yml", ".json"):
         raise RunError(
-            f"unknown recipe {name!r}{nearest(name, known)}; `mmfast list` shows all, and a path ending in .py is read as a file"
+            f"unknown recipe {name!r}{nearest(name, known)}; `mmfast list` shows all, and a path ending in .py or .yaml, or a run folder, is read"
         )
-    if not Path(name).is_file():
+    if not path.is_file():
         raise RunError(f"recipe file {name} does not exist")
+    if path.suffix != ".py":
+        tree = {key: value for key, value in read_file(str(path)).items() if not (path.name == "recipe.json" and key == "seed")}
+        if "kind" not in tree:
+            raise RunError(f"{path} is no whole recipe (it has no kind: System or Alignment); as changes to one it is given with --config")
+        return from_dict(tree, f"{path}: ")
     spec = importlib.util.spec_from_file_location("mmfast_user_recipe", name)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -51,117 +94,487 @@ def load_recipe(name: str) -> Recipe:
     return recipe
 
 
-def set_value(spec: Any, path: str, value: Any, shown: str | None = None) -> Any:
-    """The spec with one field changed. ``path`` is dotted; a place in a tuple is its index, or the name of the stage there."""
-    shown = shown or path
-    head, _, rest = path.partition(".")
-    if isinstance(spec, tuple):
-        names = [getattr(item, "name", str(i)) for i, item in enumerate(spec)]
-        if head.isdigit() and int(head) < len(spec):
-            at = int(head)
-        elif head in names:
-            at = names.index(head)
+# ----------------------------------------------------------------------------------------------------------------- layers
+
+
+def merge(hint: Any, base: Any, given: Any, where: str, problems: list[str]) -> Any:
+    """What ``given`` makes of ``base``, for a field of type ``hint``.
+
+    Args:
+        base: the value so far, ``MISSING`` when there is none.
+        given: plain data of a file, or a word of the command line.
+        where: how an error names the place.
+        problems: grows by a line for everything that is wrong; what is wrong stays as in ``base``.
+    """
+    options = _options(hint)
+    if type(None) in options:
+        if given is None or (isinstance(given, str) and given in _NULL):
+            return None
+        options = tuple(option for option in options if option is not type(None))
+    kinds, origin = [option for option in options if dataclasses.is_dataclass(option)], typing.get_origin(options[0])
+    if isinstance(given, str) and (kinds or origin in (tuple, dict)):
+        given = _plain(given)
+    if kinds:
+        return _choice(kinds, base, given, where, problems)
+    if origin is tuple:
+        return _items(typing.get_args(options[0]), base, given, where, problems)
+    if origin is dict:
+        return _entries(typing.get_args(options[0])[1], base, given, where, problems)
+    return _scalar(options[0], base, given, where, problems, optional=len(options) < len(_options(hint)))
+
+
+def _choice(kinds: list[type], base: Any, given: Any, where: str, problems: list[str]) -> Any:
+    known = {kind.__name__: kind for kind in kinds}
+    given = {"kind": given} if isinstance(given, str) and given in known else given
+    if not isinstance(given, dict):
+        shown = (
+            f"the name of a kind ({', '.join(known)})"
+            if len(known) > 1
+            else f"fields, say {_at(where, dataclasses.fields(kinds[0])[0].name)}"
+        )
+        problems.append(f"{where}: is a group of fields; expected {shown}, got {given!r}{nearest(str(given), known)}")
+        return base
+    given = _grouped(given, where, problems)
+    if "kind" in given:
+        if given["kind"] not in known:
+            problems.append(
+                f"{_at(where, 'kind')}: unknown kind {given['kind']!r}{nearest(str(given['kind']), known)}, expected {_any(known)}"
+            )
+            return base
+        kind, start = known[given["kind"]], None
+    elif type(base) in kinds:
+        kind, start = type(base), base
+    elif len(kinds) == 1:
+        kind, start = kinds[0], None
+    else:
+        problems.append(f"{where}: needs a kind, {_any(known)}")
+        return base
+    fields, hints, values, before = {f.name: f for f in dataclasses.fields(kind)}, _hints(kind), {}, len(problems)
+    for key, value in given.items():
+        if key == "kind":
+            continue
+        if key not in fields:
+            problems.append(
+                f"{_at(where, key)}: {kind.__name__} has no field {key!r}{nearest(str(key), fields)}; it has {', '.join(fields) or 'none'}"
+            )
+            continue
+        values[key] = merge(hints[key], _default(fields[key]) if start is None else getattr(start, key), value, _at(where, key), problems)
+    if start is not None:
+        return dataclasses.replace(start, **{key: value for key, value in values.items() if value is not MISSING})
+    if missing := [f.name for f in fields.values() if f.default is MISSING and f.default_factory is MISSING and f.name not in given]:
+        problems.append(f"{where}: {kind.__name__} is missing {', '.join(missing)}")
+        return base
+    return base if len(problems) > before else kind(**values)
+
+
+def _items(inner: tuple, base: Any, given: Any, where: str, problems: list[str]) -> Any:
+    """A tuple: whole as a list, or places of it by index or name. null takes a named place out."""
+    fixed = Ellipsis not in inner
+    if isinstance(given, str) and not any(dataclasses.is_dataclass(option) for option in _options(inner[0])):
+        given = [word.strip() for word in given.split(",")]
+    if isinstance(given, list):
+        if fixed and len(given) != len(inner):
+            problems.append(f"{where}: expected {len(inner)} values, got {given!r}")
+            return base
+        names = [v.get("name", i) if isinstance(v, dict) else i for i, v in enumerate(given)]
+        before = len(problems)
+        items = [
+            merge(inner[i if fixed else 0], MISSING, v, _at(where, names[i]) if isinstance(v, dict) else where, problems)
+            for i, v in enumerate(given)
+        ]
+        return base if len(problems) > before else tuple(items)
+    if not isinstance(given, dict) or base is MISSING:
+        problems.append(f"{where}: expected a list such as [a, b], got {given!r}")
+        return base
+    items, names = list(base), [getattr(item, "name", str(i)) for i, item in enumerate(base)]
+    for key, value in _grouped(given, where, problems).items():
+        key = str(key)
+        if key in names:
+            at = names.index(key)
+        elif key.isdigit() and int(key) < len(items):
+            at = int(key)
         else:
-            raise RunError(f"--{shown}: nothing is called {head!r} there{nearest(head, names)}; there are {', '.join(names) or 'none'}")
-        return (*spec[:at], set_value(spec[at], rest, value, shown) if rest else value, *spec[at + 1 :])
-    if isinstance(spec, dict):
-        if head not in spec:
-            raise RunError(f"--{shown}: no key {head!r}{nearest(head, spec)}")
-        return {**spec, head: set_value(spec[head], rest, value, shown) if rest else value}
-    if not dataclasses.is_dataclass(spec):
-        raise RunError(f"--{shown}: {path!r} leads below a plain value")
-    fields = [f.name for f in dataclasses.fields(spec)]
-    if head not in fields:
-        raise RunError(f"--{shown}: {type(spec).__name__} has no field {head!r}{nearest(head, fields)}; it has {', '.join(fields)}")
-    if rest:
-        return dataclasses.replace(spec, **{head: set_value(getattr(spec, head), rest, value, shown)})
-    return dataclasses.replace(spec, **{head: parse_value(typing.get_type_hints(type(spec))[head], value, shown)})
+            problems.append(
+                f"{_at(where, key)}: nothing is called {key!r} there{nearest(key, names)}; there are {', '.join(names) or 'none'}"
+            )
+            continue
+        gone = value is None or (isinstance(value, str) and value in _NULL)
+        items[at] = MISSING if gone and not fixed else merge(inner[at if fixed else 0], items[at], value, _at(where, key), problems)
+    return tuple(item for item in items if item is not MISSING)
 
 
-def parse_value(hint: Any, value: Any, shown: str) -> Any:
-    """A value checked against, and converted to, a field's type."""
+def _entries(inner: Any, base: Any, given: Any, where: str, problems: list[str]) -> Any:
+    """A dictionary: entries are set one by one, null takes one out."""
+    if not isinstance(given, dict):
+        problems.append(f"{where}: expected entries such as {{key: value}}, got {given!r}")
+        return base
+    if any(dataclasses.is_dataclass(option) for option in _options(inner)):
+        given = _grouped(given, where, problems)
+    entries = {} if base is MISSING else dict(base)
+    for key, value in given.items():
+        if value is None or (isinstance(value, str) and value in _NULL):
+            if entries.pop(str(key), MISSING) is MISSING:
+                problems.append(f"{_at(where, key)}: there is no entry {key!r} to take out{nearest(str(key), entries)}")
+        else:
+            entries[str(key)] = merge(inner, entries.get(str(key), MISSING), value, _at(where, key), problems)
+    return {key: value for key, value in entries.items() if value is not MISSING}
+
+
+def _scalar(hint: Any, base: Any, given: Any, where: str, problems: list[str], *, optional: bool) -> Any:
+    """A plain value, checked and converted by jsonargparse."""
+    literal = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
+    expected = ("one of " + ", ".join(literal) if literal else _EXPECTED[hint]) + (" or null" if optional else "")
+    fits = isinstance(given, str) if literal or hint is str else not isinstance(given, list | dict) and given is not None
+    try:
+        if not fits:
+            raise ValueError
+        value = _leaf_parser(hint).parse_args([f"--value={given}"]).value
+        return (
+            given if isinstance(given, int | float) and hint is not bool else value
+        )  # a file's 1 stays 1 where a number is wanted, not 1.0
+    except Exception:  # jsonargparse's own errors are of several types, and their text shows its insides
+        problems.append(f"{where}: expected {expected}, got {given!r}{nearest(str(given), literal)}")
+        return base
+
+
+@functools.cache
+def _leaf_parser(hint: Any):
     import jsonargparse
-    import yaml
 
-    if dataclasses.is_dataclass(hint):
-        raise RunError(f"--{shown}: is a group of fields; set one of them, say --{shown}.{dataclasses.fields(hint)[0].name}")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=hint)
-    text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).removesuffix("\n...\n").strip()
-    try:
-        return parser.parse_args([f"--value={text}"]).value
-    except (jsonargparse.ArgumentError, Exception) as error:  # its own errors are of several types
-        name = getattr(hint, "__name__", str(hint)).replace("typing.", "")
-        raise RunError(f"--{shown}: {text!r} is no {name if name != 'Literal' else str(hint).replace('typing.', '')}") from error
+    return parser
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for key, inner in tree.items() for k, v in flatten(inner, f"{prefix}{key}.").items()}
-    return {prefix[:-1]: tree}
+_hints = functools.cache(typing.get_type_hints)
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def _options(hint: Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """What a field of a new value starts from; a dictionary has what is given and nothing else."""
+    return MISSING if field.default_factory is not MISSING else field.default
+
+
+def _grouped(given: dict, where: str, problems: list[str]) -> dict:
+    """Dotted keys one level deep: ``{"a.b": 1, "a.c": 2}`` -> ``{"a": {"b": 1, "c": 2}}``."""
+    out: dict[Any, Any] = {}
+    for key, value in given.items():
+        head, dot, rest = str(key).partition(".")
+        value = {rest: value} if dot else value
+        if head in out and not (isinstance(out[head], dict) and isinstance(value, dict) and not out[head].keys() & value.keys()):
+            problems.append(f"{_at(where, head)}: is given twice, or both whole and in parts")
+            continue
+        out[head] = {**out[head], **value} if head in out else value
+    return out
+
+
+def _plain(text: str) -> Any:
+    """A word of the command line that stands for a list or a mapping: YAML's flow style."""
     import yaml
 
     try:
-        tree = yaml.safe_load(Path(path).read_text())
+        return yaml.safe_load(text) if text.strip().startswith(("[", "{")) else text
+    except yaml.YAMLError:
+        return text
+
+
+def _at(where: str, key: Any) -> str:
+    return f"{where}{key}" if where.endswith(("--", " ")) or not where else f"{where}.{key}"
+
+
+def _any(names: Iterable[str]) -> str:
+    names = list(names)
+    return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ input
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file; a key given twice is an error, as it is nowhere meant."""
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is there twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        tree = json.loads(text) if path.endswith(".json") else yaml.load(text, Strict)
     except FileNotFoundError:
         raise RunError(f"config file {path} does not exist") from None
-    except yaml.YAMLError as error:
+    except OSError as error:
+        raise RunError(f"config file {path} cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise RunError(f"config file {path} is not valid JSON: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RunError(f"config file {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise RunError(f"config file {path} must hold fields and values")
-    return flatten(tree)
+    return tree
 
 
-def options(rest: list[str]) -> dict[str, str]:
-    """``--a.b value`` and ``--a.b=value`` pairs."""
+def options(rest: list[str], problems: list[str]) -> dict[str, str]:
+    """``--a.b value`` and ``--a.b=value`` pairs; the last one of a name counts."""
     found, at = {}, 0
     while at < len(rest):
         word = rest[at]
+        at += 1
         if not word.startswith("--"):
-            raise RunError(f"unexpected argument {word!r}; fields are set as --name.of.field value")
+            problems.append(f"unexpected argument {word!r}; fields are set as --name.of.field value")
+            continue
         key, has, value = word[2:].partition("=")
         if not has:
-            at += 1
-            if at >= len(rest):
-                raise RunError(f"--{key} needs a value")
+            if at >= len(rest) or rest[at].startswith("--"):
+                problems.append(f"--{key} needs a value")
+                continue
             value = rest[at]
+            at += 1
         found[key] = value
-        at += 1
     return found
 
 
-def apply(recipe: Recipe, changes: dict[str, Any], flags: tuple[str, ...] = ()) -> Recipe:
-    """All changes in order; an unknown first word is also compared with the command's own flags."""
-    for path, value in changes.items():
-        head = path.partition(".")[0]
-        fields = [f.name for f in dataclasses.fields(recipe)]
-        if head not in fields:
-            raise RunError(
-                f"unknown option --{path}{nearest(head, [*fields, *flags])}; `mmfast show {recipe.name}` lists the recipe's fields"
-            )
-        recipe = set_value(recipe, path, value)
+def apply(recipe: Recipe, changes: dict[str, Any], problems: list[str], *, source: str = "--", flags: tuple[str, ...] = ()) -> Recipe:
+    """The recipe with one layer over it. ``source`` begins the name of every place: "--" or a file's name."""
+    fields, known = [f.name for f in dataclasses.fields(recipe)], {}
+    if source == "--":  # an unknown first word may also be a flag of the command, misspelt
+        for path, value in changes.items():
+            head = path.partition(".")[0]
+            if head in fields or head == "kind":
+                known[path] = value
+            else:
+                problems.append(
+                    f"unknown option --{path}{nearest(head, [*fields, *flags])}; `mmfast show {recipe.name}` lists the recipe's fields"
+                )
+        changes = known
+    hint = System | Alignment if "kind" in changes else type(recipe)
+    return merge(hint, recipe, changes, source, problems)
+
+
+def layered(
+    name: str, *, tiny: bool = False, files: Iterable[str] = (), rest: Iterable[str] = (), flags: tuple[str, ...] = ()
+) -> tuple[Recipe, list[str]]:
+    """A recipe under all its layers, and all that is wrong with them."""
+    problems: list[str] = []
+    recipe = load_recipe(name, tiny=tiny)
+    for path in files:
+        try:
+            recipe = apply(recipe, read_file(path), problems, source=f"{path}: ")
+        except RunError as error:
+            problems.append(str(error))
+    return apply(recipe, options(list(rest), problems), problems, flags=flags), problems
+
+
+def from_dict(tree: Any, where: str = "recipe") -> Recipe:
+    """The recipe that ``mmfast.spec.to_dict`` wrote.
+
+    Raises:
+        ConfigError: unknown kinds and fields with the nearest name, missing fields, wrong types; all of them.
+    """
+    problems: list[str] = []
+    recipe = merge(System | Alignment, MISSING, tree, where, problems)
+    if problems:
+        raise ConfigError(problems)
     return recipe
 
 
-def from_dict(tree: Any, where: str = "recipe") -> Any:
-    """The spec that ``mmfast.spec.to_dict`` wrote. Unknown kinds and fields raise ``RunError`` with the nearest name."""
-    import mmfast.spec as vocabulary
+def to_yaml(recipe: Recipe) -> str:
+    """All fields, as ``--config`` takes them: kinds are written out, so that the file means the same over any recipe."""
+    import yaml
 
-    if isinstance(tree, dict) and "kind" in tree:
-        kinds = {name: value for name, value in vars(vocabulary).items() if isinstance(value, type) and dataclasses.is_dataclass(value)}
-        if tree["kind"] not in kinds:
-            raise RunError(f"{where}: unknown kind {tree['kind']!r}{nearest(str(tree['kind']), kinds)}")
-        kind = kinds[tree["kind"]]
-        fields = [f.name for f in dataclasses.fields(kind)]
-        if unknown := [k for k in tree if k not in fields and k != "kind"]:
-            raise RunError(f"{where}: {kind.__name__} has no field {unknown[0]!r}{nearest(unknown[0], fields)}")
-        try:
-            return kind(**{k: from_dict(v, f"{where}.{k}") for k, v in tree.items() if k != "kind"})
-        except TypeError as error:  # a field without default is missing
-            raise RunError(f"{where}: {error}") from None
-    if isinstance(tree, dict):
-        return {k: from_dict(v, f"{where}.{k}") for k, v in tree.items()}
-    return tuple(from_dict(v, where) for v in tree) if isinstance(tree, list) else tree
+    class Short(yaml.SafeDumper):  # lists of plain values on their line
+        def represent_sequence(self, tag, sequence, flow_style=None):
+            return super().represent_sequence(tag, sequence, flow_style=not any(isinstance(v, dict | list) for v in sequence))
+
+    return yaml.dump(to_dict(recipe), Dumper=Short, sort_keys=False, allow_unicode=True, width=140)
+
+
+# ------------------------------------------------------------------------------------------------------------------ check
+
+
+class _Rules:
+    """Collects the rules that a recipe breaks, a sentence each."""
+
+    def __init__(self, where: str = "", problems: list[str] | None = None):
+        self.where, self.problems = where, [] if problems is None else problems
+
+    def below(self, name: str) -> _Rules:
+        return _Rules(f"{self.where}{name}.", self.problems)
+
+    def __call__(self, holds: bool, name: str, sentence: str) -> None:
+        if not holds:
+            self.problems.append(f"{self.where}{name}: {sentence}")
+
+    def within(self, spec: Any, **ranges: str) -> None:
+        """Fields against ranges as mathematics writes them: ``"(0, inf)"``, ``"[0, 1)"``. None passes."""
+        for name, interval in ranges.items():
+            values = getattr(spec, name)
+            low, high = (float(side) for side in interval[1:-1].split(","))
+            for value in values if isinstance(values, tuple) else (values,):
+                above = value is None or value > low or (interval[0] == "[" and value == low)
+                below = value is None or value < high or (interval[-1] == "]" and value == high)
+                self(above and below, name, f"expected {_in_words(interval)}, got {value}")
+
+
+def _in_words(interval: str) -> str:
+    low, high = interval[1:-1].split(", ")
+    least = f"at least {low}" if interval[0] == "[" else f"more than {low}"
+    return least if high == "inf" else f"{least} and {'at most' if interval[-1] == ']' else 'less than'} {high}"
+
+
+def check(recipe: Recipe, *, processes: int | None = None) -> list[str]:
+    """What is wrong with a recipe beyond its types, a sentence each: ranges, names that must exist, choices that exclude each other.
+
+    Args:
+        processes: how many share a batch; default what torchrun says, else 1.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1")) if processes is None else processes
+    rules = _Rules()
+    system = recipe.policy if isinstance(recipe, Alignment) else recipe
+    _check_model(system, rules.below("policy") if isinstance(recipe, Alignment) else rules)
+    _check_compute(recipe.compute, rules.below("compute"))
+    if isinstance(recipe, Alignment):
+        _check_alignment(recipe, rules)
+        jobs = [(recipe, rules)]
+    else:
+        rules(len({s.name for s in recipe.stages}) == len(recipe.stages), "stages", "every stage needs a name of its own")
+        jobs = [(stage, rules.below(f"stages.{stage.name}")) for stage in recipe.stages]
+    for job, its in jobs:
+        _check_training(job, system, its, processes)
+    return rules.problems
+
+
+def _check_model(system: System, rules: _Rules) -> None:
+    encoder, language, image = system.encoder, system.language, system.image
+    for name, choice in (("encoder", encoder), ("language", language)):
+        its, rest = (
+            rules.below(name),
+            dict(context="[1, inf)", kv_heads="[1, inf)") if choice is language else dict(patch="[1, inf)", size="[1, inf)"),
+        )
+        its.within(choice, width="[1, inf)", depth="[1, inf)", heads="[1, inf)", ffn="[1, inf)", **rest)
+        if choice.heads > 0:
+            its(choice.width % choice.heads == 0, "width", f"{choice.width} is not a multiple of {name}.heads {choice.heads}")
+    if language.kv_heads > 0:
+        fits = language.heads % language.kv_heads == 0
+        rules(fits, "language.kv_heads", f"language.heads {language.heads} is not a multiple of {language.kv_heads}")
+    if encoder.patch > 0:
+        fits = encoder.size % encoder.patch == 0
+        rules(fits, "encoder.patch", f"encoder.size {encoder.size} is not a multiple of {encoder.patch}")
+    rules(image.size == encoder.size, "image.size", f"{image.size} and encoder.size {encoder.size} must agree")
+    rules.below("encoder").within(encoder, layer=f"[{-encoder.depth - 1}, {encoder.depth}]")
+    rules.below("language").within(language, vocab="[0, inf)", norm_eps="(0, inf)", init="(0, inf)")
+    rules.below("image").within(image, std="(0, inf)")
+    if hasattr(system.connector, "depth"):
+        rules.below("connector").within(system.connector, depth="[1, inf)")
+    quantized = language.quantize != "none"
+    rules(not quantized or bool(language.weights), "language.quantize", "4bit holds pre-trained weights; set language.weights too")
+
+
+def _check_compute(compute: Any, rules: _Rules) -> None:
+    rules.within(compute, workers="[0, inf)", bad_steps="[1, inf)")
+    rules(not (compute.precision == "fp16" and compute.device == "cpu"), "precision", "fp16 is for CUDA; on the CPU choose bf16 or fp32")
+
+
+def _check_optim(optim: Optim, trained: set[str], rules: _Rules, processes: int) -> None:
+    rules.within(
+        optim, lr="(0, inf)", steps="[1, inf)", epochs="(0, inf)", batch="[1, inf)", accumulate="[1, inf)", warmup="[0, inf)",
+        hold="[0, 1]", floor="[0, 1]", betas="[0, 1)", weight_decay="[0, inf)", clip="[0, inf)", ema="[0, 1)",
+    )  # fmt: skip
+    rules(optim.steps is not None or optim.epochs is not None, "steps", "a stage needs steps or epochs, and has neither")
+    fits = optim.batch % processes == 0
+    rules(fits, "batch", f"{optim.batch} rows do not divide among {processes} processes; choose a multiple of {processes}")
+    for part, rate in optim.lr_of.items():
+        rules(rate > 0, f"lr_of.{part}", f"expected more than 0, got {rate}; a part that shall not learn is left out of train")
+        known = part in PARTS
+        rules(known, f"lr_of.{part}", f"there is no part {part!r}{nearest(part, PARTS)}, the parts are {', '.join(PARTS)}")
+        rules(
+            not known or part in trained,
+            f"lr_of.{part}",
+            f"{part} does not train there; what trains is {', '.join(sorted(trained)) or 'nothing'}",
+        )
+
+
+def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> None:
+    """What a stage and an alignment have in common."""
+    from mmfast.data import chat
+
+    lora: Lora | None = job.lora
+    trained = {*job.train, *(("embeddings",) if "language" in job.train else ()), *((lora.part,) if lora else ())}
+    for part in job.train:
+        rules(part in PARTS, "train", f"there is no part {part!r}{nearest(part, PARTS)}, the parts are {', '.join(PARTS)}")
+    rules(bool(trained), "train", f"nothing trains; name some of {', '.join(PARTS)}, or set lora")
+    rules(len(set(job.train)) == len(job.train), "train", "a part is named twice")
+    _check_optim(job.optim, trained, rules.below("optim"), processes)
+    known = job.template in chat.TEMPLATES
+    rules(
+        known,
+        "template",
+        f"unknown template {job.template!r}{nearest(job.template, chat.TEMPLATES)}, expected one of {', '.join(chat.TEMPLATES)}",
+    )
+    least = system.encoder.tokens + 2
+    rules(
+        job.max_length >= least,
+        "max_length",
+        f"{job.max_length} cannot hold a picture of {system.encoder.tokens} tokens and an answer; at least {least}",
+    )
+    if lora is not None:
+        rules.below("lora").within(lora, rank="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")
+        rules(bool(lora.targets), "lora.targets", "names no module; say [q_proj, v_proj]")
+        rules(lora.part not in job.train, "lora", f"{lora.part} trains whole and through adapters; take it out of train, or set lora null")
+    quantized = system.language.quantize != "none" and "language" in job.train
+    rules(not quantized, "train", "a 4bit language model cannot train whole; take language out of train and set lora")
+    for where, data in _sources(job.data):
+        rules.below(where).within(data, frames="[1, inf)")
+        if isinstance(data, Data):
+            rules.below(where).within(data, weight="(0, inf)")
+            endless = data.streaming and job.optim.steps is None
+            rules(not endless, f"{where}.streaming", "a stream has no known length; set optim.steps instead of epochs")
+    if isinstance(job.data, Mixture):
+        parts = job.data.parts
+        rules(bool(parts), "data.parts", "a mixture needs at least one data set")
+        rules(len({p.name for p in parts}) == len(parts), "data.parts", "every data set of a mixture needs a name of its own")
+        given = [p.weight is not None for p in parts]
+        rules(all(given) or not any(given), "data.parts", "give every data set of a mixture a weight, or none")
+
+
+def _sources(data: Any) -> list[tuple[str, Any]]:
+    return [(f"data.parts.{part.name}", part) for part in data.parts] if isinstance(data, Mixture) else [("data", data)]
+
+
+def _check_alignment(alignment: Alignment, rules: _Rules) -> None:
+    views = list(alignment.views)
+    rules(bool(alignment.terms), "terms", "an alignment needs at least one term")
+    for i, term in enumerate(alignment.terms):
+        its = rules.below(f"terms.{i}")
+        named = {"better": term.better, "worse": term.worse} if isinstance(term, Contrast) else {"view": term.view}
+        for field, view in named.items():
+            its(view in views, field, f"there is no view {view!r}{nearest(view, views)}, the views are {', '.join(views) or 'none'}")
+        its(len(set(named.values())) == len(named), "worse", "contrasts a view with itself")
+        its.within(term, weight="(0, inf)")
+        if isinstance(term, Contrast):
+            its.within(term, label_smoothing="[0, 0.5)")
+    rules.within(alignment, beta="(0, inf)")
+    rules.below("data").within(alignment.data, scenes="[2, inf)")
+    off = alignment.reference == "adapter_off"
+    rules(not off or alignment.lora is not None, "reference", "adapter_off needs adapters to switch off; set lora")
+    whole = alignment.lora is not None and bool(alignment.train)
+    rules(
+        not (off and whole), "reference", f"adapter_off leaves {', '.join(alignment.train)} as trained; set train [] or another reference"
+    )
+
+
+def resolved(recipe: Recipe, problems: list[str], **options: Any) -> Recipe:
+    """The recipe, if nothing is wrong with it.
+
+    Raises:
+        ConfigError: everything that is.
+    """
+    if problems := [*problems, *check(recipe, **options)]:
+        raise ConfigError(problems)
+    return recipe

@@ -1,0 +1,477 @@
+"""From words and files to a recipe: layers in order, everything wrong told at once, and what is printed means the same when given back."""
+
+import dataclasses
+import itertools
+import json
+import re
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from mmfast.trainers import config, describe
+from mmfast.trainers.__main__ import main
+from mmfast.trainers.loop import RunError
+
+import mmfast.spec as vocabulary
+from mmfast.spec import Contrast, Data, Likelihood, Linear, Lora, Mixture, Mlp, View
+
+NAMES = list(config.recipe_names())
+
+
+def given(name, *words, tiny=False, files=()):
+    """The recipe of a command line that is right."""
+    recipe, problems = config.layered(name, tiny=tiny, files=files, rest=words)
+    assert problems == []
+    assert config.check(recipe) == []
+    return recipe
+
+
+def wrong(name, *words, tiny=True, files=()):
+    """What is told of one that is not."""
+    recipe, problems = config.layered(name, tiny=tiny, files=files, rest=words)
+    return [*problems, *config.check(recipe)]
+
+
+def stage(recipe, name="instruct"):
+    return next(s for s in recipe.stages if s.name == name)
+
+
+# ----------------------------------------------------------------------------------------------------------------- layers
+
+
+def test_layers_in_order(tmp_path):
+    """Recipe, tiny, the files one after the other, options: the later one counts, field by field."""
+    (tmp_path / "a.yaml").write_text("encoder: {width: 32, depth: 5}\nstages: {instruct: {optim: {lr: 0.5, batch: 3, accumulate: 7}}}\n")
+    (tmp_path / "b.json").write_text(json.dumps({"stages.instruct": {"optim.lr": 0.25, "optim.batch": 4}, "encoder.depth": 6}))
+    files = [str(tmp_path / "a.yaml"), str(tmp_path / "b.json")]
+    recipe = given("llava", "--stages.instruct.optim.batch=5", tiny=True, files=files)
+    optim = stage(recipe).optim
+    assert (recipe.encoder.width, recipe.encoder.depth, recipe.encoder.heads) == (32, 6, 4)
+    assert (optim.lr, optim.batch, optim.accumulate, optim.steps) == (0.25, 5, 7, 1200)
+
+
+@pytest.mark.parametrize(
+    ("words", "read", "expected"),
+    [
+        (["--connector.kind", "Mlp"], lambda r: r.connector, Mlp()),
+        (["--connector", "Mlp"], lambda r: r.connector, Mlp()),
+        (["--connector.depth", "3", "--connector.kind", "Mlp"], lambda r: r.connector, Mlp(3)),
+        (["--connector", "{kind: Mlp, depth: 4}"], lambda r: r.connector, Mlp(4)),
+        (["--stages.instruct.optim.lr_of.connector", "1e-4"], lambda r: stage(r).optim.lr_of, {"connector": 1e-4}),
+        (
+            ["--stages.instruct.optim.lr_of", "{connector: 1e-4, language: 2}"],
+            lambda r: stage(r).optim.lr_of,
+            {"connector": 1e-4, "language": 2.0},
+        ),
+        (["--stages.instruct.data.columns.meta.picture", "image"], lambda r: stage(r).data.columns, {"meta.picture": "image"}),
+        (["--stages.0.optim.betas.1", "0.5"], lambda r: r.stages[0].optim.betas, (0.9, 0.5)),
+        (["--stages.align.optim.betas", "[0.1, 0.2]"], lambda r: r.stages[0].optim.betas, (0.1, 0.2)),
+        (["--stages.align.optim.betas=0.1,0.2"], lambda r: r.stages[0].optim.betas, (0.1, 0.2)),
+        (["--stages.instruct.train", "connector"], lambda r: stage(r).train, ("connector",)),
+        (["--stages.instruct.train", "[connector, language]"], lambda r: stage(r).train, ("connector", "language")),
+        (["--stages.instruct.train.1", "encoder"], lambda r: stage(r).train[:2], ("connector", "encoder")),
+        (["--stages.align.lora", "{rank: 8}"], lambda r: r.stages[0].lora, Lora(rank=8)),
+        (["--stages.align.lora.rank", "8", "--stages.align.lora.alpha", "9"], lambda r: r.stages[0].lora, Lora(rank=8, alpha=9)),
+        (["--stages.align.lora", "null"], lambda r: r.stages[0].lora, None),
+        (["--encoder.weights", "None"], lambda r: r.encoder.weights, None),
+        (["--encoder.layer", "-1"], lambda r: r.encoder.layer, -1),
+        (["--encoder.keep_class_token", "true"], lambda r: r.encoder.keep_class_token, True),
+        (["--stages.align", "null"], lambda r: [s.name for s in r.stages], ["instruct"]),
+        (["--encoder.width", "64", "--encoder.width", "128"], lambda r: r.encoder.width, 128),
+        (
+            ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, weight: 1}, {name: b, weight: 2.5}]}"],
+            lambda r: r.stages[0].data,
+            Mixture("m", (Data("a", weight=1.0), Data("b", weight=2.5))),
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_can_be_set(words, read, expected):
+    assert read(given("llava", *words)) == expected
+
+
+def test_parts_of_an_alignment():
+    recipe = given(
+        "dpo",
+        "--views.blind.text",
+        "chosen",
+        "--terms",
+        "[{kind: Likelihood, view: blind}, {kind: Contrast, better: chosen, worse: rejected}]",
+    )
+    assert recipe.views["blind"] == View("chosen")
+    assert recipe.terms == (Likelihood("blind"), Contrast("chosen", "rejected"))
+    assert given("dpo", "--terms.0.loss_type", "ipo").terms[0].loss_type == "ipo"
+    assert given("dpo", "--policy.connector.kind", "Mlp").policy.connector == Mlp()
+    assert list(given("dpo", "--views.rejected", "null", "--terms", "[{kind: Likelihood, view: chosen}]").views) == ["chosen"]
+
+
+def test_a_kind_starts_from_its_own_defaults(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("stages: {instruct: {optim: {kind: Optim, lr: 0.1, steps: 3}}}\n")
+    optim = stage(given("llava", tiny=True, files=[str(file)])).optim
+    assert optim == vocabulary.Optim(lr=0.1, steps=3)
+    file.write_text("stages: {instruct: {optim: {lr: 0.1, steps: 3}}}\n")
+    assert stage(given("llava", tiny=True, files=[str(file)])).optim.warmup == 40
+
+
+def test_the_file_in_the_documents(tmp_path):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
+    (tmp_path / "lab.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
+    recipe = given("llava", files=[str(tmp_path / "lab.yaml")])
+    assert [s.name for s in recipe.stages] == ["instruct"]
+    assert stage(recipe).optim.lr_of == {"connector": 1e-4}
+    words, told = re.search(r"\$ mmfast train llava --tiny (.*?)\nmmfast: (.*?)```", text, re.S).groups()
+    assert str(config.ConfigError(wrong("llava", *words.split()))) == told.strip()
+
+
+# ------------------------------------------------------------------------------------------------------------- round trip
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_print_config_and_back(name, shrink, capsys, tmp_path):
+    """Over the same recipe, over any other, and as a recipe of its own."""
+    options = ["--tiny"] if shrink else []
+    with pytest.raises(SystemExit) as end:
+        main(["show", name, *options, "--print-config"])
+    text = capsys.readouterr().out
+    assert not end.value.code
+    (tmp_path / "all.yaml").write_text(text)
+    recipe = config.load_recipe(name, tiny=shrink)
+    assert config.load_recipe(str(tmp_path / "all.yaml")) == recipe
+    for other in NAMES:
+        assert given(other, files=[str(tmp_path / "all.yaml")]) == recipe
+    assert config.to_yaml(given(name, tiny=shrink, files=[str(tmp_path / "all.yaml")])) == text
+
+
+def test_print_config_keeps_what_was_taken_out(tmp_path):
+    changed = given(
+        "dpo",
+        "--views.rejected",
+        "null",
+        "--terms",
+        "[{kind: Likelihood, view: chosen}]",
+        "--data.columns.a",
+        "b",
+        "--train",
+        "[]",
+        "--lora.rank",
+        "4",
+    )
+    (tmp_path / "a.yaml").write_text(config.to_yaml(changed))
+    assert given("dpo", files=[str(tmp_path / "a.yaml")]) == changed
+    assert given("dpo", "--lora", "null", "--train", "language", files=[str(tmp_path / "a.yaml")]).lora is None
+
+
+def test_print_config_holds_the_flags_too(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "llava", "--tiny", "--steps", "7", "--device", "cpu", "--print-config"])
+    tree = yaml.safe_load(capsys.readouterr().out)
+    assert [s["optim"]["steps"] for s in tree["stages"]] == [7, 7, 7]
+    assert tree["compute"]["device"] == "cpu"
+
+
+def test_data_replaces_a_mixture(capsys, tmp_path):
+    (tmp_path / "mine.json").write_text("[]")
+    mixture = "{kind: Mixture, name: m, parts: [{name: a}, {name: b}]}"
+    with pytest.raises(SystemExit):
+        main(["train", "llava", "--stages.instruct.data", mixture, "--data", str(tmp_path / "mine.json"), "--print-config"])
+    data = yaml.safe_load(capsys.readouterr().out)["stages"][1]["data"]
+    assert (data["kind"], data["name"], data["path"]) == ("Data", "m", str(tmp_path / "mine.json"))
+
+
+def test_every_field_can_be_set_by_its_shown_name():
+    """`mmfast show` prints names and values that the command line takes, and they change nothing."""
+    for name in NAMES:
+        recipe = config.load_recipe(name, tiny=True)
+        for key, value in describe.flat(recipe).items():
+            if not key.endswith("kind") and value != {}:
+                assert given(name, f"--{key}", describe.text(value), tiny=True) == recipe, key
+
+
+# ------------------------------------------------------------------------------------------------------------------ wrong
+
+
+def test_everything_wrong_at_once(tmp_path, capsys):
+    (tmp_path / "a.yaml").write_text("encoder: {wdith: 32, heads: many}\nstages: {instrct: {max_length: 3}, align: {optim: {floor: 2}}}\n")
+    argv = ["train", "llava", "--tiny", "--config", str(tmp_path / "a.yaml"), "--config", "gone.yaml", "--stpes", "3", "stray"]
+    argv += ["--stages.instruct.optim.lr", "fast", "--stages.instruct.optim.batch", "0", "--image.size", "32", "--quiett"]
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert err.splitlines() == [
+        "mmfast: 11 errors in the configuration",
+        f"  {tmp_path}/a.yaml: encoder.wdith: Clip has no field 'wdith' (did you mean 'width'?); it has weights, width, depth, heads, ffn, "
+        "patch, size, layer, keep_class_token",
+        f"  {tmp_path}/a.yaml: encoder.heads: expected a whole number, got 'many'",
+        f"  {tmp_path}/a.yaml: stages.instrct: nothing is called 'instrct' there (did you mean 'instruct'?); there are words, align, instruct",
+        "  config file gone.yaml does not exist",
+        "  unexpected argument 'stray'; fields are set as --name.of.field value",
+        "  --quiett needs a value",
+        "  unknown option --stpes (did you mean 'steps'?); `mmfast show llava` lists the recipe's fields",
+        "  --stages.instruct.optim.lr: expected a number, got 'fast'",
+        "  image.size: 32 and encoder.size 64 must agree",
+        "  stages.align.optim.floor: expected at least 0 and at most 1, got 2",
+        "  stages.instruct.optim.batch: expected at least 1, got 0",
+    ]
+
+
+TOLD = [
+    (["--encoder.width", "3.5"], "--encoder.width: expected a whole number, got '3.5'"),
+    (["--encoder.width", "null"], "--encoder.width: expected a whole number, got 'null'"),
+    (["--encoder.width", "[3]"], "--encoder.width: expected a whole number, got '[3]'"),
+    (["--encoder.keep_class_token", "2"], "--encoder.keep_class_token: expected true or false, got '2'"),
+    (["--stages.align.optim.lr", "nan"], "--stages.align.optim.lr: expected a number, got 'nan'"),
+    (["--stages.align.optim.steps", "few"], "--stages.align.optim.steps: expected a whole number or null, got 'few'"),
+    (["--stages.align.objective", "lmm"], "--stages.align.objective: expected one of lm, words, got 'lmm' (did you mean 'lm'?)"),
+    (
+        ["--stages.align.train", "[conector]"],
+        "--stages.align.train: expected one of encoder, connector, language, embeddings, got 'conector'",
+    ),
+    (["--stages.align.optim.betas", "[0.9]"], "--stages.align.optim.betas: expected 2 values, got [0.9]"),
+    (["--stages.align.optim.betas.2", "0.9"], "--stages.align.optim.betas.2: nothing is called '2' there"),
+    (["--stages.align.optim.lr_of", "0.1"], "--stages.align.optim.lr_of: expected entries such as {key: value}, got '0.1'"),
+    (["--stages.align.optim.lr_of.connector", "x"], "--stages.align.optim.lr_of.connector: expected a number, got 'x'"),
+    (["--stages.align.optim.lr_of.connector", "null"], "there is no entry 'connector' to take out"),
+    (["--connector.kind", "Mpl"], "--connector.kind: unknown kind 'Mpl' (did you mean 'Mlp'?), expected one of Linear, Mlp"),
+    (["--encoder.kind", "Clipp"], "--encoder.kind: unknown kind 'Clipp' (did you mean 'Clip'?), expected Clip"),
+    (["--connector", "{depth: 3}"], "--connector.depth: Linear has no field 'depth'"),
+    (["--stages.align.data", "{kind: Mixture, name: m, parts: 3}"], "--stages.align.data.parts: expected a list such as [a, b], got 3"),
+    (["--connector", "3"], "--connector: is a group of fields; expected the name of a kind (Linear, Mlp), got '3'"),
+    (["--connector.depth", "3"], "--connector.depth: Linear has no field 'depth'; it has none"),
+    (["--encoder", "Klip"], "--encoder: is a group of fields; expected fields, say --encoder.weights, got 'Klip' (did you mean 'Clip'?)"),
+    (["--stages", "[{name: a}]"], "--stages.a: Stage is missing train, data, optim"),
+    (["--stages.align.data", "{kind: Mixture, name: m}"], "--stages.align.data: Mixture is missing parts"),
+    (["--encoder", "Clip", "--encoder.width", "8"], "--encoder: is given twice, or both whole and in parts"),
+    (["--name.of.it", "x"], "--name: expected text, got {'of.it': 'x'}"),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), TOLD, ids=[" ".join(w) for w, _ in TOLD])
+def test_types_say_field_given_and_allowed(words, sentence):
+    problems = wrong("llava", *words)
+    assert [p for p in problems if sentence in p], problems
+
+
+RULES = [
+    ("llava", ["--stages.align.optim.lr", "0"], "stages.align.optim.lr: expected more than 0, got 0.0"),
+    ("llava", ["--stages.align.optim.floor", "1.5"], "stages.align.optim.floor: expected at least 0 and at most 1, got 1.5"),
+    ("llava", ["--stages.align.optim.hold", "-0.1"], "stages.align.optim.hold: expected at least 0 and at most 1, got -0.1"),
+    ("llava", ["--stages.align.optim.betas.0", "1"], "stages.align.optim.betas: expected at least 0 and less than 1, got 1.0"),
+    ("llava", ["--stages.align.optim.ema", "1"], "stages.align.optim.ema: expected at least 0 and less than 1, got 1.0"),
+    ("llava", ["--stages.align.optim.steps", "null"], "stages.align.optim.steps: a stage needs steps or epochs, and has neither"),
+    ("llava", ["--stages.align.optim.accumulate", "0"], "stages.align.optim.accumulate: expected at least 1, got 0"),
+    ("llava", ["--stages.align.optim.lr_of.conector", "1"], "there is no part 'conector' (did you mean 'connector'?)"),
+    ("llava", ["--stages.align.optim.lr_of.language", "1"], "stages.align.optim.lr_of.language: language does not train there"),
+    ("llava", ["--stages.instruct.optim.lr_of.language", "0"], "stages.instruct.optim.lr_of.language: expected more than 0, got 0.0"),
+    ("llava", ["--stages.align.train", "[]"], "stages.align.train: nothing trains"),
+    ("llava", ["--stages.align.train", "connector,connector"], "stages.align.train: a part is named twice"),
+    ("llava", ["--stages.align.template", "vicuna"], "stages.align.template: unknown template 'vicuna' (did you mean 'vicuna_v1'?)"),
+    (
+        "llava",
+        ["--stages.align.max_length", "17"],
+        "stages.align.max_length: 17 cannot hold a picture of 16 tokens and an answer; at least 18",
+    ),
+    ("llava", ["--stages.align.lora.rank", "0"], "stages.align.lora.rank: expected at least 1, got 0"),
+    ("llava", ["--stages.align.lora.targets", "[]"], "stages.align.lora.targets: names no module"),
+    ("llava", ["--stages.instruct.lora.rank", "4"], "stages.instruct.lora: language trains whole and through adapters"),
+    ("llava", ["--language.quantize", "4bit"], "language.quantize: 4bit holds pre-trained weights; set language.weights too"),
+    ("llava", ["--language.quantize", "4bit"], "stages.instruct.train: a 4bit language model cannot train whole"),
+    (
+        "llava",
+        ["--compute.precision", "fp16", "--compute.device", "cpu"],
+        "compute.precision: fp16 is for CUDA; on the CPU choose bf16 or fp32",
+    ),
+    ("llava", ["--compute.bad_steps", "0"], "compute.bad_steps: expected at least 1, got 0"),
+    ("llava", ["--encoder.heads", "7"], "encoder.width: 64 is not a multiple of encoder.heads 7"),
+    ("llava", ["--encoder.heads", "0"], "encoder.heads: expected at least 1, got 0"),
+    ("llava", ["--encoder.layer", "9"], "encoder.layer: expected at least -4 and at most 3, got 9"),
+    ("llava", ["--encoder.patch", "12"], "encoder.patch: encoder.size 64 is not a multiple of 12"),
+    ("llava", ["--language.kv_heads", "3"], "language.kv_heads: language.heads 4 is not a multiple of 3"),
+    ("llava", ["--image.std.0", "0"], "image.std: expected more than 0, got 0.0"),
+    ("llava", ["--stages.align.data.frames", "0"], "stages.align.data.frames: expected at least 1, got 0"),
+    (
+        "llava",
+        ["--stages.align.data.streaming", "true", "--stages.align.optim.steps", "null", "--stages.align.optim.epochs", "1"],
+        "stages.align.data.streaming: a stream has no known length; set optim.steps instead of epochs",
+    ),
+    (
+        "llava",
+        ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, weight: 1}, {name: a}]}"],
+        "stages.align.data.parts: every data set of a mixture needs a name of its own",
+    ),
+    (
+        "llava",
+        ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, weight: 1}, {name: b}]}"],
+        "stages.align.data.parts: give every data set of a mixture a weight, or none",
+    ),
+    ("llava", ["--stages.align.name", "instruct"], "stages: every stage needs a name of its own"),
+    ("dpo", ["--beta", "0"], "beta: expected more than 0, got 0.0"),
+    ("dpo", ["--terms", "[]"], "terms: an alignment needs at least one term"),
+    (
+        "dpo",
+        ["--terms.0.worse", "rejcted"],
+        "terms.0.worse: there is no view 'rejcted' (did you mean 'rejected'?), the views are chosen, rejected",
+    ),
+    ("dpo", ["--terms.0.worse", "chosen"], "terms.0.worse: contrasts a view with itself"),
+    ("dpo", ["--terms.0.label_smoothing", "0.5"], "terms.0.label_smoothing: expected at least 0 and less than 0.5, got 0.5"),
+    ("dpo", ["--reference", "adapter_off"], "reference: adapter_off needs adapters to switch off; set lora"),
+    (
+        "dpo",
+        ["--reference", "adapter_off", "--lora.rank", "4", "--train", "embeddings"],
+        "reference: adapter_off leaves embeddings as trained; set train [] or another reference",
+    ),
+    ("dpo", ["--policy.image.size", "32"], "policy.image.size: 32 and encoder.size 64 must agree"),
+    ("dpo", ["--data.scenes", "1"], "data.scenes: expected at least 2, got 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "sentence"), RULES, ids=[" ".join([n, *w]) for n, w, _ in RULES])
+def test_rules_beyond_types(name, words, sentence):
+    problems = wrong(name, *words)
+    assert [p for p in problems if sentence in p], problems
+    assert all("\n" not in p for p in problems)
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_keeps_the_rules(name, shrink):
+    assert config.check(config.load_recipe(name, tiny=shrink)) == []
+
+
+def test_a_batch_is_divided_among_processes(monkeypatch):
+    recipe = config.load_recipe("dpo")
+    assert config.check(recipe, processes=8) == []
+    assert config.check(recipe, processes=3) == ["optim.batch: 32 rows do not divide among 3 processes; choose a multiple of 3"]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert len(config.check(recipe)) == 1, "torchrun tells how many there are"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.yaml", "encoder: {", "is not valid YAML"),
+        ("a.yaml", "encoder: {width: 3}\nencoder: {depth: 3}\n", "the key 'encoder' is there twice"),
+        ("a.yaml", "- 3\n", "must hold fields and values"),
+        ("a.yaml", "", "must hold fields and values"),
+        ("a.json", '{"encoder": ', "is not valid JSON"),
+        ("a.yaml", b"\xff\xfe\x00", "is not valid YAML"),
+        ("a.yaml", "encoder.width: 3\nencoder: {width: 4}\n", "encoder: is given twice"),
+        ("a.yaml", "encoder: 3\n", "encoder: is a group of fields"),
+        ("a.yaml", "name: [1]\n", "name: expected text, got [1]"),
+        ("a.yaml", "name: on\n", "name: expected text, got True"),
+        ("a.yaml", "!!python/object:os.system x\n", "is not valid YAML"),
+    ],
+)
+def test_files_that_are_no_config(name, text, sentence, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    problems = wrong("llava", files=[str(path)])
+    assert [p for p in problems if sentence in p and p.startswith((f"{path}: ", f"config file {path} "))], problems
+
+
+# ----------------------------------------------------------------------------------------------------- stored, shown, compared
+
+
+def test_a_stored_recipe_tells_all_that_is_wrong():
+    from mmfast.spec import to_dict
+
+    stored = to_dict(config.load_recipe("llava"))
+    stored["encoder"] |= {"wdith": 3, "heads": "x"}
+    stored["connector"]["kind"] = "Lin"
+    with pytest.raises(config.ConfigError) as told:
+        config.from_dict(stored)
+    assert len(told.value.problems) == 3
+
+
+def test_what_a_recipe_can_be_read_from(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    recipe = config.load_recipe("dpo", tiny=True)
+    (run / "recipe.json").write_text(json.dumps(vocabulary.to_dict(recipe) | {"seed": 3}))
+    assert config.load_recipe(str(run)) == recipe
+    for name, sentence in (
+        (str(tmp_path), "is no run folder: it holds no recipe.json"),
+        ("lava", r"unknown recipe 'lava' \(did you mean 'llava'\?\)"),
+        ("gone.yaml", "recipe file gone.yaml does not exist"),
+    ):
+        with pytest.raises(RunError, match=sentence):
+            config.load_recipe(name)
+    (tmp_path / "part.yaml").write_text("encoder: {width: 3}\n")
+    with pytest.raises(RunError, match="is no whole recipe"):
+        config.load_recipe(str(tmp_path / "part.yaml"))
+
+
+def test_diff_of_runs_files_and_names(capsys, tmp_path):
+    def call(*argv):
+        with pytest.raises(SystemExit) as end:
+            main([str(a) for a in argv])
+        return end.value.code, *capsys.readouterr()
+
+    changed = given("llava", "--stages.instruct.optim.lr", "0.5", "--connector.kind", "Mlp", tiny=True)
+    (tmp_path / "recipe.json").write_text(json.dumps(vocabulary.to_dict(changed) | {"seed": 3}))
+    (tmp_path / "b.yaml").write_text(config.to_yaml(changed))
+    code, out, _ = call("diff", tmp_path, tmp_path / "b.yaml")
+    assert (code, out) == (0, "llava and llava do not differ\n")
+    (tmp_path / "b.yaml").write_text(config.to_yaml(config.load_recipe("llava", tiny=True)))
+    rows = [line.split() for line in call("diff", tmp_path, tmp_path / "b.yaml")[1].splitlines()]
+    assert rows[1:4] == [["connector.kind", "Mlp", "Linear"], ["connector.depth", "2", "-"], ["stages.instruct.optim.lr", "0.5", "0.004"]]
+    assert rows[-1][:3] == ["3", "fields", "differ,"]
+    assert "policy.name" in call("diff", "llava", "dpo", "--tiny")[1]
+
+
+def test_show_says_what_was_changed():
+    before = config.load_recipe("llava")
+    lines = describe.show(given("llava", "--encoder.width", "32", "--connector.kind", "Mlp"), before).splitlines()
+    assert lines[0] == "llava  (System; arXiv:2304.08485)"
+    assert [line.split() for line in lines if "#" in line] == [
+        ["encoder.width", "=", "32", "#", "was", "1024"],
+        ["connector.kind", "=", "Mlp", "#", "was", "Linear"],
+    ]
+    assert not any(a == b == "" for a, b in itertools.pairwise(lines)), "no two empty lines"
+
+
+def test_env_with_a_wrong_isa_is_one_sentence():
+    """Neither `env` nor any other command answers with a traceback."""
+    import os
+    import subprocess
+    import sys
+
+    def call(*argv):
+        code = "import sys; from mmfast.trainers.__main__ import main; main(sys.argv[1:])"
+        return subprocess.run(
+            [sys.executable, "-c", code, *argv], capture_output=True, text=True, env=os.environ | {"MMFAST_CPU_ISA": "sse9"}
+        )
+
+    done = call("env")
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "MMFAST_CPU_ISA: unknown level 'sse9', expected one of auto, baseline" in done.stdout
+    done = call("show", "llava")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("mmfast: MMFAST_CPU_ISA: unknown level 'sse9'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_every_type_of_the_vocabulary_can_be_read():
+    """A field of a type that nobody here thought of would be refused for any value: this list tells before a user does."""
+    plain = (str, int, float, bool, type(None))
+
+    def known(hint):
+        origin, inner = typing.get_origin(hint), typing.get_args(hint)
+        if hint in plain or origin is typing.Literal or dataclasses.is_dataclass(hint):
+            return True
+        return origin is not None and all(known(part) for part in inner if part is not Ellipsis)
+
+    for kind in vars(vocabulary).values():
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            for name, hint in typing.get_type_hints(kind).items():
+                assert known(hint), f"{kind.__name__}.{name}: {hint}"
+                options = config._options(hint)
+                scalars = [o for o in options if o in plain[:4]]
+                assert len(scalars) <= 1, f"{kind.__name__}.{name}: of several plain types the first alone is read"
+
+
+def test_linear_is_no_mapping_of_its_own():
+    assert given("llava", "--connector", "Linear").connector == Linear()
