@@ -59,7 +59,9 @@ def tokenizer(kind: str):
         )
         specials = [*specials, *(f"<0x{i:02X}>" for i in range(256))]
     alphabet = pre_tokenizers.ByteLevel.alphabet() if kind.startswith("bytes") else []
-    inner.train_from_iterator(TEXT * 4, trainers.BpeTrainer(vocab_size=620, special_tokens=specials, initial_alphabet=alphabet, show_progress=False))
+    inner.train_from_iterator(
+        TEXT * 4, trainers.BpeTrainer(vocab_size=620, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    )
     inner.add_special_tokens([AddedToken(s, special=True) for s in specials[:3]])
     names = dict(eos_token="</s>", unk_token="<unk>")
     if kind != "bytes_no_bos":

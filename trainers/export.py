@@ -24,7 +24,9 @@ from .loop import RunError
 BORDER = "\ue000"
 
 
-def export(session, recipe: System | Alignment, out: str | Path, *, metrics: Mapping[str, Any] | None = None, push_to: str | None = None) -> Path:
+def export(
+    session, recipe: System | Alignment, out: str | Path, *, metrics: Mapping[str, Any] | None = None, push_to: str | None = None
+) -> Path:
     """Writes a folder that the stock classes load with the same logits, tokens and pixels; adapters are folded in.
 
     It appears whole or not at all. ``push_to`` is a hub name (``owner/name``) to upload it to afterwards.
@@ -77,7 +79,9 @@ def _finish_configs(session, folder: Path) -> None:
     from transformers import GenerationConfig
 
     t = session.tokenizer
-    GenerationConfig(bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id, do_sample=False).save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id, do_sample=False
+    ).save_pretrained(folder)
     # Where parts are held in unlike precisions the config says fp32, in which nothing is lost.
     kinds = {p.dtype for p in session.model.parameters()}
     if len(kinds) > 1:
@@ -96,7 +100,10 @@ def make_processor(session, template: str):
     system, skip = session.model.system, session.model.encoder.skip
     side, patches = system.image.size, (system.encoder.size // system.encoder.patch) ** 2
     pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=list(system.image.mean), image_std=list(system.image.std)
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
+        image_mean=list(system.image.mean),
+        image_std=list(system.image.std),
     )
     processor = LlavaProcessor(
         pictures,

@@ -154,7 +154,9 @@ class MultimodalModel(nn.Module):
         """
         modules = [self.part(name) for name in parts]
         if "language" in parts and getattr(self.language, "is_quantized", False):
-            raise ValueError(f"{self.system.name}: the language model is held in 4 bits and cannot learn itself; train adapters over it (lora)")
+            raise ValueError(
+                f"{self.system.name}: the language model is held in 4 bits and cannot learn itself; train adapters over it (lora)"
+            )
         self.requires_grad_(False)
         for module in modules:
             module.float().requires_grad_(True)

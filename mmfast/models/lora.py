@@ -161,5 +161,7 @@ def load_lora(model: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in given.items():
             if tensor.shape != own[name].shape:
-                raise ValueError(f"{path}: {name} has shape {list(tensor.shape)}, the model's {list(own[name].shape)}; is the rank the same?")
+                raise ValueError(
+                    f"{path}: {name} has shape {list(tensor.shape)}, the model's {list(own[name].shape)}; is the rank the same?"
+                )
             own[name].copy_(tensor)

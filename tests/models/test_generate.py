@@ -58,7 +58,9 @@ def test_a_stream_can_be_left():
     stream.close()
 
 
-@pytest.mark.parametrize("text", ["plain words, and more.", "é", "naïve café — 東京 👩‍👩‍👧 done", "ends with space ", "\ufffd in it\ufffd", "a\n\n b", ""])
+@pytest.mark.parametrize(
+    "text", ["plain words, and more.", "é", "naïve café — 東京 👩‍👩‍👧 done", "ends with space ", "\ufffd in it\ufffd", "a\n\n b", ""]
+)
 def test_pieces_are_final_and_complete(text):
     tokenizer = byte_tokenizer()
     ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
@@ -81,7 +83,9 @@ def test_rows_of_their_own_length():
     tokenizer = word_tokenizer(words)
     rows = torch.tensor([[5, 6, 7, 9, 2], [10, 8, 5, 2, 2]])
     said = list(text_pieces(tokenizer, rows.T))
-    assert ["".join(p) for p in zip(*said, strict=True)] == [plain_text(tokenizer, r) for r in rows.tolist()] == ["a red circle.", "there, a"]
+    assert (
+        ["".join(p) for p in zip(*said, strict=True)] == [plain_text(tokenizer, r) for r in rows.tolist()] == ["a red circle.", "there, a"]
+    )
     assert said[:2] == [["a", "there"], [" red", ","]]
     assert list(text_pieces(tokenizer, [])) == []
 

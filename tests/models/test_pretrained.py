@@ -303,6 +303,11 @@ def test_gguf(tmp_path):
         if stem.startswith("model.layers."):
             _, _, layer, inner = stem.split(".", 3)
             tensor = rows(tensor, 4) if inner.endswith("q_proj") else rows(tensor, 2) if inner.endswith("k_proj") else tensor
+            if inner.endswith("up_proj"):  # in 8-bit blocks, and our reference rounded alike
+                blocks = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0)
+                torch_model.get_parameter(name).data = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
+                writer.add_tensor(f"blk.{layer}.{names[inner]}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+                continue
             writer.add_tensor(f"blk.{layer}.{names[inner]}.weight", tensor)
         else:
             writer.add_tensor(f"{names[stem]}.weight", tensor)
@@ -323,6 +328,11 @@ def test_gguf(tmp_path):
     with torch.no_grad():
         got, want = build(given, tokenizer=tokenizer)(ids).logits, torch_model(ids).logits
     torch.testing.assert_close(got[..., :50], want, atol=1e-5, rtol=0)
+    # Blocks are unpacked: the weights train, and can be written.
+    model = build(given, tokenizer=tokenizer)
+    model.train_only(("language",))
+    assert all(p.requires_grad for p in model.language.parameters())
+    model.save_pretrained(tmp_path / "out")
 
 
 def faults(tmp_path):
@@ -379,6 +389,10 @@ def faults(tmp_path):
         "pickled": (to_pickle, r"holds pickled weights only \(pytorch_model.bin\).*convert them to safetensors"),
         "renamed pickle": (renamed_pickle, r"model.safetensors is no safetensors file, whatever its name says"),
         "empty": (lambda: (lm / "model.safetensors").write_bytes(b""), r"model.safetensors is no safetensors file"),
+        "no header": (
+            lambda: (lm / "model.safetensors").write_bytes(b"\x03" + b"\0" * 7 + b"abc"),
+            r"model.safetensors is no safetensors file",
+        ),
         "cut off": (cut, r"language.weights .*lm: the weights cannot be read"),
         "weights of another model": (other_weights, r"holds no model.layers.1.*and \d+ more: its weights are not those of its config.json"),
         "other sizes": (other_shapes, r"language.weights .*lm: the weights cannot be read"),
@@ -404,7 +418,9 @@ def test_names_that_lead_nowhere(tmp_path):
         return spec.System("test", encoder=spec.Clip(weights=None), language=spec.LanguageModel(weights=weights))
 
     with pytest.raises(ValueError, match=r"the Python package no_such_thing is not installed \(pip install no-such-thing\)"):
-        resolved(language("package:no_such_thing/x.gguf" if __import__("importlib.util").util.find_spec("gguf") else "package:no_such_thing"))
+        resolved(
+            language("package:no_such_thing/x.gguf" if __import__("importlib.util").util.find_spec("gguf") else "package:no_such_thing")
+        )
     with pytest.raises(ValueError, match=r"language.weights nobody/nothing: no configuration can be read"):
         resolved(language("nobody/nothing"))
     with pytest.raises(ValueError, match=r"a tokenizer comes with weights, and language.weights is None"):

@@ -14,7 +14,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from mmfast import spec
 from mmfast.data import chat as conversations
 from mmfast.data import images
-from mmfast.models import add_lora, lora_parameters
+from mmfast.models import add_lora, lora_parameters, tokenizer_for
 from mmfast.trainers import export as module
 from mmfast.trainers.chat import chat
 from mmfast.trainers.export import BORDER, export, messages_of
@@ -38,8 +38,11 @@ def recipe(session, template="vicuna_v1"):
 def test_ids_are_those_of_training(kind, template, tmp_path):
     session = Session(tmp_path, kind)
     processor = AutoProcessor.from_pretrained(export(session, recipe(session, template), tmp_path / "out"))
+    again = tokenizer_for(spec.System("again", weights=str(tmp_path / "out")))  # training may go on from the export
+    places = dict(image_tokens=session.system.encoder.tokens, image_token=session.model.image_token)
     for turns in TURNS:
         ours, _ = session.encoder(template)(turns)
+        assert conversations.encode(again, template, turns, **places)[0] == ours
         text = processor.apply_chat_template(messages_of(turns), add_generation_prompt=turns[-1][1] is None)
         expanded = text.replace("<image>", "<image>" * session.system.encoder.tokens)
         assert processor.tokenizer(expanded)["input_ids"] == ours, turns
@@ -109,7 +112,9 @@ def test_logits_and_words_of_the_stock_class(tower, options, lora, tmp_path):
     processor, stock = AutoProcessor.from_pretrained(out), LlavaForConditionalGeneration.from_pretrained(out).eval()
     messages = [{"role": "user", "content": [{"type": "image", "image": path}, {"type": "text", "text": "What is this?"}]}]
     batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
-    again = processor(text=processor.apply_chat_template(messages, add_generation_prompt=True), images=Image.open(path), return_tensors="pt")
+    again = processor(
+        text=processor.apply_chat_template(messages, add_generation_prompt=True), images=Image.open(path), return_tensors="pt"
+    )
     assert torch.equal(batch["input_ids"], again["input_ids"])
     ids, _ = session.encoder("vicuna_v1")([("<image>\nWhat is this?", None)])
     assert batch["input_ids"].tolist() == [ids]
@@ -158,7 +163,7 @@ def test_what_lies_in_the_folder(tmp_path):
 
 def test_it_is_a_start_for_another_run(tmp_path):
     """Weights of a system, or of its tower, with the pictures' normalisation."""
-    from mmfast.models import build, resolved, tokenizer_for
+    from mmfast.models import build, resolved
 
     session = Session(tmp_path, kind="words")
     changed = replace(session.system.image, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
@@ -257,5 +262,7 @@ def test_push(tmp_path, monkeypatch):
 
 def test_tokenizers_of_this_file_differ():
     """Each kind treats a text's beginning in its own way, or the table above would be one row."""
-    rows = {kind: tokenizer(kind).convert_ids_to_tokens(tokenizer(kind)(" red", add_special_tokens=False)["input_ids"])[0] for kind in KINDS}
+    rows = {
+        kind: tokenizer(kind).convert_ids_to_tokens(tokenizer(kind)(" red", add_special_tokens=False)["input_ids"])[0] for kind in KINDS
+    }
     assert len(set(rows.values())) >= 3, rows
