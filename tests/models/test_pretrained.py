@@ -234,6 +234,27 @@ def test_frozen_parts_in_bf16(tmp_path):
     assert {p.dtype for p in model.train_only(("language",))} == {torch.float32}
 
 
+def test_adapters_over_bf16(tmp_path):
+    """Adapters are fp32 and learn, with and without autocast; what they stand beside stays bf16."""
+    from mmfast.models import add_lora
+
+    given = system(tmp_path)
+    model = build(given, tokenizer=tokenizer_for(given), dtype=torch.bfloat16)
+    add_lora(model, spec.Lora(rank=2, alpha=4, dropout=0.0))
+    learn = model.train_only(("connector",), lora=True)
+    assert {p.dtype for p in learn} == {torch.float32}
+    assert {p.dtype for n, p in model.language.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
+    inputs = batch(4)
+    plain = model(**inputs, labels=inputs["input_ids"]).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(**inputs, labels=inputs["input_ids"]).loss
+    for loss in (plain, cast):
+        model.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in learn)
+    assert abs(plain.item() - cast.item()) < 0.1
+
+
 def test_a_quantised_language_model(tmp_path, monkeypatch):
     import importlib.util
 
@@ -244,6 +265,8 @@ def test_a_quantised_language_model(tmp_path, monkeypatch):
         patch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
         with pytest.raises(ValueError, match=r"language.quantize=4bit needs bitsandbytes \(pip install bitsandbytes\)"):
             build(four)
+    with pytest.raises(ValueError, match=r"language.quantize needs language.weights of its own"):
+        build(replace(four, weights=str(tmp_path / "lm")))
     with pytest.raises(ValueError, match=r"language.weights is None"):
         build(replace(four, language=replace(four.language, weights=None)))
     if find("bitsandbytes") is None:
