@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from mmfast.spec import Alignment, Data, System, nearest, to_dict
+from mmfast.spec import Data, nearest, to_dict
 
 from .checkpoint import RunError
 
@@ -65,15 +65,32 @@ def parser() -> Parser:
             sub.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps between measures and samples during training")
             sub.add_argument("--track", default="", metavar="LIST", help="also log to some of tensorboard,wandb,trackio")
             sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="short for --compute.device")
-            sub.add_argument("--dry-run", action="store_true", help="resolve and print the recipe, train nothing")
+            sub.add_argument("--eval-data", metavar="FILE", help="records to measure the trained model on")
+            sub.add_argument("--dry-run", action="store_true", help="print the recipe and what is supervised, train nothing")
             sub.add_argument("--quiet", action="store_true", help="no progress bars")
     sub = add("diff", "the fields in which two recipes differ")
     for side in ("a", "b"):
         sub.add_argument(side, metavar=side.upper(), help="a recipe as in `mmfast show`: a name, a file or a run folder")
     sub.add_argument("--tiny", action="store_true", help="of their tiny forms (of names and Python files)")
-    sub = add("eval", "measure a trained run on held-out scenes of the shapes world")
+    sub = add("eval", "measure a trained run: on held-out scenes of the shapes world, on easy-vqa's test part, or on records")
     sub.add_argument("run", type=Path)
     sub.add_argument("--scenes", type=int, default=500)
+    sub.add_argument("--data", metavar="FILE", help="records to measure loss and right answers on")
+    sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    sub = add("chat", "talk with a trained run about pictures; without --prompt, in a conversation")
+    sub.add_argument("run", type=Path)
+    sub.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    sub.add_argument("--prompt", help="one question, answered and done")
+    sub.add_argument("--max-new-tokens", type=int, default=256)
+    sub.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word each time")
+    sub.add_argument("--top-p", type=float, default=1.0)
+    sub.add_argument("--seed", type=int)
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    sub = add("export", "write a trained run as a Hugging Face folder that the stock classes load")
+    sub.add_argument("run", type=Path)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it too")
     sub = add("report", "write report.html of a run folder")
     sub.add_argument("runs", type=Path, nargs="+")
     sub = add("demo", "train, align and measure a tiny multimodal model; ends with a page to look at")
@@ -91,7 +108,7 @@ def parser() -> Parser:
 COMMANDS = ("list", "show", "train", "plan", "diff", "eval", "chat", "export", "report", "demo", "bench", "env")
 FLAGS = (
     "tiny", "config", "print-config", "out", "seed", "steps", "resume", "save-every", "data", "images", "on-bad-record", "device", "dry-run",
-    "quiet", "keep", "eval-every", "track", "gpu-memory", "processes", "length",
+    "quiet", "keep", "eval-every", "eval-data", "track", "gpu-memory", "processes", "length",
 )  # fmt: skip
 
 
@@ -111,15 +128,11 @@ def resolve(args: argparse.Namespace, rest: list[str]):
     if getattr(args, "device", None):
         recipe = replace(recipe, compute=replace(recipe.compute, device=args.device))
     if getattr(args, "data", None):
-        if not Path(args.data).exists():
+        if not Path(args.data).exists() and not args.data.startswith("hub:") and "*" not in args.data:
             problems.append(f"data file {args.data} does not exist")
-        given = dict(path=args.data, images=args.images, on_bad_record=args.on_bad_record)
-        if isinstance(recipe, Alignment):
-            recipe = replace(recipe, data=replace(recipe.data, **given))
-        else:  # a mixture gives way to the one set
-            own = [s.data if isinstance(s.data, Data) else Data(s.data.name) for s in recipe.stages]
-            stages = [replace(s, data=replace(d, **given)) if s.objective == "lm" else s for s, d in zip(recipe.stages, own, strict=True)]
-            recipe = replace(recipe, stages=tuple(stages))
+        from .runs import with_data
+
+        recipe = with_data(recipe, path=args.data, images=args.images, on_bad_record=args.on_bad_record)
     recipe = config.resolved(recipe, problems, processes=getattr(args, "processes", None))
     if args.print_config:
         from .demo import cap
@@ -133,134 +146,80 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
     from .demo import cap
 
     try:
+        from . import runs
+
         recipe = cap(resolve(args, rest), args.steps)
         if args.dry_run:
             print(json.dumps(to_dict(recipe), indent=2))
+            print(runs.preview(recipe, colour=sys.stdout.isatty()), file=sys.stderr)
             return
-        from mmfast.data import chat
-
-        from .checkpoint import Run
-        from .loop import Options
-        from .place import find
-        from .supervised import Session, train_system
-        from .trackers import open_trackers
-
-        for name in ("save_every", "keep"):
-            if getattr(args, name) is not None and getattr(args, name) < 1:
-                raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
-        system, out = system_of(recipe), args.out or Path("runs") / recipe.name
-        place = find(recipe.compute, args.device)
-        session = Session(system, seed=args.seed, place=place)  # builds and checks the model before anything is written
-        for template in [recipe.template] if isinstance(recipe, Alignment) else [stage.template for stage in recipe.stages]:
-            chat.check_template(template)
-        run = Run(out, resume=args.resume, keep=args.keep, main=place.main)
-        stored = to_dict(recipe) | {"seed": args.seed}
-        if args.resume and (out / "recipe.json").exists():
-            check_same(json.loads((out / "recipe.json").read_text()), stored, out)
-        options = Options(
-            seed=args.seed, resume=args.resume, save_every=args.save_every, quiet=args.quiet, compute=recipe.compute, place=place,
-            trackers=open_trackers(args.track, out, stored) if place.main else (),
+        given = None if args.eval_data is None else Data("eval", path=args.eval_data, images=args.images)
+        start = runs.Start(
+            out=args.out or Path("runs") / recipe.name, eval_data=given,
+            **{k: getattr(args, k) for k in ("seed", "resume", "save_every", "keep", "eval_every", "track", "quiet")},
         )  # fmt: skip
+        go = runs.prepare(recipe, start)
     except UsageError:
         raise
     except (RunError, ValueError) as error:
         raise UsageError(str(error)) from error
-
-    check_records(recipe, session)
-    run.write_json("recipe.json", stored)
-    if isinstance(recipe, Alignment):
-        align(recipe, run, options)
-    else:
-        finish(recipe, train_system(recipe, run, options=options), run)
+    go()
 
 
-def system_of(recipe) -> System:
-    return recipe.policy if isinstance(recipe, Alignment) else recipe
+def opened(folder: Path, device: str | None):
+    """A run's session and recipe for the commands that use one."""
+    from mmfast.spec import Compute
 
+    from .place import find
+    from .runs import open_run
 
-def align(recipe: Alignment, run, options) -> None:
-    """The base from the cache, measured, aligned, measured again."""
-    from .evaluate import Exam
-    from .preference import train_alignment
-    from .supervised import base_model, cache_folder
-
-    session, _ = base_model(recipe.policy, options=options, cache=cache_folder(run.folder))
-    exam = Exam(session)
-    before = exam(session, template=recipe.template)
-    run.write_json("before.json", before[0])
-    finish(recipe, train_alignment(recipe, session, run, options=options), run, exam, before[1])
-
-
-def finish(recipe, session, run, exam=None, before: dict | None = None) -> None:
-    """Measures, samples and the page of a trained model; one process does it."""
-    from . import report
-    from .demo import pick_samples, write_samples
-    from .evaluate import Exam
-
-    if not run.main:
-        return
-    exam = exam or Exam(session)
-    template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
-    measured, details = exam(session, template=template)
-    run.write_json("eval.json", measured)
-    captions = {"before": before["captions"], "after": details["captions"]} if before else {"model": details["captions"]}
-    write_samples(run.folder, session, exam, pick_samples(session, exam, before or details, details), captions)
-    report.write(run.folder / "report.html", report.run_page(run.folder))
-    print({k: round(measured[k], 4) for k in ("chair_s", "chair_i", "recall", "pope_adversarial_accuracy")})
-    print(f"open {run.folder / 'report.html'}")
-
-
-def check_records(recipe, session) -> None:
-    """Faults in the user's own records are named before the first step, not when the stage that reads them begins."""
-    if isinstance(recipe, Alignment):
-        if recipe.data.path is not None and recipe.data.on_bad_record == "fail":
-            from .preference import make_source
-
-            make_source(session, recipe)
-        return
-    for stage in recipe.stages:
-        if stage.data.path is not None and stage.data.on_bad_record == "fail":
-            session.source(stage.data, stage.template, stage.max_length)
-
-
-def check_same(before: dict, now: dict, out: Path) -> None:
-    """A run is continued with the recipe and seed it was begun with: another would join two curves that do not belong together."""
-    from .describe import flat
-
-    left, right = flat(before), flat(json.loads(json.dumps(now)))
-    # How a run is computed may change between two parts of it; what it learns from may not.
-    left, right = ({k: v for k, v in d.items() if ".compute." not in f".{k}"} for d in (left, right))
-    changed = [f"{key} was {left.get(key)!r}, now {right.get(key)!r}" for key in {**left, **right} if left.get(key) != right.get(key)]
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        raise UsageError(f"{out} was begun with another recipe: {changed[0]}{more}; give the same options or choose another --out")
+    try:
+        return open_run(folder, place=find(Compute(), device))
+    except (RunError, ValueError) as error:
+        raise UsageError(str(error)) from error
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from . import config
-    from .checkpoint import Run, load_model
-    from .evaluate import Exam
-    from .supervised import Session
+    from .checkpoint import Run
+    from .runs import measure
 
-    try:
-        saved = json.loads((args.run / "recipe.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{args.run} is no run folder: recipe.json is missing or unreadable") from error
-    try:
-        recipe = config.from_dict({k: v for k, v in saved.items() if k != "seed"}, str(args.run / "recipe.json"))
-    except RunError as error:
-        raise UsageError(str(error)) from error
-    system = recipe.policy if isinstance(recipe, Alignment) else recipe
-    run = Run(args.run, resume=True)
-    last = run.last_checkpoint()
-    if last is None:
-        raise UsageError(f"{args.run} holds no intact checkpoint to measure")
-    session = Session(system, seed=saved.get("seed", 0))
-    load_model(session.model, last[1])
-    template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
-    measured, _ = Exam(session, scenes=args.scenes)(session, template=template)
-    run.write_json("eval.json", measured)
+    session, recipe = opened(args.run, args.device)
+    given = None if args.data is None else Data("eval", path=args.data, images=args.images)
+    measured, _, _ = measure(session, recipe, eval_data=given, scenes=args.scenes)
+    if not measured:
+        raise UsageError(f"{args.run} was trained on data of your own: give records to measure on with --data FILE")
+    Run(args.run, resume=True).write_json("eval.json", measured)
     print(json.dumps(measured, indent=2))
+
+
+def talk(args: argparse.Namespace) -> None:
+    from . import chat
+    from .runs import template_of
+
+    session, recipe = opened(args.run, args.device)
+    options = dict(
+        template=template_of(recipe), max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
+    )
+
+    def write(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    if args.prompt is not None:
+        chat.chat(session, args.image, args.prompt, stream=write, **options)
+        print()
+    else:
+        if sys.stdin.isatty():
+            print("ask; " + ", ".join(chat.COMMANDS.values()))
+        chat.converse(session, chat.read_lines("> " if sys.stdin.isatty() else ""), write, images=args.image, **options)
+
+
+def export(args: argparse.Namespace) -> None:
+    from .export import export as write
+
+    session, recipe = opened(args.run, "cpu")
+    path = args.run / "eval.json"
+    metrics = json.loads(path.read_text()) if path.exists() else None
+    print(write(session, recipe, args.out, metrics=metrics, push_to=args.push_to_hub))
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -318,6 +277,10 @@ def run(argv: list[str]) -> int:
         run_demo(args.out, seed=args.seed, steps=args.steps, scenes=args.scenes, quiet=args.quiet)
     elif args.command == "eval":
         evaluate(args)
+    elif args.command == "chat":
+        talk(args)
+    elif args.command == "export":
+        export(args)
     elif args.command == "report":
         from . import report
 
@@ -357,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
         code = 0
     except (RunError, ValueError, OSError) as error:
         print(f"mmfast: {error}", file=sys.stderr)
-        code = 1
+        code = getattr(error, "code", 1)
     except ImportError as error:
         print(f"mmfast: {error}; the trainers need their extra: pip install 'mmfast[train]'", file=sys.stderr)
         code = 1

@@ -12,7 +12,7 @@ from mmfast.data import images as pictures
 from mmfast.models.generate import text_pieces
 from mmfast.spec import System, nearest
 
-from .loop import RunError
+from .checkpoint import RunError
 
 COMMANDS = {"/image": "/image FILE  show a picture with the next question", "/reset": "/reset  begin anew", "/quit": "/quit  leave"}
 

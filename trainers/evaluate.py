@@ -90,6 +90,36 @@ def claims(session: Session, scenes: list[Scene], texts: list[str]) -> tuple[np.
     return np.array(false), np.array([len(f) for f in found])
 
 
+# --------------------------------------------------------------------------------------------------------- any records
+
+
+@torch.no_grad()
+def measure_answers(session: Session, source: Any, *, batch: int = 64, limit: int | None = None) -> dict[str, float]:
+    """``loss`` a token, and ``answer_accuracy``: the share of answers all of whose tokens are the likeliest given those before them, which is
+    to say the answers that greedy decoding gives word for word. Over the first ``limit`` items of a source."""
+    from .supervised import cached_states, see
+
+    model = session.model.eval()
+    head, states = model.language.get_output_embeddings(), cached_states(session, source)
+    packing, pictures, source.packing, source.with_pictures = source.packing, source.with_pictures, False, states is None
+    loss, tokens, right, answers = 0.0, 0, 0, 0
+    for index in torch.arange(min(len(source), limit or len(source))).split(batch):
+        rows = session.place.to(source.batch(index))
+        hidden, labels = model.hidden(rows["input_ids"], **see(session, rows, states))[:, :-1], rows["labels"][:, 1:]
+        scored = labels != -100
+        logits = head(hidden[scored].to(head.weight.dtype)).float()
+        loss += torch.nn.functional.cross_entropy(logits, labels[scored], reduction="sum").item()
+        tokens += int(scored.sum())
+        # An answer is a run of scored tokens in a row of the batch.
+        begins = scored & ~torch.nn.functional.pad(scored, (1, 0))[:, :-1]
+        number = (begins.flatten().cumsum(0) - 1)[scored.flatten()]
+        missed = torch.zeros(int(begins.sum()), dtype=torch.long, device=number.device)
+        missed.index_add_(0, number, (logits.argmax(-1) != labels[scored]).long())
+        right, answers = right + int((missed == 0).sum()), answers + len(missed)
+    source.packing, source.with_pictures = packing, pictures
+    return {"loss": loss / max(tokens, 1), "answer_accuracy": right / max(answers, 1), "answers": answers}
+
+
 # ------------------------------------------------------------------------------------------------------- during training
 
 PROBE_SCENES = 100

@@ -17,7 +17,7 @@ from mmfast.models.weights import save_pretrained
 from mmfast.spec import Alignment, Fixed, Prefix, System, to_dict
 
 from .chat import joint
-from .loop import RunError
+from .checkpoint import RunError
 
 # Conversations are tokenised piece by piece (mmfast.data.chat), a chat template makes one text. This character, of Unicode's private use area,
 # marks the borders in that text; the exported tokenizer splits at it and drops it, so that the ids are the same.

@@ -31,7 +31,11 @@ PROBE_EVERY = 20
 
 
 class Stopped(RunError):
-    """The user or the system asked the run to stop; it saved first."""
+    """The user or the system asked the run to stop; it saved first. ``code``: what the command ends with."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.code = 128 + number
 
 
 class Objective(nn.Module):

@@ -25,8 +25,8 @@ from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import PARTS, Alignment, Compute, LanguageModel, Lora, Stage, System, nearest
 
 from . import config
+from .checkpoint import RunError
 from .describe import columns
-from .loop import RunError
 
 GIB = 2**30
 BUILT_IN = ("shapes", "easy_vqa", "shapes_own")

@@ -1,15 +1,232 @@
-"""A run folder opened again: its recipe, and its model as the newest checkpoint has it."""
+"""A run from its recipe to its folder, and a run folder opened again."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from mmfast.spec import Alignment, System
+import torch
+
+from mmfast.spec import Alignment, Data, Stage, System, to_dict
 
 from . import config
 from .checkpoint import Run, RunError
-from .place import Place
+from .place import Place, find
+
+BUILT_IN = ("shapes", "easy_vqa", "shapes_own")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a command line says about a run beyond its recipe."""
+
+    out: Path
+    seed: int = 0
+    resume: bool = False
+    save_every: int | None = None
+    keep: int = 2
+    eval_every: int = 0
+    eval_data: Data | None = None
+    track: str = ""
+    quiet: bool = False
+
+
+# ------------------------------------------------------------------------------------------------------------- a new run
+
+
+def train(recipe: System | Alignment, start: Start) -> None:
+    """Everything from the first check to the page. What can be known before data is touched raises ``ValueError`` or ``RunError`` from
+    ``prepare``, and so before anything is written."""
+    prepare(recipe, start)()
+
+
+def prepare(recipe: System | Alignment, start: Start) -> partial:
+    """The run, ready to be called: model built, settings checked, folder claimed."""
+    from .loop import Options
+    from .plan import out_of_memory_hint
+    from .supervised import Session
+    from .trackers import open_trackers
+
+    for name in ("save_every", "keep"):
+        if getattr(start, name) is not None and getattr(start, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')} {getattr(start, name)}: expected at least 1")
+    place = find(recipe.compute)
+    stored = to_dict(recipe) | {"seed": start.seed}
+    if start.resume and (start.out / "recipe.json").exists():
+        _check_same(json.loads((start.out / "recipe.json").read_text()), stored, start.out)
+    session = Session(system_of(recipe), seed=start.seed, place=place, precision=recipe.compute.precision)
+    run = Run(start.out, resume=start.resume, keep=start.keep, main=place.main)
+    options = Options(
+        seed=start.seed, resume=start.resume, save_every=start.save_every, eval_every=start.eval_every, quiet=start.quiet,
+        compute=recipe.compute, place=place, trackers=open_trackers(start.track, start.out, stored) if place.main else (),
+        out_of_memory=lambda stage: out_of_memory_hint(recipe, stage, processes=place.processes),
+    )  # fmt: skip
+    return partial(_go, recipe, session, run, options, stored, start.eval_data)
+
+
+def _go(recipe, session, run: Run, options, stored: dict[str, Any], eval_data: Data | None) -> None:
+    _check_records(recipe, session, eval_data)
+    run.write_json("recipe.json", stored)
+    if isinstance(recipe, System):
+        from .supervised import train_system
+
+        finish(recipe, train_system(recipe, run, options=options, session=session), run, eval_data=eval_data)
+        return
+    from .preference import train_alignment
+    from .supervised import base_model, cache_folder
+
+    if session.is_untrained:
+        session, _ = base_model(recipe.policy, options=options, cache=cache_folder(run.folder))
+    session.tokenizer.save_pretrained(run.folder / "tokenizer")
+    exam, before = None, None
+    if session.knows_the_world:
+        from .evaluate import Exam
+
+        exam = Exam(session)
+        measured, before = exam(session, template=recipe.template)
+        run.write_json("before.json", measured)
+    finish(recipe, train_alignment(recipe, session, run, options=options), run, exam, before, eval_data)
+
+
+def finish(recipe, session, run: Run, exam=None, before: dict | None = None, eval_data: Data | None = None) -> None:
+    """Measures, samples and the page of a trained model; one process does it."""
+    from . import report
+    from .demo import pick_samples, write_samples
+
+    if not run.main:
+        return
+    measured, details, exam = measure(session, recipe, eval_data=eval_data, exam=exam)
+    run.write_json("eval.json", measured)
+    if details is not None:
+        captions = {"before": before["captions"], "after": details["captions"]} if before else {"model": details["captions"]}
+        write_samples(run.folder, session, exam, pick_samples(session, exam, before or details, details), captions)
+    report.write(run.folder / "report.html", report.run_page(run.folder))
+    shown = ("chair_s", "chair_i", "recall", "pope_adversarial_accuracy", "loss", "answer_accuracy")
+    if any(k in measured for k in shown):
+        print({k: round(measured[k], 4) for k in shown if measured.get(k) is not None})
+    print(f"open {run.folder / 'report.html'}")
+
+
+def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes: int = 500) -> tuple[dict[str, float], dict | None, Any]:
+    """What can be measured of a model: the shapes world's exam where it speaks its words; loss and right answers on ``eval_data``, or on the
+    test part of easy-vqa where it was trained on that. Returns the measures, the exam's details and the exam, where there was one."""
+    from mmfast.data.supervised import EasyVQA
+
+    from .evaluate import Exam, measure_answers
+
+    template, details, measured = template_of(recipe), None, {}
+    encode = session.encoder(template, recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
+    if session.knows_the_world:
+        exam = exam or Exam(session, scenes=scenes)
+        measured, details = exam(session, template=template)
+    elif any(data.name == "easy_vqa" for data in data_of(recipe)):
+        measured = measure_answers(session, EasyVQA(encode, encode.pad_token, train=False))
+    if eval_data is not None:
+        measured |= measure_answers(session, session.source(eval_data, template, encode.max_length))
+    return measured, details, exam
+
+
+def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> str:
+    """What is supervised, in colour (or between guillemets), of the first items of every stage whose data is at hand."""
+    from mmfast.data.sources import PreferencePairs
+
+    from .preference import Records
+    from .supervised import Session
+
+    system, shown = system_of(recipe), []
+    paths = [data for data in data_of(recipe) if data.path is not None or data.name in BUILT_IN[:2]]
+    if not paths:
+        return "no preview: the data of this recipe is not built in, and none was given (--data FILE)"
+    session = Session(system, seed=0, with_model=False)
+    if isinstance(recipe, Alignment):
+        source = PreferencePairs(Records(recipe.data), session.encoder(recipe.template, recipe.max_length), size=session.system.image.size)
+        sources = [(recipe.name, source)]
+    else:
+        sources = [(s.name, session.source(s.data, s.template, s.max_length)) for s in recipe.stages if s.objective == "lm"]
+    for name, source in sources:
+        source.with_pictures = False
+        batch = source.batch(torch.arange(min(count, len(source))))
+        shown += [f"{name}: {_told(session, ids, labels, colour)}" for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+    return "\n".join(shown)
+
+
+def _told(session, ids: torch.Tensor, labels: torch.Tensor, colour: bool) -> str:
+    """Token ids as text, the supervised ones marked, a picture's places counted."""
+    on, off = ("\x1b[32;1m", "\x1b[0m") if colour else ("«", "»")
+    runs: list[tuple[str, list[int]]] = []
+    for i, label in zip(ids.tolist(), labels.tolist(), strict=True):
+        kind = "image" if i == session.image_token else "answer" if label != -100 else "prompt"
+        if not runs or runs[-1][0] != kind:
+            runs.append((kind, []))
+        runs[-1][1].append(i)
+    pad, words = session.tokenizer.pad_token_id, []
+    while runs and runs[-1][0] == "prompt" and (not runs[-1][1] or runs[-1][1][-1] == pad):
+        runs[-1][1].pop() if runs[-1][1] else runs.pop()
+    for kind, tokens in runs:
+        text = f"[{len(tokens)} image tokens]" if kind == "image" else session.tokenizer.decode(tokens).replace("\n", "\\n")
+        words.append(f"{on}{text}{off}" if kind == "answer" else text)
+    return " ".join(words)
+
+
+def system_of(recipe: System | Alignment) -> System:
+    return recipe.policy if isinstance(recipe, Alignment) else recipe
+
+
+def template_of(recipe: System | Alignment) -> str:
+    return recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
+
+
+def data_of(recipe: System | Alignment) -> list:
+    """The data sets of a recipe's stages, mixtures taken apart."""
+    from .supervised import parts_of
+
+    return [recipe.data] if isinstance(recipe, Alignment) else [d for stage in recipe.stages for d in parts_of(stage.data)]
+
+
+def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
+    """The recipe reading other records, in every stage that reads text."""
+    if isinstance(recipe, Alignment):
+        return replace(recipe, data=replace(recipe.data, **given))
+
+    def other(stage: Stage) -> Stage:
+        own = stage.data if isinstance(stage.data, Data) else Data(stage.data.name)  # a mixture gives way to the one set
+        return replace(stage, data=replace(own, **given)) if stage.objective == "lm" else stage
+
+    return replace(recipe, stages=tuple(map(other, recipe.stages)))
+
+
+def _check_records(recipe, session, eval_data: Data | None) -> None:
+    """Faults in the user's own records are named before the first step, not when the stage that reads them begins."""
+    if isinstance(recipe, Alignment):
+        if recipe.data.path is not None and session.is_untrained:  # hours of training the base come first
+            from .preference import make_source
+
+            make_source(session, recipe)
+    else:
+        for stage in recipe.stages:
+            if any(data.path is not None for data in data_of(replace(recipe, stages=(stage,)))):
+                session.source(stage.data, stage.template, stage.max_length)
+    if eval_data is not None:
+        session.source(eval_data, template_of(recipe), recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
+
+
+def _check_same(before: dict, now: dict, out: Path) -> None:
+    """A run is continued with the recipe and seed it was begun with: another would join two curves that do not belong together. How it is
+    computed may change."""
+    from .describe import flat
+
+    left, right = ({k: v for k, v in flat(d).items() if ".compute." not in f".{k}"} for d in (before, json.loads(json.dumps(now))))
+    changed = [f"{key} was {left.get(key)!r}, now {right.get(key)!r}" for key in {**left, **right} if left.get(key) != right.get(key)]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise RunError(f"{out} was begun with another recipe: {changed[0]}{more}; give the same options or choose another --out")
+
+
+# --------------------------------------------------------------------------------------------------------- an earlier run
 
 
 def is_run(folder: str | Path) -> bool:
@@ -26,12 +243,11 @@ def read_recipe(folder: Path) -> tuple[System | Alignment, int]:
         saved = json.loads((folder / "recipe.json").read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"{folder} is no run folder: recipe.json is missing or unreadable") from error
-    recipe = config.from_dict({k: v for k, v in saved.items() if k != "seed"}, str(folder / "recipe.json"))
-    return recipe, saved.get("seed", 0)
+    return config.from_dict({k: v for k, v in saved.items() if k != "seed"}, f"{folder / 'recipe.json'}: "), saved.get("seed", 0)
 
 
-def open_run(folder: Path, *, place: Place | None = None):
-    """The session of a run, its model trained as far as the run got, and the recipe.
+def open_run(folder: Path, *, place: Place | None = None) -> tuple[Any, System | Alignment]:
+    """The session of a run, its model trained as far as the run got and frozen, and its recipe.
 
     Raises:
         RunError: no run folder, or none of its checkpoints is intact.
@@ -42,12 +258,9 @@ def open_run(folder: Path, *, place: Place | None = None):
     last = Run(folder, resume=True).last_checkpoint()
     if last is None:
         raise RunError(f"{folder} holds no intact checkpoint")
-    system = recipe.policy if isinstance(recipe, Alignment) else recipe
-    session = Session(system, seed=seed, place=place)
-    if isinstance(recipe, Alignment):
-        restore(session, (), last[1], lora=recipe.lora)
-    else:
-        restore(session, recipe.stages, last[1])
+    session = Session(system_of(recipe), seed=seed, place=place, precision=recipe.compute.precision)
+    stages: Sequence[Stage] = () if isinstance(recipe, Alignment) else recipe.stages
+    restore(session, stages, last[1], lora=recipe.lora if isinstance(recipe, Alignment) else None)
     session.model.train_only(())
     session.model.eval()
     return session, recipe

@@ -25,7 +25,7 @@ from mmfast.data.sources import Conversations, Streamed
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import build
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
-from mmfast.models.pretrained import tokenizer_for
+from mmfast.models.pretrained import resolved, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops import linear_logp
 from mmfast.spec import Compute, Data, Lora, Mixture, Stage, System, to_dict
@@ -43,7 +43,7 @@ _STATE_BYTES = 2 << 30
 class Session:
     """A system made concrete: its model, tokenizer and, for built-in data, its world."""
 
-    def __init__(self, system: System, *, seed: int, place: Place | None = None, precision: str = "fp32"):
+    def __init__(self, system: System, *, seed: int, place: Place | None = None, precision: str = "fp32", with_model: bool = True):
         self.seed, self.place = seed, place or Place(torch.device("cpu"))
         # What is read from published weights and does not train may be held in half precision.
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -54,7 +54,10 @@ class Session:
         self.system = self.origin.adopted(system) if self.origin else system
         self.tokenizer = self._tokenizer()
         self.image_token = self.tokenizer.convert_tokens_to_ids("<image>")
-        self.rebuild()
+        if with_model:
+            self.rebuild()
+        else:
+            self.system = resolved(self.system)
 
     def _open_origin(self, system: System) -> Session | None:
         """The run that the system's weights are those of, if they are a run's."""
@@ -76,6 +79,11 @@ class Session:
             return tokenizer_for(self.system)
         names = {part.name for stage in self.system.stages for part in parts_of(stage.data)}
         return word_tokenizer(supervised.EasyVQA.vocabulary() if "easy_vqa" in names else self.world.vocabulary)
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether nothing of the language model comes from anywhere but this session's random numbers."""
+        return not (self.origin or self.system.weights or self.system.language.weights)
 
     @property
     def knows_the_world(self) -> bool:

@@ -150,7 +150,7 @@ class MultimodalModel(nn.Module):
         """Let exactly these parts learn, and the adapters with ``lora``; returns their parameters. All else is frozen, in evaluation mode.
 
         ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them. What learns is
-        held in fp32, whatever the precision of the rest.
+        held in fp32, whatever the precision of the rest (embeddings alone over a bf16 language model then need autocast).
         """
         modules = [self.part(name) for name in parts]
         if "language" in parts and getattr(self.language, "is_quantized", False):
@@ -284,6 +284,10 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         if type(choice) not in table:
             known = ", ".join(kind.__name__ for kind in table)
             raise ValueError(f"{system.name}: nothing builds a {type(choice).__name__}, expected one of {known}")
+    if system.weights and system.language.quantize != "none":
+        raise ValueError(
+            f"{system.name}: language.quantize needs language.weights of its own; weights {system.weights} are read as they are"
+        )
     system = pretrained.resolved(system)
     if tokenizer is not None and (tokenizer.convert_tokens_to_ids("<image>") in (None, tokenizer.unk_token_id)):
         raise ValueError(f"{system.name}: the tokenizer has no <image> token (mmfast.models.tokenizer_for adds it)")

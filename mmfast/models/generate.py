@@ -94,7 +94,7 @@ def text_pieces(tokenizer, tokens: Iterable[Tensor]) -> Iterator[list[str]]:
         for row, new in enumerate(token.tolist()):
             ids[row].append(new)
             # The replacement character stands for the beginning of one that is not complete yet.
-            pieces.append(_beyond(told, row, plain_text(tokenizer, ids[row]).rstrip("\ufffd").rstrip()))
+            pieces.append(_beyond(told, row, plain_text(tokenizer, ids[row]).rstrip("\ufffd").rstrip(" ")))
         yield pieces
     if ids:
         yield [_beyond(told, row, plain_text(tokenizer, ids[row])) for row in range(len(ids))]

@@ -271,7 +271,12 @@ def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) 
 def load_weights(kind, weights: str, where: str, dtype: torch.dtype, **options) -> nn.Module:
     """``kind.from_pretrained``, strictly: every weight of the model must be there, in safetensors or GGUF."""
     folder, gguf = locate(weights, where)
-    if not gguf:
+    if gguf:
+        import transformers
+
+        if hasattr(transformers, "GgufConfig"):  # which would keep the blocks packed where it can: they could not train
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
         options["use_safetensors"] = True
         if Path(folder).is_dir():
             _check_tensors(Path(folder), where)

@@ -151,6 +151,12 @@ def test_off_is_the_base_exactly():
     with pytest.raises(RuntimeError, match="inside"), adapters_off(model):
         raise RuntimeError("inside")
     assert torch.equal(logits(model), on)
+    # Adapters that are frozen stay frozen.
+    model.train_only(("connector",))
+    with adapters_off(model):
+        pass
+    assert not any(p.requires_grad for p in lora_parameters(model))
+    model.train_only(("connector",), lora=True)
     # Between a forward and its backward.
     loss = model(**inputs()).loss
     with adapters_off(model):

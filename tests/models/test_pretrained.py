@@ -235,6 +235,27 @@ def test_frozen_parts_in_bf16(tmp_path):
     assert {p.dtype for p in model.train_only(("language",))} == {torch.float32}
 
 
+def test_adapters_over_bf16(tmp_path):
+    """Adapters are fp32 and learn, with and without autocast; what they stand beside stays bf16."""
+    from mmfast.models import add_lora
+
+    given = system(tmp_path)
+    model = build(given, tokenizer=tokenizer_for(given), dtype=torch.bfloat16)
+    add_lora(model, spec.Lora(rank=2, alpha=4, dropout=0.0))
+    learn = model.train_only(("connector",), lora=True)
+    assert {p.dtype for p in learn} == {torch.float32}
+    assert {p.dtype for n, p in model.language.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
+    inputs = batch(4)
+    plain = model(**inputs, labels=inputs["input_ids"]).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = model(**inputs, labels=inputs["input_ids"]).loss
+    for loss in (plain, cast):
+        model.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in learn)
+    assert abs(plain.item() - cast.item()) < 0.1
+
+
 def test_a_quantised_language_model(tmp_path, monkeypatch):
     import importlib.util
 
@@ -245,6 +266,8 @@ def test_a_quantised_language_model(tmp_path, monkeypatch):
         patch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
         with pytest.raises(ValueError, match=r"language.quantize=4bit needs bitsandbytes \(pip install bitsandbytes\)"):
             build(four)
+    with pytest.raises(ValueError, match=r"language.quantize needs language.weights of its own"):
+        build(replace(four, weights=str(tmp_path / "lm")))
     with pytest.raises(ValueError, match=r"language.weights is None"):
         build(replace(four, language=replace(four.language, weights=None)))
     if find("bitsandbytes") is None:
@@ -304,6 +327,11 @@ def test_gguf(tmp_path):
         if stem.startswith("model.layers."):
             _, _, layer, inner = stem.split(".", 3)
             tensor = rows(tensor, 4) if inner.endswith("q_proj") else rows(tensor, 2) if inner.endswith("k_proj") else tensor
+            if inner.endswith("up_proj"):  # in 8-bit blocks, and our reference rounded alike
+                blocks = gguf.quants.quantize(tensor, gguf.GGMLQuantizationType.Q8_0)
+                torch_model.get_parameter(name).data = torch.from_numpy(gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.Q8_0))
+                writer.add_tensor(f"blk.{layer}.{names[inner]}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+                continue
             writer.add_tensor(f"blk.{layer}.{names[inner]}.weight", tensor)
         else:
             writer.add_tensor(f"{names[stem]}.weight", tensor)
@@ -324,6 +352,11 @@ def test_gguf(tmp_path):
     with torch.no_grad():
         got, want = build(given, tokenizer=tokenizer)(ids).logits, torch_model(ids).logits
     torch.testing.assert_close(got[..., :50], want, atol=1e-5, rtol=0)
+    # Blocks are unpacked: the weights train, and can be written.
+    model = build(given, tokenizer=tokenizer)
+    model.train_only(("language",))
+    assert all(p.requires_grad for p in model.language.parameters())
+    model.save_pretrained(tmp_path / "out")
 
 
 def faults(tmp_path):
@@ -380,7 +413,11 @@ def faults(tmp_path):
         "pickled": (to_pickle, r"holds pickled weights only \(pytorch_model.bin\).*convert them to safetensors"),
         "renamed pickle": (renamed_pickle, r"model.safetensors is no safetensors file, whatever its name says"),
         "empty": (lambda: (lm / "model.safetensors").write_bytes(b""), r"model.safetensors is no safetensors file"),
-        "cut off": (cut, r"language.weights .*lm holds no model.layers.1.*of the right shape"),
+        "no header": (
+            lambda: (lm / "model.safetensors").write_bytes(b"\x03" + b"\0" * 7 + b"abc"),
+            r"model.safetensors is no safetensors file",
+        ),
+        "cut off": (cut, r"language.weights .*lm: the weights cannot be read"),
         "weights of another model": (
             other_weights,
             r"holds no model.layers.1.*and \d+ more of the right shape: its weights are not those of its config.json",

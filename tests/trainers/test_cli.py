@@ -22,7 +22,7 @@ WRONG = [
     (["train", "lava"], "unknown recipe 'lava' (did you mean 'llava'?)"),
     (["train", "nothing_like_it"], "unknown recipe 'nothing_like_it'; `mmfast list` shows all"),
     (["train", "gone.py"], "recipe file gone.py does not exist"),
-    (['train', 'llava'], 'no tokenizer can be read'),
+    (["train", "llava"], "no tokenizer can be read"),
     (["train", "llava", "--tiny", "--stpes", "3"], "unknown option --stpes (did you mean 'steps'?)"),
     (["train", "llava", "--tiny", "--encoder.wdith", "3"], "Clip has no field 'wdith' (did you mean 'width'?)"),
     (["train", "llava", "--tiny", "--stages.instrct.optim.lr", "3"], "nothing is called 'instrct' there (did you mean 'instruct'?)"),

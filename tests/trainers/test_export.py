@@ -18,7 +18,7 @@ from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGenera
 from mmfast import spec
 from mmfast.data import chat as conversations
 from mmfast.data import images
-from mmfast.models import add_lora, lora_parameters
+from mmfast.models import add_lora, lora_parameters, tokenizer_for
 
 KINDS = ("bytes", "prepend", "metaspace", "words")
 TURNS = [
@@ -38,8 +38,11 @@ def recipe(session, template="vicuna_v1"):
 def test_ids_are_those_of_training(kind, template, tmp_path):
     session = Session(tmp_path, kind)
     processor = AutoProcessor.from_pretrained(export(session, recipe(session, template), tmp_path / "out"))
+    again = tokenizer_for(spec.System("again", weights=str(tmp_path / "out")))  # training may go on from the export
+    places = dict(image_tokens=session.system.encoder.tokens, image_token=session.model.image_token)
     for turns in TURNS:
         ours, _ = session.encoder(template)(turns)
+        assert conversations.encode(again, template, turns, **places)[0] == ours
         text = processor.apply_chat_template(messages_of(turns), add_generation_prompt=turns[-1][1] is None)
         expanded = text.replace("<image>", "<image>" * session.system.encoder.tokens)
         assert processor.tokenizer(expanded)["input_ids"] == ours, turns
@@ -160,7 +163,7 @@ def test_what_lies_in_the_folder(tmp_path):
 
 def test_it_is_a_start_for_another_run(tmp_path):
     """Weights of a system, or of its tower, with the pictures' normalisation."""
-    from mmfast.models import build, resolved, tokenizer_for
+    from mmfast.models import build, resolved
 
     session = Session(tmp_path, kind="words")
     changed = replace(session.system.image, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))

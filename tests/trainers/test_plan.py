@@ -10,13 +10,13 @@ import pytest
 import torch
 from mmfast.trainers import config, plan
 from mmfast.trainers.__main__ import main
-from mmfast.trainers.supervised import answer_loss
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast.data.synthetic import World
 from mmfast.models import build
 from mmfast.models.tokenizer import word_tokenizer
+from mmfast.ops import linear_logp
 from mmfast.spec import PARTS, Clip, Fixed, Lora, Mlp
 
 NAMES = list(config.recipe_names())
@@ -59,6 +59,11 @@ def real(recipe):
     return model, learnt
 
 
+def answer_loss(model, hidden, labels):
+    head = model.language.get_output_embeddings()
+    return -linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias).sum()
+
+
 def loss_of(recipe, model):
     """A step's loss with every position after the picture scored, which is what is predicted for."""
     stage, tokens = recipe.stages[0], recipe.encoder.tokens
@@ -72,7 +77,7 @@ def loss_of(recipe, model):
     else:
         images = dict(image_states=torch.randn(rows, tokens, recipe.encoder.width))
     with torch.autocast("cpu", torch.bfloat16) if recipe.compute.precision == "bf16" else nullcontext():
-        return answer_loss(model, model.hidden(ids, **images), labels, torch.ones(rows, length))
+        return answer_loss(model, model.hidden(ids, **images), labels)
 
 
 # ------------------------------------------------------------------------------------------------------------- parameters
