@@ -368,7 +368,8 @@ def train(
                     save()
                 if stop and done < total:
                     raise Stopped(
-                        f"stopped after step {first_step + done} as asked; the checkpoint of this step is written, --resume continues"
+                        f"stopped after step {first_step + done} as asked; the checkpoint of this step is written, --resume continues",
+                        signals.received or signal.SIGTERM,
                     )
     except torch.OutOfMemoryError as error:
         hint = options.out_of_memory(stage) if options.out_of_memory else "lower optim.batch and raise optim.accumulate"

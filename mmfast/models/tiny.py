@@ -8,13 +8,15 @@ some 1,200 steps of the last stage are where captions settle.
 
 from dataclasses import replace
 
-from mmfast.spec import Alignment, Data, Optim, Stage, System
+from mmfast.spec import Alignment, Compute, Data, Optim, Stage, System
 
 _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
+_DATA = Data("shapes")
+_SHORT = Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST)
 _WORDS = Stage(
     "words",
     train=("encoder", "connector", "embeddings"),
-    data=Data("shapes"),
+    data=_DATA,
     objective="words",
     template="bare",
     optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
@@ -28,9 +30,12 @@ def tiny(recipe: System | Alignment) -> System | Alignment:
 
 def tiny_system(system: System) -> System:
     encoder, language = system.encoder, system.language
-    align, instruct = system.stages[0], system.stages[-1]
+    if not (system.weights or encoder.weights or language.weights):
+        return system  # it starts from nothing already
+    *before, last = system.stages
     return replace(
         system,
+        weights=None,
         # Two layers below the hidden state that the recipe reads.
         encoder=replace(
             encoder, weights=None, width=64, depth=1 - encoder.layer if encoder.layer < -1 else 2, heads=4, ffn=128, patch=16, size=64
@@ -42,19 +47,18 @@ def tiny_system(system: System) -> System:
         image=replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
         stages=(
             _WORDS,
+            *(replace(stage, data=_DATA, template="bare", optim=_SHORT) for stage in before[:1]),
+            # There is no language to lay adapters beside: it learns with them.
             replace(
-                align,
-                data=Data("shapes"),
-                template="bare",
-                optim=Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST),
-            ),
-            replace(
-                instruct,
-                data=Data("shapes"),
+                last,
+                train=tuple(dict.fromkeys((*last.train, "language", "embeddings"))),
+                lora=None,
+                data=_DATA,
                 template="bare",
                 optim=Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST),
             ),
         ),
+        compute=Compute(device="cpu"),
     )
 
 
@@ -64,5 +68,8 @@ def tiny_alignment(alignment: Alignment) -> Alignment:
         policy=tiny_system(alignment.policy),
         data=replace(alignment.data, name="shapes_own", path=None),
         template="bare",
+        lora=None,
+        reference="cached" if alignment.reference == "adapter_off" else alignment.reference,
+        compute=Compute(device="cpu"),
         optim=Optim(lr=1e-5, steps=100, batch=32, warmup=0.1, betas=(0.9, 0.98), clip=1.0),
     )
