@@ -100,8 +100,10 @@ class Batches:
         if optim.batch % place.processes:
             raise RunError(f"optim.batch {optim.batch} cannot be shared equally by {place.processes} processes")
         self.items = None if self.stream else len(source)
-        if self.items is not None and self.items < place.processes:
-            raise RunError(f"{self.items} items are too few for {place.processes} processes")
+        if self.items is not None and self.items < place.processes * optim.accumulate:
+            raise RunError(
+                f"{self.items} items are too few for {optim.accumulate} micro-batches on each of {place.processes} processes; lower optim.accumulate"
+            )
         self.order = None if self.stream else Order(self.items, optim.batch * optim.accumulate, seed, getattr(source, "permutation", None))
 
     def total_steps(self) -> int:

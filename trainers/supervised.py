@@ -45,8 +45,9 @@ class Session:
 
     def __init__(self, system: System, *, seed: int, place: Place | None = None, precision: str = "fp32", with_model: bool = True):
         self.seed, self.place = seed, place or Place(torch.device("cpu"))
-        # What is read from published weights and does not train may be held in half precision.
-        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        # What is read from published weights and does not train may be held in half precision; not in FSDP2's shards, each of which has one
+        # type for frozen and trained weights alike (and is gathered in half precision all the same).
+        self.dtype = torch.bfloat16 if precision == "bf16" and not self.place.sharded else torch.float32
         self._sources: dict[str, Any] = {}
         self.touched: set[str] = set()  # names of all parameters that some stage has trained
         self.world = World(WorldConfig(seed=seed))
@@ -103,6 +104,7 @@ class Session:
     def add_adapters(self, choice: Lora | None) -> None:
         """A stage's adapters, unless an earlier stage has added them."""
         if choice is not None and not lora_parameters(self.model):
+            torch.manual_seed(self.seed)  # the same on every process
             add_lora(self.model, choice)
             self.model.to(self.place.device)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from mmfast.data import supervised as data
 from mmfast.models import tiny
-from mmfast.spec import Compute
+from mmfast.spec import Compute, Data, Lora
 from mmfast.trainers import place, preference, supervised
 from mmfast.trainers.checkpoint import Run
 from mmfast.trainers.loop import Options
@@ -40,7 +40,22 @@ where = place.find(compute, "cpu")
 options = Options(resume=True, quiet=True, compute=compute, place=where, save_every=3)
 system = tiny(LLAVA)
 system = replace(system, stages=tuple(replace(s, optim=few(s.optim, n)) for s, n in zip(system.stages, (3, 2, int(last)))))
-if kind == "system":
+if kind == "adapters":
+    last = replace(system.stages[-1], train=("connector",), lora=Lora(rank=4, alpha=8, dropout=0.0, targets=("q_proj", "down_proj")))
+    system = replace(system, stages=(*system.stages[:-1], last))
+if kind == "some pictures":  # in every batch some ranks' rows have no picture
+    import json
+    from PIL import Image
+    folder = Path(out).parent
+    if where.main:
+        Image.new("RGB", (64, 64), "red").save(folder / "red.png")
+        said = [{"from": "human", "value": "what is it ?"}, {"from": "gpt", "value": "a red circle ."}]
+        rows = [{"conversations": said} | ({"image": "red.png"} if i == 3 else {}) for i in range(8)]
+        (folder / "data.json").write_text(json.dumps(rows))
+    where.barrier()
+    mine = replace(system.stages[-1], train=("encoder", "connector", "language"), data=Data("mine", path=str(folder / "data.json")))
+    system = replace(system, stages=(mine,))
+if kind in ("system", "adapters", "some pictures"):
     session = supervised.train_system(system, Run(Path(out), resume=True, main=where.main), options=options)
 else:
     torch.manual_seed(0)
@@ -107,6 +122,17 @@ def test_alignment_does_not_depend_on_how_it_is_cut(tmp_path, kind):
         for key in ("rewards/margins", "logps/chosen", "rewards/accuracies"):
             want = torch.tensor([line[key] for line in alone[2]])
             torch.testing.assert_close(torch.tensor([line[key] for line in lines]), want, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapters", "some pictures"])
+def test_adapters_and_ranks_without_pictures(tmp_path, kind):
+    """Adapters in shards; a rank whose rows are text alone has gradients for tower and connector like the others, so that none waits."""
+    alone = run(tmp_path / "alone", kind=kind)
+    for parallel in ("ddp", "fsdp"):
+        curve, weights, _ = run(tmp_path / parallel, kind=kind, processes=2, parallel=parallel)
+        torch.testing.assert_close(curve[:, 0], alone[0][:, 0], atol=1e-6, rtol=1e-6)
+        assert weights.keys() == alone[1].keys()
 
 
 @pytest.mark.slow

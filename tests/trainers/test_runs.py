@@ -1,0 +1,264 @@
+"""Training from given weights on records of one's own, through the command line: adapters, what a checkpoint holds, resume, a run as another's
+start, chat, export, measures. The weights are tiny random ones in the published layouts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmfast.trainers import runs, supervised
+from mmfast.trainers.__main__ import main
+from mmfast.trainers.checkpoint import RunError
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
+
+from mmfast.models.lora import lora_parameters
+from mmfast.models.tokenizer import word_tokenizer
+
+WORDS = (
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+    "<image>",
+    "what",
+    "is",
+    "this",
+    "?",
+    "red",
+    "green",
+    "blue",
+    "USER",
+    "ASSISTANT",
+    ":",
+    "colour",
+)
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+RECIPE = """
+from mmfast.spec import Clip, Compute, Data, LanguageModel, Lora, Mlp, Optim, Stage, System
+RECIPE = System(
+    name="mine",
+    encoder=Clip(weights="{folder}/tower", layer=-2),
+    connector=Mlp(2),
+    language=LanguageModel(weights="{folder}/lm"),
+    stages=(
+        Stage("align", train=("connector",), data=Data("mine", path="{folder}/data.jsonl"), template="bare", optim=Optim(lr=1e-2, steps=4, batch=6)),
+        Stage("answers", train=("connector",), data=Data("mine", path="{folder}/data.jsonl"), template="bare",
+              lora=Lora(rank=4, alpha=8, dropout=0.1, targets=("q_proj", "v_proj", "down_proj")),
+              optim=Optim(lr=1e-2, steps=12, batch=6, accumulate=2, lr_of={{"connector": 5e-3}})),
+    ),
+    compute=Compute(device="cpu"),
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tower, language model, pictures, records and a recipe over them."""
+    path = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = AutoConfig.for_model("llama", vocab_size=len(WORDS), intermediate_size=48, max_position_embeddings=64, **sizes, **tokens)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path / "lm")
+    word_tokenizer(WORDS).save_pretrained(path / "lm")
+    CLIPVisionModel(CLIPVisionConfig(image_size=28, patch_size=14, intermediate_size=48, initializer_factor=3.0, **sizes)).save_pretrained(
+        path / "tower"
+    )
+    records, pairs, draw = [], [], np.random.default_rng(0)
+    for i in range(24):
+        name = list(COLOURS)[i % 3]
+        pixels = np.clip(np.array(COLOURS[name]) + draw.integers(-20, 20, (30, 30, 3)), 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(path / f"{i}.png")
+        record = {"id": str(i), "image": f"{i}.png"}
+        said = [{"from": "human", "value": "<image>\nwhat colour is this ?"}, {"from": "gpt", "value": name}]
+        records.append(record | {"conversations": said})
+        pairs.append(record | {"prompt": "what colour is this ?", "chosen": name, "rejected": list(COLOURS)[(i + 1) % 3]})
+    (path / "data.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    (path / "mine.py").write_text(RECIPE.format(folder=path))
+    return path
+
+
+def call(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        main([str(a) for a in argv])
+    out = capsys.readouterr()
+    return stop.value.code, out.out, out.err
+
+
+def steps(run, *keys):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [tuple(line.get(k) for k in keys) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["train", str(folder / "mine.py"), "--out", str(out), "--eval-data", str(folder / "data.jsonl"), "--save-every", "5", "--quiet"]
+        )
+    assert stop.value.code == 0
+    return out
+
+
+def tensors(path):
+    with safe_open(path / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def test_what_is_read_and_not_trained_is_not_saved(trained):
+    names = tensors(trained / "checkpoints" / "step-16").keys()
+    assert {n.split(".")[0] for n in names} == {"connector", "language"}
+    assert all("lora_" in n for n in names if n.startswith("language."))
+    assert len([n for n in names if "lora_A" in n]) == 2 * 3
+    losses = [loss for (loss,) in steps(trained, "loss")]
+    assert losses[-1] < 0.95 * losses[0]
+    assert json.loads((trained / "eval.json").read_text())["answers"] == 24
+
+
+def test_adapters_and_connector_learn_at_their_rates_and_nothing_else_moves(folder, trained, capsys):
+    session, recipe = runs.open_run(trained)
+    start = supervised.Session(recipe, seed=0)
+    start.add_adapters(recipe.stages[1].lora)
+    before, after = start.model.state_dict(), session.model.state_dict()
+    moved = {n for n in after if not torch.equal(before[n], after[n])}
+    assert moved == {n for n in after if n.startswith("connector.") or "lora_B" in n or "lora_A" in n}
+    code, out, _ = call(capsys, "train", folder / "mine.py", "--out", trained.parent / "told", "--steps", "1")
+    assert code == 0
+    assert "align trains 2,112 parameters: connector.{0,2}.weight, connector.{0,2}.bias" in out
+    assert "language.model.layers.{0-1}.self_attn.q_proj.lora_A.default.weight" in out
+
+
+def test_resume_through_a_stage_with_adapters(folder, trained, tmp_path, capsys):
+    argv = ["train", folder / "mine.py", "--out", tmp_path / "cut", "--save-every", "5", "--quiet"]
+    assert call(capsys, *argv)[0] == 0
+    whole = steps(tmp_path / "cut", "step", "loss", "grad_norm")
+    for last in (14, 9, 4):  # the run as it was when a later checkpoint was not there yet
+        for path in (tmp_path / "cut" / "checkpoints").iterdir():
+            if int(path.name.split("-")[1]) > last:
+                shutil.rmtree(path)
+        if not list((tmp_path / "cut" / "checkpoints").iterdir()):
+            break
+        code, _, err = call(capsys, *argv, "--resume")
+        assert code == 0, err
+        assert steps(tmp_path / "cut", "step", "loss", "grad_norm") == whole
+    assert whole == steps(trained, "step", "loss", "grad_norm")
+
+
+def test_eval_chat_and_export(folder, trained, tmp_path, capsys):
+    code, out, err = call(capsys, "eval", trained, "--data", folder / "data.jsonl")
+    assert code == 0, err
+    told = json.loads(out)
+    assert 0 < told["loss"] < 5
+    code, said, err = call(capsys, "chat", trained, "--image", folder / "0.png", "--prompt", "what colour is this ?", "--max-new-tokens", 4)
+    assert code == 0, err
+    code, out, err = call(capsys, "export", trained, "--out", tmp_path / "stock")
+    assert code == 0, err
+    processor, model = AutoProcessor.from_pretrained(tmp_path / "stock"), LlavaForConditionalGeneration.from_pretrained(tmp_path / "stock")
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    picture = Image.open(folder / "0.png")
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what colour is this ?"}]}]
+    batch = processor(images=picture, text=processor.apply_chat_template(talk, add_generation_prompt=True), return_tensors="pt")
+    new = model.generate(**batch, max_new_tokens=4, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    assert processor.decode(new, skip_special_tokens=True).strip() == said.strip()
+    code, _, err = call(capsys, "export", trained, "--out", tmp_path / "stock")
+    assert code == 1
+    assert "is not empty" in err
+
+
+@pytest.mark.parametrize("reference", ["adapter_off", "cached", "frozen"])
+def test_aligning_a_run_with_adapters(folder, trained, tmp_path, capsys, reference):
+    """The policy starts from a run; the three references see the same start."""
+    argv = [
+        "train", "dpo", "--policy.weights", trained, "--data", folder / "pairs.jsonl", "--out", tmp_path / "a", "--quiet", "--reference", reference,
+        "--train", "[]", "--lora", '{"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["v_proj", "down_proj"]}', "--optim.lr", "3e-2", "--steps", "8",
+        "--optim.batch", "6", "--template", "bare", "--device", "cpu",
+    ]  # fmt: skip
+    code, _, err = call(capsys, *argv)
+    assert code == 0, err
+    logged = steps(tmp_path / "a", "loss", "rewards/margins", "rewards/accuracies")
+    assert logged[0][0] == pytest.approx(np.log(2), abs=1e-6)
+    assert logged[-1][1] > 1e-3
+    test_aligning_a_run_with_adapters.curves = curves = getattr(test_aligning_a_run_with_adapters, "curves", {})
+    curves[reference] = [row[0] for row in logged]
+    for other in curves.values():
+        assert other == pytest.approx(curves[reference], abs=2e-6)
+    session, _ = runs.open_run(tmp_path / "a")
+    assert len(lora_parameters(session.model)) == 2 * 2 * 2
+
+
+def test_preview_of_what_is_supervised(folder, capsys):
+    code, out, err = call(capsys, "train", folder / "mine.py", "--dry-run")
+    assert code == 0
+    assert json.loads(out)["name"] == "mine"
+    assert "answers: <bos> [4 image tokens] what colour is this ? «red <eos>»" in err
+
+
+def test_a_run_that_is_none(tmp_path, capsys):
+    with pytest.raises(RunError, match="is no run folder"):
+        runs.open_run(tmp_path)
+    for argv in (["eval", tmp_path], ["chat", tmp_path, "--prompt", "x"], ["export", tmp_path, "--out", tmp_path / "x"]):
+        code, _, err = call(capsys, *argv)
+        assert code == 2
+        assert "is no run folder" in err
+
+
+def test_wrong_records_are_told_before_anything_is_trained(folder, tmp_path, capsys):
+    lines = (folder / "data.jsonl").read_text().splitlines()
+    (folder / "bad.jsonl").write_text("\n".join([lines[0], '{"image": "gone.png"}', lines[1].replace("1.png", "gone.png"), lines[2]]))
+    code, _, err = call(capsys, "train", folder / "mine.py", "--data", folder / "bad.jsonl", "--out", tmp_path / "x")
+    assert code == 1
+    assert "2 of 4 records are faulty" in err
+    assert not (tmp_path / "x" / "metrics.jsonl").exists()
+    code, out, _ = call(
+        capsys,
+        "train",
+        folder / "mine.py",
+        "--data",
+        folder / "bad.jsonl",
+        "--out",
+        tmp_path / "y",
+        "--on-bad-record",
+        "skip",
+        "--steps",
+        "1",
+        "--quiet",
+    )
+    assert code == 0
+    assert "left out 2 of 4" in out
+
+
+def test_streamed_records_resume_where_they_were(folder, tmp_path, capsys):
+    pytest.importorskip("datasets")
+    argv = [
+        "train",
+        folder / "mine.py",
+        "--save-every",
+        "3",
+        "--quiet",
+        "--stages.align.data.streaming",
+        "true",
+        "--stages.answers.data.streaming",
+        "true",
+    ]
+    assert call(capsys, *argv, "--out", tmp_path / "a")[0] == 0
+    whole = steps(tmp_path / "a", "step", "loss")
+    newest = max((tmp_path / "a" / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    shutil.rmtree(newest)
+    code, _, err = call(capsys, *argv, "--out", tmp_path / "a", "--resume")
+    assert code == 0, err
+    assert steps(tmp_path / "a", "step", "loss") == whole
+
+
+def test_samples_appear_while_it_trains(folder, tmp_path, capsys):
+    argv = ["train", folder / "mine.py", "--out", tmp_path / "a", "--steps", "3", "--eval-every", "2", "--quiet", "--track", "nothing"]
+    assert "unknown tracker" in call(capsys, *argv)[2]
+    assert call(capsys, *argv[:-2])[0] == 0
+    rows = [json.loads(line) for line in (Path(tmp_path) / "a" / "samples" / "steps.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in rows} == {1, 2, 3, 4, 5, 6}
+    assert set(rows[0]) == {"step", "asked", "said"}
