@@ -47,7 +47,7 @@ bench: build  ## CPU benchmarks of all ops; on an idle machine
 cuda-check: build  ## every .cu file through nvcc alone: registers, shared memory, no spills, against docs/kernel_resources.csv
 	$(BIN)/python scripts/kernel_resources.py --check
 
-gpu:  ## on a machine with a GPU: build, test, sanitize and measure (STAGE=test|sanitize|bench|bench-OP, default all)
+gpu:  ## on a machine with a GPU: build, test, sanitize and measure (STAGE="test sanitize", check, bench, ..; scripts/gpu.sh has the list)
 	scripts/gpu.sh $(STAGE)
 
 docs: build
