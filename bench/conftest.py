@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import timing  # noqa: E402
+import timing
 
 
 @pytest.fixture(autouse=True)

@@ -48,6 +48,11 @@ def measure(
     timing.write_rows(f"steps_{file}", ROWS[file], columns=[*timing.COLUMNS, "per_s", "unit", "valid_fraction"])
 
 
+def wide(t: Tensor) -> Tensor:
+    """Losses of half types are formed in float32, as trainers do."""
+    return t if t.dtype in (torch.float32, torch.float64) else t.float()
+
+
 def gradients(loss: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     return [
         torch.zeros_like(t) if g is None else g for g, t in zip(torch.autograd.grad(loss, leaves, allow_unused=True), leaves, strict=True)
@@ -126,15 +131,15 @@ class StageOne(nn.Module):
         read = F.normalize(self.text_projection(self.alone(text)[:, 0]), dim=-1)
         scores = torch.einsum("iqd,td->itq", seen, read).amax(-1) / 0.07
         here = torch.arange(len(ids), device=ids.device)
-        loss = (F.cross_entropy(scores, here) + F.cross_entropy(scores.t(), here)) / 2
+        loss = (F.cross_entropy(wide(scores), here) + F.cross_entropy(wide(scores.t()), here)) / 2
         # Matching: the pairs, then another image, then another text.
         images, texts = torch.cat([image, image.roll(1, 0), image]), torch.cat([text, text, text.roll(1, 0)])
         matched = self.match(self.both(texts, images, "bidirectional")[0]).mean(1)
-        loss = loss + F.cross_entropy(matched, (torch.arange(len(texts), device=ids.device) < len(ids)).long())
+        loss = loss + F.cross_entropy(wide(matched), (torch.arange(len(texts), device=ids.device) < len(ids)).long())
         states, labels = self.both(text, image, "multimodal_causal")[1][:, :-1], ids[:, 1:]
         if self.ours:
             return loss + mmfast.linear_cross_entropy(states, self.words.weight, labels)
-        return loss + F.cross_entropy((states @ self.words.weight.t()).flatten(0, 1), labels.flatten())
+        return loss + F.cross_entropy(wide((states @ self.words.weight.t()).flatten(0, 1)), labels.flatten())
 
 
 def test_qformer_stage_1():
@@ -215,7 +220,7 @@ class FlamingoBlock(nn.Module):
             self.gated.ff_gate.fill_(0.5)
 
     def forward(self, image: Tensor, text: Tensor, places: Tensor) -> Tensor:
-        return self.gated(text, self.resampler(image), places).square().mean()
+        return wide(self.gated(text, self.resampler(image), places)).square().mean()
 
 
 def test_flamingo_9b():

@@ -135,7 +135,6 @@ def limits() -> dict[str, float]:
     a, b = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
     median = interleaved({"copy": lambda: a.copy_(b)}, repeats=10, device="cuda")["copy"][0]
     found = {"copy_gbps": round(2 * a.numel() / median / 1e6, 1)}
-    del a, b
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
