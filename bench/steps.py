@@ -336,10 +336,10 @@ def test_dpo_at_llavas_head(fraction):
         try:
             value = loss()
             found = [value.detach(), *gradients(value, leaves)]
-        except RuntimeError as refusal:
-            if "mmfast" in name:
+        except Exception as refusal:  # whatever a peer says, it does not end the run
+            if name != "liger":
                 raise
-            print(f"  {name} left out: {str(refusal).splitlines()[0][:120]}")
+            print(f"  {name} left out: {type(refusal).__name__} {str(refusal)[:120]!r}")
             del losses[name]
             continue
         truth = truth or found

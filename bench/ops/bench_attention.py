@@ -247,10 +247,10 @@ def check(made: dict[str, Provider], truth: Tensor, dtype: torch.dtype) -> dict[
             error = ((p.forward() - truth).norm() / truth.norm()).item()
             if name != "mmfast":
                 torch.autograd.grad(p.graph().sum(), p.leaves)
-        except RuntimeError as refusal:
+        except Exception as refusal:  # whatever a peer says, it does not end the run
             if name == "mmfast":
                 raise
-            print(f"  {name} left out: {str(refusal).splitlines()[0][:120]}")
+            print(f"  {name} left out: {type(refusal).__name__} {str(refusal)[:120]!r}")
             del made[name]
             continue
         assert name != "mmfast" or error < TOLERANCE[dtype], f"mmfast is off by {error}"

@@ -48,6 +48,23 @@ def providers(x, codebook):
     }
     if (search := faiss_search(x, codebook)) is not None:
         all_["faiss"] = search
+    if DEVICE == "cuda":
+        quick = torch.compile(lambda x, c: torch.addmm(c.square().sum(-1), x, c.T, alpha=-2).argmin(-1), dynamic=False)
+
+        def compiled():
+            before = torch.backends.cuda.matmul.allow_tf32
+            torch.backends.cuda.matmul.allow_tf32 = True
+            found = quick(x, codebook)
+            torch.backends.cuda.matmul.allow_tf32 = before
+            return found
+
+        all_["addmm+argmin, compiled, tf32"] = compiled
+        try:
+            from pylibraft.distance import fused_l2_nn_argmin
+        except ImportError as error:
+            print(f"cuVS left out: {error}")
+        else:
+            all_["cuvs"] = lambda: torch.as_tensor(fused_l2_nn_argmin(x, codebook), device="cuda").long()
     if DEVICE == "cpu":
         for isa in mmfast.build_info()["cpu_isas"]:
 
@@ -86,9 +103,19 @@ def test_search(shape, benchmark):
     x, codebook = torch.randn(n, d, device=DEVICE), torch.randn(k, d, device=DEVICE)
     truth = exact(x, codebook)
     calls = providers(x, codebook)
-    for name, call in calls.items():
-        wrong = (call() != truth).float().mean().item()
-        assert wrong == 0 if name.startswith("mmfast") else wrong < 0.01, f"{name}: {wrong:.2%} of the indices are wrong"
+    for name, call in list(calls.items()):
+        try:
+            wrong = (call() != truth).float().mean().item()
+        except Exception as refusal:  # whatever a peer says, it does not end the run
+            if name.startswith("mmfast"):
+                raise
+            print(f"  {name} left out: {type(refusal).__name__} {str(refusal)[:120]!r}")
+            del calls[name]
+            continue
+        assert wrong == 0 or not name.startswith("mmfast"), f"{name}: {wrong:.2%} of the indices are wrong"
+        if wrong > 0.05:
+            print(f"  {name} left out: {wrong:.2%} of its indices are wrong")
+            del calls[name]
     least = {"flops": 2 * n * k * d, "bytes_": 4 * (n * d + k * d) + 8 * n, "rate": "float16"}
     record("search", shape, "float32", timing.interleaved(calls, repeats=REPEATS, device=DEVICE), least=least)
     mmfast.ops.library.force_cpu_isa("auto")
