@@ -163,7 +163,10 @@ def measured(goal: Goal, devices: list[Device]) -> Iterable[tuple[str, str, floa
         first, (provider, _) = next(iter(goal.peers.items()))
         wanted.append((first, "memory", provider, goal.memory))
     for peer, metric, provider, target in wanted:
-        found = [(ratio(goal.select(d.rows.get(goal.file, [])), provider, goal.ours, "median_ms" if metric == "time" else "peak_mb"), d.name) for d in fitting]
+        found = [
+            (ratio(goal.select(d.rows.get(goal.file, [])), provider, goal.ours, "median_ms" if metric == "time" else "peak_mb"), d.name)
+            for d in fitting
+        ]
         found = [(r, name) for r, name in found if r is not None]
         yield (peer, metric, target, *(found[0] if found else (None, "")))
 
@@ -242,7 +245,9 @@ def times_table(device: Device, file: str) -> str:
         scored = f", {float(r['valid_fraction']):.0%} scored" if r.get("valid_fraction") and "scored" not in r["shape"] else ""
         eager = number(r["ratio_vs_eager"]) + "x" if r.get("ratio_vs_eager") and not r["mode"].startswith("growth") else ""
         more = (f"{number(r['per_s'])} {r['unit']}/s",) if file.startswith("steps") else ()
-        out.append((case + r["shape"] + scored, short(r["dtype"]), r["provider"], number(r["median_ms"]), eager, number(r["peak_mb"]), *more))
+        out.append(
+            (case + r["shape"] + scored, short(r["dtype"]), r["provider"], number(r["median_ms"]), eager, number(r["peak_mb"]), *more)
+        )
     same = lambda n: n and out[n][:2] == out[n - 1][:2]  # noqa: E731
     out = [(".." if same(n) else row[0], "" if same(n) else row[1], *row[2:]) for n, row in enumerate(out)]
     return table(("case", "type", "", "ms", "of the first one's speed", "peak MB", *(("rate",) if file.startswith("steps") else ())), out)
@@ -257,7 +262,10 @@ TITLES = {
 
 def page(devices: list[Device]) -> str:
     """The generated part of docs/performance.md."""
-    parts = ["## Goals", table(("", "against", "goal", "measured", "worst shape", "what limits it, what would be next"), goal_rows(devices))]
+    parts = [
+        "## Goals",
+        table(("", "against", "goal", "measured", "worst shape", "what limits it, what would be next"), goal_rows(devices)),
+    ]
     if all(d.cpu for d in devices):
         parts.append("No GPU has run the kernels yet: every GPU row says so, and no other GPU figure stands anywhere.")
     for device in devices:
@@ -305,7 +313,7 @@ def bars(device: Device) -> list[tuple[str, list[tuple[str, Ratio]]]]:
                 shown.append((f"{op}{f', {float(fraction):.0%} scored' if op == 'dpo' else ''}, {short(dtype)}, {peer}", ratio(part, peer)))
     panels.append(("From hidden states to gradients", [s for s in shown if s[1]]))
     shown = []
-    for file, title in TITLES.items():
+    for file in TITLES:
         for op in dict.fromkeys(r["op"] for r in device.rows.get(file, []) if file.startswith("steps")):
             part = [r for r in device.rows[file] if r["op"] == op]
             fastest = list(dict.fromkeys(r["provider"] for r in part if "mmfast" in r["provider"]))
@@ -323,7 +331,9 @@ def plot(device: Device) -> Path:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "mmfast", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "mmfast", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
+    )
     panels = bars(device)
     columns = [panels[0::2], panels[1::2]]
     heights = [sum(len(p[1]) + 3 for p in c) for c in columns]

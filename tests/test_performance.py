@@ -39,7 +39,14 @@ def test_every_device_has_its_plot(plots):
 
 def test_ratio_by_hand(plots):
     """Peer over ours: 2 and 8, geometric mean 4; a shape that only one of them has does not count."""
-    rows = [row("sdpa", 2.0), row("mmfast", 1.0), row("sdpa", 4.0, "b"), row("mmfast", 0.5, "b"), row("sdpa", 9.0, "c"), row("mmfast", 9.0, "d")]
+    rows = [
+        row("sdpa", 2.0),
+        row("mmfast", 1.0),
+        row("sdpa", 4.0, "b"),
+        row("mmfast", 0.5, "b"),
+        row("sdpa", 9.0, "c"),
+        row("mmfast", 9.0, "d"),
+    ]
     found = plots.ratio(rows, "sdpa")
     assert (found.mean, found.shapes, found.worst, found.worst_shape) == (pytest.approx(4.0), 2, 2.0, "a")
     assert plots.ratio(rows, "flash-attn") is None
@@ -48,7 +55,10 @@ def test_ratio_by_hand(plots):
 
 
 def test_scored_fractions_are_cases_of_their_own(plots):
-    rows = [row(p, ms, valid_fraction=f) for p, ms, f in (("eager", 8, "0.15"), ("mmfast", 1, "0.15"), ("eager", 8, "1.0"), ("mmfast", 4, "1.0"))]
+    rows = [
+        row(p, ms, valid_fraction=f)
+        for p, ms, f in (("eager", 8, "0.15"), ("mmfast", 1, "0.15"), ("eager", 8, "1.0"), ("mmfast", 4, "1.0"))
+    ]
     found = plots.ratio(rows, "eager")
     assert (found.mean, found.worst, found.worst_shape) == (pytest.approx(4.0), 2.0, "a, 100% scored")
 

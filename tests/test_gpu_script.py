@@ -1,0 +1,152 @@
+"""scripts/gpu.sh without a GPU: its stages, its time limits and what it leaves, with a stand-in for Python; and one stage's dry run for real."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Says what it was called with; fails, or never ends, where the call holds a word of FAIL or HANG.
+STAND_IN = """#!/bin/bash
+echo "called: $* seconds=${MMFAST_BENCH_SECONDS:-}"
+for word in $FAIL; do [[ "$*" == *$word* ]] && exit 1; done
+for word in $HANG; do [[ "$*" == *$word* ]] && exec sleep 60; done
+exit 0
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The script in a folder of its own, with nothing to build or run but the stand-in."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "gpu.sh").write_text((ROOT / "scripts" / "gpu.sh").read_text())
+    (tmp_path / "pyproject.toml").write_text('version = "0"\n')
+    (tmp_path / "bin").mkdir()
+    for name in ("python", "cmake"):
+        (tmp_path / "bin" / name).write_text(STAND_IN)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def run(checkout, *stages, **env):
+    quiet = {k: v for k, v in os.environ.items() if not k.startswith("MMFAST")}
+    env = (
+        quiet
+        | {"MMFAST_GPU_DRY": "1", "PYTHON": str(checkout / "bin" / "python"), "PATH": "/usr/bin:/bin", "OUT": str(checkout / "out")}
+        | env
+    )
+    return subprocess.run(["bash", str(checkout / "scripts" / "gpu.sh"), *stages], capture_output=True, text=True, env=env, timeout=100)
+
+
+def stages(text: str) -> dict[str, str]:
+    """The last table: name to word."""
+    known = "build test sanitize card bench-vq bench-logp bench-attention bench-ppo model".split()
+    lines = [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in known and line.endswith(" s")]
+    return {line[0]: " ".join(line[1:-2]) for line in lines}
+
+
+def test_all_stages_in_order(checkout):
+    done = run(checkout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(stages(done.stdout)) == "build test sanitize card bench-vq bench-logp bench-attention bench-ppo model".split()
+    assert set(stages(done.stdout).values()) == {"ok"}
+    for file in ("bench/card.py", "bench_vq.py", "bench_linear_logp.py", "bench_attention.py", "bench_ppo.py", "bench/steps.py"):
+        assert file in done.stdout
+    assert done.stdout.count("-m pytest -p no:cacheprovider --tb=short -rs -m reduced") == 5  # the tests and four tools
+
+
+def test_groups_and_single_stages(checkout):
+    assert list(stages(run(checkout, "check").stdout)) == ["build", "test", "sanitize"]
+    assert list(stages(run(checkout, "bench-ppo", "test").stdout)) == ["build", "test", "bench-ppo"]
+    refused = run(checkout, "bench-vqq")
+    assert refused.returncode == 2
+    assert "no stage 'bench-vqq'" in refused.stderr
+
+
+def test_a_failure_is_reported_and_the_rest_still_runs(checkout):
+    done = run(checkout, "bench", FAIL="bench_vq.py")
+    assert done.returncode == 1
+    words = stages(done.stdout)
+    assert words.pop("bench-vq") == "FAILED"
+    assert set(words.values()) == {"ok"}
+    assert len(words) == 6
+    assert run(checkout, "sanitize", FAIL="reduced").returncode == 1
+    assert list(stages(run(checkout, "check", FAIL="import").stdout)) == ["build"]  # nothing runs on a build that is not there
+
+
+def test_what_hangs_is_cut_off(checkout):
+    done = run(checkout, "test", "bench-ppo", HANG="reduced", MMFAST_STAGE_SECONDS="2")
+    assert done.returncode == 1
+    assert stages(done.stdout) == {"build": "ok", "test": "cut off", "bench-ppo": "ok"}
+
+
+def test_stages_share_the_time(checkout):
+    """300 s, 10 of them kept back: a stage gets its share of what is left, so the first a little and the last everything, as none here takes any time."""
+    told = run(checkout, "bench", MMFAST_GPU_SECONDS="300").stdout
+    seconds = [int(part.split()[0]) for part in told.split("seconds=")[1:] if part.split()[0].isdigit()]
+    assert len(seconds) == 6
+    assert 10 <= seconds[0] <= 290 * 25 / 505
+    assert 250 <= seconds[-1] <= 290
+    assert "at most 470 s" in run(checkout, "bench-ppo").stdout  # 8 minutes, with room to end
+    assert "at most 470 s" in run(checkout, "bench-ppo", MMFAST_GPU_SECONDS="6000").stdout
+
+
+def test_the_archive_holds_logs_and_results(checkout):
+    folder = checkout / "build" / "gpu-dry-run" / "results" / "nvidia-x"
+    folder.mkdir(parents=True)
+    (folder / "vq.csv").write_text("op\n")
+    run(checkout, "bench-vq")
+    assert [f.name for f in (checkout / "out").iterdir()] == ["gpu-results.tar.gz"]
+    with tarfile.open(checkout / "out" / "gpu-results.tar.gz") as archive:
+        names = {Path(n).name for n in archive.getnames()}
+    assert {"vq.csv", "bench_vq.log", "stages.txt"} <= names
+
+
+def bench(folder: Path, path: str, **env) -> subprocess.CompletedProcess:
+    name = Path(path).name
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-s",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "--benchmark-disable",
+        "-o",
+        f"python_files={name}",
+        path,
+    ]
+    env = os.environ | {"MMFAST_GPU_DRY": "1", "MMFAST_RESULTS": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=170)
+
+
+@pytest.mark.parametrize("path", ["bench/ops/bench_ppo.py", "bench/card.py"])
+def test_dry_run_writes_results_elsewhere(tmp_path, path):
+    before = {f: f.read_bytes() for f in (ROOT / "bench" / "results").rglob("*.*")}
+    done = bench(tmp_path, path)
+    assert done.returncode == 0, done.stdout
+    (folder,) = tmp_path.iterdir()
+    assert {f.name for f in folder.iterdir()} == {Path(path).stem.removeprefix("bench_") + ".csv", "env.json"}
+    assert before == {f: f.read_bytes() for f in (ROOT / "bench" / "results").rglob("*.*")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path", ["bench/ops/bench_vq.py", "bench/ops/bench_linear_logp.py", "bench/ops/bench_attention.py", "bench/steps.py"]
+)
+def test_dry_run_of_the_longer_benchmarks(tmp_path, path):
+    pytest.importorskip("transformers", reason="transformers is not installed: two whole steps need it")
+    done = bench(tmp_path, path)
+    assert done.returncode == 0, done.stdout
+    assert list(tmp_path.glob("*/*.csv"))
+
+
+def test_nothing_begins_after_the_time(tmp_path):
+    done = bench(tmp_path, "bench/ops/bench_ppo.py", MMFAST_BENCH_SECONDS="0")
+    assert done.returncode == 0
+    assert "left out: the 0 s of this run are spent" in done.stdout
+    assert not list(tmp_path.iterdir())
