@@ -11,6 +11,7 @@ its own and is given one); Flamingo-9B's resampler and one gated block (arXiv:22
 """
 
 import copy
+import time
 from collections.abc import Callable
 
 import pytest
@@ -35,7 +36,11 @@ def measure(
 ) -> None:
     """Times the steps, the first of which is the stock code, and notes them."""
     print(f"\n{op}: {shape}, {str(dtype).removeprefix('torch.')}")
-    times = timing.interleaved(steps, repeats=30 if DEVICE == "cuda" else 5, warmup=5 if DEVICE == "cuda" else 1, device=DEVICE)
+    start = time.perf_counter()
+    for step in steps.values():
+        step()
+    repeats = 30 if DEVICE == "cuda" else max(3, min(9, int(25 / (time.perf_counter() - start))))
+    times = timing.interleaved(steps, repeats=repeats, warmup=5 if DEVICE == "cuda" else 0, device=DEVICE)
     stock = times[next(iter(times))][0]
     for name, (median, p20, p80) in times.items():
         peak = timing.peak_memory_mb(steps[name], DEVICE)
