@@ -48,10 +48,11 @@ cuda-check: build  ## every .cu file through nvcc alone: registers, shared memor
 	$(BIN)/python scripts/kernel_resources.py --check
 
 gpu:  ## on a machine with a GPU: build, test, sanitize and measure (STAGE="test sanitize", check, bench, ..; scripts/gpu.sh has the list)
-	scripts/gpu.sh $(STAGE)
+	PYTHON=$(PYTHON) scripts/gpu.sh $(STAGE)
 
-docs: build
+docs: build  ## the generated tables: docs/systems.md, docs/performance.md (its plots: python bench/plots.py, with matplotlib)
 	$(BIN)/mmfast list --markdown > docs/systems.md
+	$(BIN)/python bench/plots.py --tables
 
 clean:
 	rm -rf build .cache $(VENV) mmfast/_C*.so *.egg-info

@@ -70,6 +70,10 @@ def test_backend_of_sdpa():
         q, k, v = (t.transpose(1, 2) for t in made["sdpa math"].leaves)
         mask = made["sdpa math"].call.keywords.get("mask")
         gqa = k.shape[1] != q.shape[1]
-        choice = torch._fused_sdp_choice(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, enable_gqa=gqa)
+        try:
+            choice = torch._fused_sdp_choice(q, k, v, attn_mask=mask, dropout_p=0.0, is_causal=False, enable_gqa=gqa)
+        except Exception as refusal:
+            print(f"  {case} left out: {type(refusal).__name__} {str(refusal)[:120]!r}")
+            continue
         names = {int(b.value if hasattr(b, "value") else b): name for name, b in SDPBackend.__members__.items()}
         note("backend of SDPA", str(case), answer=names.get(int(choice), str(choice)))

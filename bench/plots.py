@@ -225,7 +225,7 @@ GROUPS = {
 
 def attention_table(device: Device) -> str:
     rows = device.rows["attention"]
-    peers = list(dict.fromkeys(r["provider"] for r in rows if not r["provider"].startswith("mmfast")))
+    peers = list(dict.fromkeys(r["provider"] for r in rows if not r["provider"].startswith(("mmfast", "graph: "))))
     out = []
     for group, title in GROUPS.items():
         for dtype in dict.fromkeys(r["dtype"] for r in rows):

@@ -40,10 +40,13 @@ def out_of_time(what: str) -> bool:
     return True
 
 
-def interleaved(providers: dict[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 3, device: str = "cpu") -> dict:
+def interleaved(
+    providers: dict[str, Callable[[], object]], *, repeats: int = 15, warmup: int = 3, device: str = "cpu", seconds: float = 1.0
+) -> dict:
     """Milliseconds ``{name: (median, p20, p80)}``; one round runs every provider once, so drift of the machine hits all alike.
 
-    On CUDA each sample is timed by events around the call, with the L2 cache flushed before it.
+    On CUDA each sample is timed by events around the call, with the L2 cache flushed before it, and after ten rounds it is enough once a provider
+    has had its ``seconds``.
     """
     flush = torch.empty(128 << 20, dtype=torch.uint8, device=device) if device == "cuda" else None
 
@@ -61,11 +64,19 @@ def interleaved(providers: dict[str, Callable[[], object]], *, repeats: int = 15
         return begin.elapsed_time(end)
 
     repeats, warmup = (1, 0) if DRY else (repeats, warmup)
-    for _ in range(warmup):
+    start = time.perf_counter()
+    for n in range(warmup):
         for call in providers.values():
             call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            if n >= 2 and time.perf_counter() - start > 0.3 * len(providers):
+                break
     samples = {name: [] for name in providers}
-    for _ in range(repeats):
+    start = time.perf_counter()
+    for n in range(repeats):
+        if device == "cuda" and n >= 10 and time.perf_counter() - start > seconds * len(providers):
+            break
         for name, call in providers.items():
             samples[name].append(sample(call))
     quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)

@@ -309,7 +309,7 @@ def summary(rows: list[dict]):
         for r in part:
             medians.setdefault(r["provider"], {})[r["shape"]] = float(r["median_ms"])
         for peer, theirs in medians.items():
-            if peer.startswith("mmfast"):
+            if peer.startswith(("mmfast", "graph: ")):
                 continue
             ratios = {shape: t / medians["mmfast"][shape] for shape, t in theirs.items()}
             worst = min(ratios, key=ratios.get)
@@ -334,7 +334,9 @@ def test_attention(group, dtype):
         if (quick := compiled(made["eager"], dtype, look)) is not None:
             made["torch.compile"] = quick
         for mode in MODES:
-            calls = {n: p.timed(mode) for n, p in made.items() if (n, mode) != ("torch.compile", "backward")}
+            calls = runnable(made, mode)
+            if DEVICE == "cuda" and mode == "forward":
+                calls |= in_graphs(calls)
             if DEVICE == "cpu" and look:
                 calls |= lesser_isas(calls["mmfast"], dtype)
             times = timing.interleaved(calls, repeats=repeats(calls), warmup=25 if DEVICE == "cuda" else 1, device=DEVICE)
@@ -342,6 +344,46 @@ def test_attention(group, dtype):
             peaks = {n: timing.peak_memory_mb(c, DEVICE) for n, c in calls.items() if weigh and not n.startswith("mmfast ")}
             ROWS.extend(rows_of(case, mode, dtype, times, peaks, errors, least(made["mmfast"], mode, pairs, case.width)))
         write()
+
+
+def runnable(made: dict[str, Provider], mode: str) -> dict[str, Callable[[], object]]:
+    """What to time; a peer that does without dropout alone is left out here."""
+    calls = {}
+    for name, p in made.items():
+        if (name, mode) == ("torch.compile", "backward"):
+            continue
+        try:
+            call = p.timed(mode)
+            call()
+        except Exception as refusal:
+            if name == "mmfast":
+                raise
+            print(f"  {name} left out: {type(refusal).__name__} {str(refusal)[:120]!r}")
+        else:
+            calls[name] = call
+    return calls
+
+
+def in_graphs(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Replays of ours and of the quickest peers: what a call costs on the device, without the host's share of it."""
+    replays = {}
+    for name, call in calls.items():
+        if name != "mmfast" and not name.startswith(("sdpa", "flash")):
+            continue
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                call()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+        except Exception as refusal:
+            print(f"  graph of {name} left out: {type(refusal).__name__} {str(refusal)[:120]!r}")
+        else:
+            replays[f"graph: {name}"] = graph.replay
+    return replays
 
 
 def least(ours: Provider, mode: str, pairs: int, width: int) -> dict:

@@ -197,7 +197,7 @@ def measure(op: str, b: Batch, made: dict[str, Callable[[], Tensor]], dtype: tor
         errors[name] = wrong
         calls[name] = lambda f=forward: torch.autograd.grad(f(), b.leaves())
     del whole, grads, loss
-    times = timing.interleaved(calls, repeats=repeats if DEVICE == "cpu" else 100, warmup=0 if DEVICE == "cpu" else 25, device=DEVICE)
+    times = timing.interleaved(calls, repeats=repeats if DEVICE == "cpu" else 100, warmup=0 if DEVICE == "cpu" else 5, device=DEVICE)
     gradients = sum(t.numel() * t.element_size() for t in b.leaves()) / 2**20
     valid = int((b.labels != -100).sum())  # three products over the rows that count; inputs read and gradients written once
     least = {"flops": 6 * valid * b.weight.numel(), "bytes_": 2 * gradients * 2**20, "rate": str(dtype).removeprefix("torch.")}
