@@ -1,5 +1,7 @@
-"""scripts/gpu.sh without a GPU: its stages, its time limits and what it leaves, with a stand-in for Python; and one stage's dry run for real."""
+"""scripts/gpu.sh without a GPU: its stages, its time limits and what it leaves, with a stand-in for Python; then the benchmarks' dry run for real, and
+their GPU branches on a stand-in for CUDA."""
 
+import json
 import os
 import subprocess
 import sys
@@ -138,9 +140,9 @@ def test_dry_run_writes_results_elsewhere(tmp_path, path):
 @pytest.mark.parametrize(
     "path", ["bench/ops/bench_vq.py", "bench/ops/bench_linear_logp.py", "bench/ops/bench_attention.py", "bench/steps.py"]
 )
-def test_dry_run_of_the_longer_benchmarks(tmp_path, path):
+def test_dry_run_of_the_longer_benchmarks(tmp_path, path, options):
     pytest.importorskip("transformers", reason="transformers is not installed: two whole steps need it")
-    done = bench(tmp_path, path)
+    done = bench(tmp_path, path, *options)
     assert done.returncode == 0, done.stdout
     assert list(tmp_path.glob("*/*.csv"))
 
