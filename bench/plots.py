@@ -69,7 +69,7 @@ def ratio(rows: Iterable[dict], peer: str, ours: str = "mmfast", value: str = "m
     found = {}
     for case, by in cases.items():
         theirs = [v for name, v in by.items() if name == peer or (peer.endswith("*") and name.startswith(peer[:-1]))]
-        if ours in by and theirs:
+        if by.get(ours) and theirs:
             found[case] = min(theirs) / by[ours]
     if not found:
         return None

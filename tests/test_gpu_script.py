@@ -45,7 +45,7 @@ def run(checkout, *stages, **env):
 
 def stages(text: str) -> dict[str, str]:
     """The last table: name to word."""
-    known = "build test sanitize card bench-vq bench-logp bench-attention bench-ppo model".split()
+    known = ["build", "test", "sanitize", "card", "bench-vq", "bench-logp", "bench-attention", "bench-ppo", "model"]
     lines = [line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in known and line.endswith(" s")]
     return {line[0]: " ".join(line[1:-2]) for line in lines}
 
@@ -53,7 +53,17 @@ def stages(text: str) -> dict[str, str]:
 def test_all_stages_in_order(checkout):
     done = run(checkout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert list(stages(done.stdout)) == "build test sanitize card bench-vq bench-logp bench-attention bench-ppo model".split()
+    assert list(stages(done.stdout)) == [
+        "build",
+        "test",
+        "sanitize",
+        "card",
+        "bench-vq",
+        "bench-logp",
+        "bench-attention",
+        "bench-ppo",
+        "model",
+    ]
     assert set(stages(done.stdout).values()) == {"ok"}
     for file in ("bench/card.py", "bench_vq.py", "bench_linear_logp.py", "bench_attention.py", "bench_ppo.py", "bench/steps.py"):
         assert file in done.stdout
@@ -107,23 +117,15 @@ def test_the_archive_holds_logs_and_results(checkout):
     assert {"vq.csv", "bench_vq.log", "stages.txt"} <= names
 
 
-def bench(folder: Path, path: str, **env) -> subprocess.CompletedProcess:
-    name = Path(path).name
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-s",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        "--benchmark-disable",
-        "-o",
-        f"python_files={name}",
-        path,
-    ]
-    env = os.environ | {"MMFAST_GPU_DRY": "1", "MMFAST_RESULTS": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=170)
+FOLDERS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "bench", ROOT / "bench" / "ops")))
+
+
+def bench(folder: Path, path: str, *options: str, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-s", "-rs", "-p", "no:cacheprovider", "--benchmark-disable", *options, path]
+    env = os.environ | {"MMFAST_GPU_DRY": "1", "MMFAST_RESULTS": str(folder), "PYTHONPATH": FOLDERS, "OMP_NUM_THREADS": "1"} | env
+    return subprocess.run(
+        [*command, "-o", f"python_files={Path(path).name}"], capture_output=True, text=True, cwd=ROOT, env=env, timeout=170
+    )
 
 
 @pytest.mark.parametrize("path", ["bench/ops/bench_ppo.py", "bench/card.py"])
@@ -136,13 +138,44 @@ def test_dry_run_writes_results_elsewhere(tmp_path, path):
     assert before == {f: f.read_bytes() for f in (ROOT / "bench" / "results").rglob("*.*")}
 
 
+@pytest.mark.parametrize("path", ["bench/ops/bench_vq.py", "bench/card.py"])
+def test_branches_for_a_gpu(tmp_path, path):
+    """What only a machine with a card would enter, on a stand-in for CUDA."""
+    done = bench(tmp_path, path, "-p", "fake_cuda")
+    assert done.returncode == 0, done.stdout
+    assert "skipped" not in done.stdout
+    assert (tmp_path / "fake-gpu" / "env.json").exists()
+
+
+def test_every_gpu_goal_finds_its_shapes(monkeypatch):
+    """A goal whose rows no benchmark would write stays "not run" for ever."""
+    code = """
+import json, fake_cuda
+fake_cuda.pytest_configure()
+import bench_attention, bench_ppo, bench_vq
+print(json.dumps({"attention": list(map(str, bench_attention.CASES)), "ppo": list(map(str, bench_ppo.SHAPES)), "vq": list(map(str, bench_vq.SHAPES))}))
+"""
+    env = os.environ | {"PYTHONPATH": FOLDERS}
+    shapes = json.loads(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout.splitlines()[-1]
+    )
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import plots
+
+    goals = [g for g in plots.GOALS if g.gpu and "shape" in g.where]
+    assert len(goals) >= 5
+    for goal in goals:
+        for wanted in goal.where["shape"]:
+            only = plots.Goal(goal.what, True, goal.file, {}, "", {"shape": (wanted,)})
+            assert only.select([{"shape": s} for s in shapes[goal.file]]), f"{goal.what}: no benchmark has the shape {wanted}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "path", ["bench/ops/bench_vq.py", "bench/ops/bench_linear_logp.py", "bench/ops/bench_attention.py", "bench/steps.py"]
-)
+@pytest.mark.parametrize("options", [(), ("-p", "fake_cuda")], ids=["dry", "stand-in"])
+@pytest.mark.parametrize("path", ["ops/bench_vq.py", "ops/bench_linear_logp.py", "ops/bench_attention.py", "steps.py"])
 def test_dry_run_of_the_longer_benchmarks(tmp_path, path, options):
     pytest.importorskip("transformers", reason="transformers is not installed: two whole steps need it")
-    done = bench(tmp_path, path, *options)
+    done = bench(tmp_path, f"bench/{path}", *options)
     assert done.returncode == 0, done.stdout
     assert list(tmp_path.glob("*/*.csv"))
 
