@@ -180,6 +180,29 @@ def test_dry_run_of_the_longer_benchmarks(tmp_path, path, options):
     assert list(tmp_path.glob("*/*.csv"))
 
 
+def test_result_files_are_replaced_whole(tmp_path):
+    """A run that dies while it writes leaves the file as it was; another op's facts stay in env.json."""
+    code = """
+import timing
+class Broken:
+    def __str__(self):
+        raise RuntimeError("died")
+row = dict(op="a", provider="b", mode="c", shape="d", dtype="float32", median_ms=1)
+timing.write_rows("one", [row])
+timing.write_rows("two", [row])
+try:
+    timing.write_rows("one", [row, row | dict(shape=Broken())])
+except RuntimeError as error:
+    print(error)
+"""
+    env = os.environ | {"PYTHONPATH": FOLDERS, "MMFAST_RESULTS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert "died" in done.stdout
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "one.csv").read_text().splitlines()[1:] == ["a,b,c,d,float32,1,,,,,,,,,"]
+    assert set(json.loads((folder / "env.json").read_text())) == {"one", "two"}
+
+
 def test_nothing_begins_after_the_time(tmp_path):
     done = bench(tmp_path, "bench/ops/bench_ppo.py", MMFAST_BENCH_SECONDS="0")
     assert done.returncode == 0
