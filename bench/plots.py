@@ -171,9 +171,9 @@ def measured(goal: Goal, devices: list[Device]) -> Iterable[tuple[str, str, floa
         yield (peer, metric, target, *(found[0] if found else (None, "")))
 
 
-def verdict(goal: float, r: Ratio | None, cpu: bool, any_rows: bool) -> str:
+def verdict(goal: float, r: Ratio | None, run: bool) -> str:
     if r is None:
-        return ("not measured: the peer was not there" if any_rows else "not run") if not cpu else "not measured"
+        return "not measured" if run else "not run"
     return f"{r.mean:.3g}x, {'met' if r.mean >= goal else 'missed'}"
 
 
@@ -186,7 +186,7 @@ def goal_rows(devices: list[Device]) -> list[tuple[str, ...]]:
             worst = f"{r.worst:.3g}x, {r.worst_shape}" if r and r.shapes > 1 else ""
             against = peer if metric == "time" else f"{peer}: memory"
             rows.append((("GPU: " if goal.gpu else "CPU: ") + goal.what if n == 0 else "..", against, f"{target:g}x",
-                         verdict(target, r, not goal.gpu, any_rows), worst, goal.limits if n == 0 else ""))  # fmt: skip
+                         verdict(target, r, any_rows), worst, goal.limits if n == 0 else ""))  # fmt: skip
     return rows
 
 

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Says what it was called with; fails, or never ends, where the call holds a word of FAIL or HANG.
 STAND_IN = """#!/bin/bash
+[[ "$*" == *get_device_capability* ]] && echo 90 && exit 0
 echo "called: $* seconds=${MMFAST_BENCH_SECONDS:-}"
 for word in $FAIL; do [[ "$*" == *$word* ]] && exit 1; done
 for word in $HANG; do [[ "$*" == *$word* ]] && exec sleep 60; done
@@ -118,6 +119,61 @@ def test_the_archive_holds_logs_and_results(checkout):
 
 
 FOLDERS = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "bench", ROOT / "bench" / "ops")))
+
+
+@pytest.fixture
+def card(checkout):
+    """.. and with what a machine with a GPU has: nvcc and compute-sanitizer, which runs what it is given unless its filter is refused."""
+    (checkout / "bin" / "nvcc").write_text(STAND_IN)
+    (checkout / "bin" / "compute-sanitizer").write_text(
+        """#!/bin/bash
+[[ -n $REFUSE && "$*" == *kns=* ]] && { echo "unknown option"; exit 1; }
+echo "checked with: $*"
+[[ "$*" == *--tool* ]] || echo "ERROR SUMMARY: 0 errors"
+[[ -n $FINDS && "$*" == *"$FINDS"* ]] && exit 9
+exit 0
+"""
+    )
+    for name in ("nvcc", "compute-sanitizer"):
+        (checkout / "bin" / name).chmod(0o755)
+    return checkout
+
+
+def test_a_machine_with_a_card(card):
+    done = run(card, "check", MMFAST_GPU_DRY="")
+    assert stages(done.stdout) == {"build": "ok", "test": "ok", "sanitize": "ok"}
+    log = (card / "build" / "gpu-run" / "build.log").read_text()
+    assert "-DMMFAST_CUDA=on -DMMFAST_CUDA_ARCHS=90" in log
+    assert "--build build/gpu-run/cmake" in log
+    assert "-m gpu tests/ops tests/nn" in done.stdout
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        said = (card / "build" / "gpu-run" / f"sanitize-{tool}.log").read_text()
+        assert f"--tool {tool} --kernel-name kns=mmfast --error-exitcode 9" in said
+        assert "-m gpu and reduced" in said
+
+
+def test_what_a_sanitizer_finds_is_a_failure(card):
+    done = run(card, "sanitize", MMFAST_GPU_DRY="", FINDS="racecheck")
+    assert stages(done.stdout)["sanitize"] == "FAILED"
+    assert "racecheck: status 9" in done.stdout
+    assert done.returncode == 1
+
+
+def test_a_refused_filter_is_left_away_and_said(card):
+    done = run(card, "sanitize", MMFAST_GPU_DRY="", REFUSE="1")
+    assert stages(done.stdout)["sanitize"] == "ok"
+    assert "does not take --kernel-name kns=mmfast" in done.stdout
+    assert "--kernel-name" not in (card / "build" / "gpu-run" / "sanitize-memcheck.log").read_text()
+
+
+def test_no_sanitizer_and_no_compiler_are_said(card):
+    for name in ("nvcc", "compute-sanitizer"):
+        (card / "bin" / name).unlink()
+    done = run(card, "sanitize", MMFAST_GPU_DRY="")
+    assert stages(done.stdout) == {"build": "ok", "sanitize": "left out"}
+    assert "no nvcc: taking the build that is in mmfast/" in done.stdout
+    assert "compute-sanitizer is not installed" in done.stdout
+    assert done.returncode == 0
 
 
 def bench(folder: Path, path: str, *options: str, **env) -> subprocess.CompletedProcess:
