@@ -213,6 +213,7 @@ def env_table(device: Device) -> str:
         if name in device.rows:
             card = ", ".join(f"{k} {v:g}" for k, v in e.get("limits", {}).items())
             where = e["device"] + (f", driver {e['driver']}" if e.get("driver") else f", {e['threads']} threads")
+            where += f", load {e['load']}" if device.cpu and "load" in e else ""
             rows.append((f"`{name}.csv`", where, e["torch"], e["mmfast"], e["commit"], e["date"], *([card] if not device.cpu else [])))
     return table(("file", "machine", "torch", "mmfast", "commit", "date", *([] if device.cpu else ["limits measured"])), rows)
 

@@ -154,7 +154,7 @@ def test_qformer_stage_1():
     transformers = need_transformers()
     batch = timing.sizes(2, 64, 2)
     sizes = dict(
-        hidden_size=768, num_hidden_layers=timing.sizes(4, 12, 2), num_attention_heads=12, intermediate_size=3072, encoder_hidden_size=1408
+        hidden_size=768, num_hidden_layers=timing.sizes(2, 12, 2), num_attention_heads=12, intermediate_size=3072, encoder_hidden_size=1408
     )
     vocabulary, tokens, words = 30523, 257, 32
     if timing.DRY:

@@ -175,6 +175,7 @@ def environment() -> dict:
     facts = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu,
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),  # of the last minute: about the threads, if nothing else ran
         "torch": torch.__version__,
         "mmfast": mmfast.__version__,
         "build": mmfast.build_info(),
