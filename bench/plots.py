@@ -339,7 +339,7 @@ def bars(device: Device) -> list[tuple[str, list[tuple[str, Ratio]]]]:
     vq, ours = device.rows.get("vq", []), "mmfast avx512_bf16" if device.cpu else "mmfast"
     search = [r for r in vq if r["mode"] == "search"]
     for peer in dict.fromkeys(r["provider"] for r in search if not r["provider"].startswith("mmfast")):
-        shown.append((f"nearest code, {peer}", ratio(search, peer, ours)))
+        shown.append((f"nearest code{', bf16 screen' if device.cpu else ''}, {peer}", ratio(search, peer, ours)))
     shown += [("training step, vector-quantize-pytorch", ratio([r for r in vq if r["mode"] == "training step"], "vector-quantize-pytorch"))]
     panels.append(("Vector quantisation", [s for s in shown if s[1]]))
     shown = []
