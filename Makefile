@@ -47,11 +47,12 @@ bench: build  ## CPU benchmarks of all ops; on an idle machine
 cuda-check: build  ## every .cu file through nvcc alone: registers, shared memory, no spills, against docs/kernel_resources.csv
 	$(BIN)/python scripts/kernel_resources.py --check
 
-gpu:  ## on a machine with a GPU: build, test, sanitize and measure (STAGE=test|sanitize|bench|bench-OP, default all)
-	scripts/gpu.sh $(STAGE)
+gpu:  ## on a machine with a GPU: build, test, sanitize and measure (STAGE="test sanitize", check, bench, ..; scripts/gpu.sh has the list)
+	PYTHON=$(PYTHON) scripts/gpu.sh $(STAGE)
 
-docs: build
+docs: build  ## the generated tables: docs/systems.md, docs/performance.md (its plots: python bench/plots.py, with matplotlib)
 	$(BIN)/mmfast list --markdown > docs/systems.md
+	$(BIN)/python bench/plots.py --tables
 
 clean:
 	rm -rf build .cache $(VENV) mmfast/_C*.so *.egg-info

@@ -27,16 +27,16 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 import mmfast
 from mmfast.ops import attention as ops
 
-DEVICE = "cuda" if torch.cuda.is_available() and mmfast.build_info()["cuda"] else "cpu"
-DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE == "cuda" else [])
+DEVICE = timing.DEVICE
+DTYPES = timing.sizes([torch.float32, torch.bfloat16], [torch.bfloat16, torch.float32, torch.float16], [torch.float32])
 MODES = ["forward", "backward", "forward+backward"]
-COMPILE_SECONDS = 40  # of torch.compile in the whole run; its rows are left out once they are spent
+COMPILE_SECONDS = timing.sizes(40, 40, -1)  # of torch.compile in the whole run; its rows are left out once they are spent
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative L2 of a provider; ours is held tighter by the tests
 ROWS: list[dict] = []
 
 
 def on(cpu: tuple, cuda: tuple) -> tuple:
-    return cuda if DEVICE == "cuda" else cpu
+    return timing.sizes(cpu, cuda, (1,))
 
 
 @dataclass
@@ -75,6 +75,8 @@ CASES = [
     *(SELF("BLIP-2", mask="multimodal_causal", batch=b, rows=64, keys=64) for b in on((4, 16), (16, 128))),
     *(Case("media", "OpenFlamingo", batch=b, rows=512, keys=320, images=5, heads=8, width=64) for b in on((1, 4), (4, 32))),
 ]
+if timing.DRY:
+    CASES = list({c.group: c for c in reversed(CASES)}.values())
 # Of each group only this case is compiled, and on the CPU also run with lesser instruction sets.
 CLOSER_LOOK = {c.group: str(c) for c in sorted(CASES, key=lambda c: c.batch > 4)[::-1]}
 
@@ -160,8 +162,8 @@ def flash_attn():
 # ------------------------------------------------------------------------------------------------------------------ providers
 
 
-def make(case: Case, dtype: torch.dtype, p: float) -> tuple[dict[str, Provider], Tensor]:
-    """All providers of a case, the upstream eager core first, and the float64 truth (of probability 0)."""
+def make(case: Case, dtype: torch.dtype, p: float) -> tuple[dict[str, Provider], Tensor, int]:
+    """All providers of a case, the upstream eager core first; the float64 truth (of probability 0); pairs of row and key that see each other."""
     torch.manual_seed(0)
 
     def random(n, heads=case.key_heads or case.heads):
@@ -233,7 +235,8 @@ def make(case: Case, dtype: torch.dtype, p: float) -> tuple[dict[str, Provider],
     if mask is None and (flash := flash_attn()):
         made["flash-attn"] = provider(partial(flash, p=p), one)
     made["mmfast"] = provider(partial(op, **options), own)
-    return made, truth
+    rows_keys = (case.batch, case.heads, case.rows, case.keys + case.latents)
+    return made, truth, math.prod(rows_keys) if mask is None else int(mask.expand(rows_keys).sum())
 
 
 def check(made: dict[str, Provider], truth: Tensor, dtype: torch.dtype) -> dict[str, float]:
@@ -244,10 +247,10 @@ def check(made: dict[str, Provider], truth: Tensor, dtype: torch.dtype) -> dict[
             error = ((p.forward() - truth).norm() / truth.norm()).item()
             if name != "mmfast":
                 torch.autograd.grad(p.graph().sum(), p.leaves)
-        except RuntimeError as refusal:
+        except Exception as refusal:  # whatever a peer says, it does not end the run
             if name == "mmfast":
                 raise
-            print(f"  {name} left out: {str(refusal).splitlines()[0][:120]}")
+            print(f"  {name} left out: {type(refusal).__name__} {str(refusal)[:120]!r}")
             del made[name]
             continue
         assert name != "mmfast" or error < TOLERANCE[dtype], f"mmfast is off by {error}"
@@ -282,58 +285,116 @@ compiled.seconds = 0.0
 # ---------------------------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _write():
-    yield
-    if not ROWS:
-        return
-    print(f"\nwrote {timing.write_rows('attention', ROWS, DEVICE)}")
+def write() -> None:
+    timing.write_rows("attention", ROWS)
     means = list(summary(ROWS))
-    print(f"wrote {timing.write_rows('attention_means', means, DEVICE, columns=list(means[0]))}")
-    for m in means:
+    timing.write_rows("attention_means", means, columns=list(means[0]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _report():
+    yield
+    for m in summary(ROWS):
         worst = f"worst {m['worst']:>5s}x  {m['worst_shape']}"
         print(f"  {m['group']:10s} {m['mode']:17s} {m['dtype']:9s} vs {m['peer']:13s} {m['mean']:>6s}x over {m['shapes']:2d}  {worst}")
 
 
 def summary(rows: list[dict]):
-    """Per group, mode, type and peer: the geometric mean over shapes of the peer's median over ours, and the worst shape."""
-    for key, part in itertools.groupby(rows, lambda r: (r["op"], r["mode"], r["dtype"])):
+    """Per group, type, mode and peer: the geometric mean over shapes of the peer's median over ours, and the worst shape."""
+    first = {key: n for n, key in reversed(list(enumerate((r["op"], r["dtype"], r["mode"]) for r in rows)))}
+    by = lambda r: first[r["op"], r["dtype"], r["mode"]]  # noqa: E731
+    for _, part in itertools.groupby(sorted(rows, key=by), by):
+        part = list(part)
         medians: dict[str, dict[str, float]] = {}
         for r in part:
             medians.setdefault(r["provider"], {})[r["shape"]] = float(r["median_ms"])
         for peer, theirs in medians.items():
-            if peer.startswith("mmfast"):
+            if peer.startswith(("mmfast", "graph: ")):
                 continue
             ratios = {shape: t / medians["mmfast"][shape] for shape, t in theirs.items()}
             worst = min(ratios, key=ratios.get)
             mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
-            yield dict(group=key[0], mode=key[1], dtype=key[2], peer=peer, mean=f"{mean:.2f}", shapes=len(ratios),
+            yield dict(group=part[0]["op"], mode=part[0]["mode"], dtype=part[0]["dtype"], peer=peer, mean=f"{mean:.2f}", shapes=len(ratios),
                        worst=f"{ratios[worst]:.2f}", worst_shape=worst)  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("group", dict.fromkeys(c.group for c in CASES))
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_attention(group, dtype):
-    results = {mode: [] for mode in MODES}
     for case in CASES:
-        if case.group != group:
+        if case.group != group or timing.out_of_time(f"{case}, {dtype}"):
             continue
         print(f"\n{case}, {str(dtype).removeprefix('torch.')}")
-        errors = check(*(checked := make(case, dtype, 0.0)), dtype)
-        made, _ = make(case, dtype, 0.1) if group == "qformer" else checked
+        made, truth, pairs = make(case, dtype, 0.0)
+        errors = check(made, truth, dtype)
+        if group == "qformer":
+            made, _, _ = make(case, dtype, 0.1)
         made = {name: p for name, p in made.items() if name in errors}
         look = str(case) == CLOSER_LOOK[group]
         if (quick := compiled(made["eager"], dtype, look)) is not None:
             made["torch.compile"] = quick
         for mode in MODES:
-            calls = {n: p.timed(mode) for n, p in made.items() if (n, mode) != ("torch.compile", "backward")}
+            calls = runnable(made, mode)
+            if DEVICE == "cuda" and mode == "forward":
+                calls |= in_graphs(calls)
             if DEVICE == "cpu" and look:
                 calls |= lesser_isas(calls["mmfast"], dtype)
             times = timing.interleaved(calls, repeats=repeats(calls), warmup=25 if DEVICE == "cuda" else 1, device=DEVICE)
             weigh = mode != "backward" and dtype == torch.float32
             peaks = {n: timing.peak_memory_mb(c, DEVICE) for n, c in calls.items() if weigh and not n.startswith("mmfast ")}
-            results[mode] += rows_of(case, mode, dtype, times, peaks, errors)
-    ROWS.extend(itertools.chain.from_iterable(results.values()))
+            ROWS.extend(rows_of(case, mode, dtype, times, peaks, errors, least(made["mmfast"], mode, pairs, case.width)))
+        write()
+
+
+def runnable(made: dict[str, Provider], mode: str) -> dict[str, Callable[[], object]]:
+    """What to time; a peer that does without dropout alone is left out here."""
+    calls = {}
+    for name, p in made.items():
+        if (name, mode) == ("torch.compile", "backward"):
+            continue
+        try:
+            call = p.timed(mode)
+            call()
+        except Exception as refusal:
+            if name == "mmfast":
+                raise
+            print(f"  {name} left out: {type(refusal).__name__} {str(refusal)[:120]!r}")
+        else:
+            calls[name] = call
+    return calls
+
+
+def in_graphs(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Replays of ours and of the quickest peers: what a call costs on the device, without the host's share of it."""
+    replays = {}
+    for name, call in calls.items():
+        if name != "mmfast" and not name.startswith(("sdpa", "flash")):
+            continue
+        try:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                call()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+        except Exception as refusal:
+            print(f"  graph of {name} left out: {type(refusal).__name__} {str(refusal)[:120]!r}")
+        else:
+            replays[f"graph: {name}"] = graph.replay
+    return replays
+
+
+def least(ours: Provider, mode: str, pairs: int, width: int) -> dict:
+    """Operations and bytes that no implementation avoids: two products forward, five backward (scores again); each tensor once."""
+    leaves = sum(t.numel() * t.element_size() for t in ours.leaves)
+    out = ours.leaves[0].numel() * ours.leaves[0].element_size()
+    forward, backward = (4 * pairs * width, leaves + out), (10 * pairs * width, 2 * leaves + 2 * out)
+    both = tuple(map(sum, zip(forward, backward, strict=True)))
+    flops, bytes_ = {"forward": forward, "backward": backward, "forward+backward": both}[mode]
+    dtype = ours.leaves[0].dtype
+    return {"flops": flops, "bytes_": bytes_, "rate": "split" if dtype == torch.float32 else str(dtype).removeprefix("torch.")}
 
 
 def lesser_isas(call: Callable[[], object], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -359,7 +420,7 @@ def repeats(calls: dict[str, Callable[[], object]], seconds: float = 0.08) -> in
     return max(9, min(100, int(seconds * len(calls) / (time.perf_counter() - start))))
 
 
-def rows_of(case, mode, dtype, times, peaks, errors):
+def rows_of(case, mode, dtype, times, peaks, errors, least):
     print(f" {mode}")
     ours = times["mmfast"][0]
     for name, (median, p20, p80) in times.items():
@@ -368,5 +429,5 @@ def rows_of(case, mode, dtype, times, peaks, errors):
         yield dict(op=case.group, provider=name, mode=mode, shape=str(case), dtype=str(dtype).removeprefix("torch."),
                    median_ms=f"{median:.4f}", p20_ms=f"{p20:.4f}", p80_ms=f"{p80:.4f}",
                    peak_mb=f"{peaks[name]:.1f}" if name in peaks else "", ratio_vs_eager=f"{times['eager'][0] / median:.3f}",
-                   max_err=f"{errors[name]:.1e}" if name in errors else "",
+                   max_err=f"{errors[name]:.1e}" if name in errors else "", **timing.work(median_ms=median, **least),
                    version=mmfast.__version__ if name.startswith("mmfast") else torch.__version__)  # fmt: skip

@@ -11,16 +11,10 @@ import torch
 import mmfast
 from mmfast.ops import ppo
 
-DEVICE = "cuda" if torch.cuda.is_available() and mmfast.build_info()["cuda"] else "cpu"
-SHAPES = [(8, 256), (64, 1024), (256, 2048)]
+DEVICE = timing.DEVICE
+SHAPES = timing.sizes([(8, 256), (64, 1024), (256, 2048)], [(64, 1024), (8, 256), (256, 2048)], [(3, 20)])
+BYTES = {"gae": 16, "whiten": 14, "policy": 17, "value": 17}  # a token: float32 read and written, a mask of one byte
 ROWS: list[dict] = []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _write():
-    yield
-    if ROWS:
-        print(f"\nwrote {timing.write_rows('ppo', ROWS, DEVICE)}")
 
 
 def record(mode, shape, calls, truth):
@@ -40,8 +34,10 @@ def record(mode, shape, calls, truth):
         print(f"  {name:26s} {median:9.3f} ms  [{p20:.3f}, {p80:.3f}]  {eager / median:6.1f}x")
         ROWS.append(
             dict(op="ppo", provider=name, mode=mode, shape=str(shape), dtype="float32", median_ms=f"{median:.4f}", p20_ms=f"{p20:.4f}",
-                 p80_ms=f"{p80:.4f}", ratio_vs_eager=f"{eager / median:.2f}", max_err=f"{errors[name]:.1e}", version=torch.__version__)
+                 p80_ms=f"{p80:.4f}", ratio_vs_eager=f"{eager / median:.2f}", max_err=f"{errors[name]:.1e}", version=torch.__version__,
+                 **timing.work(0, BYTES[mode.split()[0]] * shape[0] * shape[1], "float32", median))
         )  # fmt: skip
+    timing.write_rows("ppo", ROWS)
 
 
 def rollout(shape):

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from check_op import check_close, check_gradients, check_registration
@@ -295,13 +294,13 @@ def test_philox_known_answer():
 
 def kept(seed, b, h, rows, keys, segment, threshold):
     """Which weights stay, [b, h, rows, keys]."""
-    keep = np.zeros((b, h, rows, keys), bool)
+    keep = torch.zeros(b, h, rows, keys, dtype=torch.bool)
     for bh in range(b * h):
         for i in range(rows):
             for j in range(keys):
                 words = philox([j // 32 * 4 + j % 8 // 2, i, bh, segment], [seed & 0xFFFFFFFF, seed >> 32])
                 keep[bh // h, bh % h, i, j] = (words[j % 32 // 8] >> (16 * (j % 2)) & 0xFFFF) >= threshold
-    return torch.from_numpy(keep)
+    return keep
 
 
 @pytest.mark.reduced
