@@ -103,8 +103,9 @@ def test_sizes_are_those_of_the_weights(kind, tmp_path):
 
 
 def test_weightless_systems_resolve_to_themselves():
-    from mmfast.models import tiny
     from mmfast.trainers.recipes.architectures.llava import RECIPE
+
+    from mmfast.models import tiny
 
     assert resolved(tiny(RECIPE)) == tiny(RECIPE)
 

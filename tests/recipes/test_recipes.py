@@ -5,14 +5,14 @@ import json
 
 import pytest
 import torch
+from mmfast.trainers import config
+from mmfast.trainers.loop import RunError
 
 from mmfast.data import chat
 from mmfast.data.synthetic import World
 from mmfast.models import build, tiny
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.spec import Alignment, System, to_dict
-from mmfast.trainers import config
-from mmfast.trainers.loop import RunError
 
 NAMES = list(config.recipe_names())
 

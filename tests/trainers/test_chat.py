@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from made import Session, photograph
+from mmfast.trainers.chat import chat, converse, joint, question
+from mmfast.trainers.loop import RunError
 
 from mmfast import spec
 from mmfast.data import images
 from mmfast.models.tokenizer import plain_text
-from mmfast.trainers.chat import chat, converse, joint, question
-from mmfast.trainers.loop import RunError
 
 
 @pytest.fixture(scope="module")

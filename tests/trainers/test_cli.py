@@ -6,9 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from mmfast.trainers.__main__ import main
+from PIL import Image
 
 
 def call(capsys, *argv):

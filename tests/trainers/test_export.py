@@ -8,6 +8,10 @@ import pytest
 import torch
 import yaml
 from made import Session, photograph, tokenizer
+from mmfast.trainers import export as module
+from mmfast.trainers.chat import chat
+from mmfast.trainers.export import BORDER, export, messages_of
+from mmfast.trainers.loop import RunError
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
@@ -15,10 +19,6 @@ from mmfast import spec
 from mmfast.data import chat as conversations
 from mmfast.data import images
 from mmfast.models import add_lora, lora_parameters, tokenizer_for
-from mmfast.trainers import export as module
-from mmfast.trainers.chat import chat
-from mmfast.trainers.export import BORDER, export, messages_of
-from mmfast.trainers.loop import RunError
 
 KINDS = ("bytes", "prepend", "metaspace", "words")
 TURNS = [

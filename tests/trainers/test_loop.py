@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
+from mmfast.trainers import loop
 from torch import nn
 
 from mmfast.spec import Optim
-from mmfast.trainers import loop
 
 OPTIM = Optim(lr=0.05, steps=12, batch=4, warmup=3, hold=0.2, floor=0.1, weight_decay=0.01)
 

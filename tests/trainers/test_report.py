@@ -5,11 +5,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from mmfast.trainers import report
 from PIL import Image
 
 from mmfast.data.synthetic import ClassCount as Count
 from mmfast.data.synthetic import Object, Scene, World
-from mmfast.trainers import report
 
 # A red circle top left and two blue stars, which this world (six shapes) does not know; so a square.
 SCENE = Scene(

@@ -7,9 +7,8 @@ from html import unescape
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from mmfast.trainers import report
+from PIL import Image
 
 from .test_report import run_folder
 

@@ -12,16 +12,16 @@ from functools import partial
 
 import pytest
 import torch
-
-from mmfast import spec
-from mmfast.data import supervised as data
-from mmfast.models import tiny
-from mmfast.ops.preference import LOSSES
 from mmfast.trainers import demo, preference, supervised
 from mmfast.trainers.evaluate import Exam, caption_all
 from mmfast.trainers.loop import Run, RunError
 from mmfast.trainers.recipes.align.dpo import RECIPE as DPO
 from mmfast.trainers.recipes.architectures.llava import RECIPE as LLAVA
+
+from mmfast import spec
+from mmfast.data import supervised as data
+from mmfast.models import tiny
+from mmfast.ops.preference import LOSSES
 
 
 @pytest.fixture(autouse=True)
