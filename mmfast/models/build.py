@@ -277,7 +277,9 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
             known = ", ".join(kind.__name__ for kind in table)
             raise ValueError(f"{system.name}: nothing builds a {type(choice).__name__}, expected one of {known}")
     if system.weights and system.language.quantize != "none":
-        raise ValueError(f"{system.name}: language.quantize needs language.weights of its own; weights {system.weights} are read as they are")
+        raise ValueError(
+            f"{system.name}: language.quantize needs language.weights of its own; weights {system.weights} are read as they are"
+        )
     system = pretrained.resolved(system)
     if tokenizer is not None and (tokenizer.convert_tokens_to_ids("<image>") in (None, tokenizer.unk_token_id)):
         raise ValueError(f"{system.name}: the tokenizer has no <image> token (mmfast.models.tokenizer_for adds it)")
