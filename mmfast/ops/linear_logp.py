@@ -251,7 +251,9 @@ def linear_cross_entropy(
         # The mean logit needs no logits: it is the row's product with the mean row of the head. What ignored rows hold stays out.
         wide = logp.dtype
         seen = torch.where(keep.unsqueeze(-1), hidden, 0).to(wide)
-        mean = seen @ weight.mean(0, dtype=wide) + (0 if bias is None else bias.mean(dtype=wide))
+        # (A mean of half-precision rows in a wider type would widen the whole head first.)
+        total = sum(part.sum(0, dtype=wide) for part in weight.split(4096))
+        mean = seen @ (total / len(weight)) + (0 if bias is None else bias.mean(dtype=wide))
         uniform = mean / temperature - stats.lse
         losses = torch.where(keep, -(1 - label_smoothing) * logp - label_smoothing * uniform, 0.0)
     else:
