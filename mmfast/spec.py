@@ -197,6 +197,7 @@ class Compute:
     parallel: Literal["ddp", "fsdp"] = "ddp"  # what torchrun's processes do: copies, or shards of weights and optimiser
     checkpointing: bool = False  # recompute activations in backward
     packing: bool = False  # rows of a micro-batch end to end without padding
+    pad_to: int = 1  # otherwise rows are padded to a multiple of so many tokens: fewer shapes to prepare kernels for
     workers: int = 0  # processes that read and decode records
     bad_steps: int = 3  # steps in a row with NaN or Inf that are skipped before the run stops
 

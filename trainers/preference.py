@@ -19,6 +19,8 @@ from mmfast.data import chat
 from mmfast.data.records import Records
 from mmfast.data.sources import PreferencePairs
 from mmfast.losses import preference_loss, segment_logp
+from mmfast.models.lora import adapters_off
+from mmfast.ops import linear_logp_pair
 from mmfast.ops.preference import LOSSES
 from mmfast.spec import Alignment, Contrast, View
 
@@ -26,7 +28,7 @@ from .checkpoint import Run, RunError, write_atomically
 from .evaluate import caption_all, make_probe
 from .loop import Objective, Options, train
 from .place import autocast
-from .supervised import Session, cached_states, restore, token_logps
+from .supervised import Session, cached_states, hidden_states, restore, token_logps
 
 PAIR_SPLIT = "pairs"
 
@@ -37,7 +39,7 @@ class PairSource:
     def __init__(self, pictures: Tensor, texts: dict[str, chat.Rows], picture_of: Tensor, pad_token: int):
         self.pictures, self.texts, self.picture_of, self.pad_token = pictures, texts, picture_of, pad_token
         self.views: dict[str, View] = {name: View(name) for name in texts}
-        self.packing, self.with_pictures = False, True
+        self.packing, self.pad_to, self.with_pictures = False, 1, True
 
     def __len__(self) -> int:
         return len(self.picture_of)
@@ -55,7 +57,7 @@ class PairSource:
         ids, labels, lengths = chat.stack([self.texts[view.text].batch(index) for view in self.views.values()], self.pad_token)
         scored, pictures = (labels[:, 1:] != chat.IGNORE).sum(1), self.picture_of[index]
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing),
+            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.pad_token),
             "index": index,
             "scored": scored,
             "counts": torch.cat([torch.tensor([len(index)]), scored.view(len(self.views), -1).sum(1)]).double(),
@@ -100,10 +102,15 @@ def _own_source(session: Session, alignment: Alignment, encode: chat.Encoder) ->
     return PairSource(pictures, rows, torch.tensor([p[0] for p in pairs]), encode.pad_token)
 
 
+def per_row(logp: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """Token log-probabilities ``[B, T - 1]``, added up by row: ``[views x B]``."""
+    rows = batch["rows"][:, 1:].where(batch["labels"][:, 1:] != chat.IGNORE, -1)
+    return segment_logp(logp, rows, num_segments=len(batch["scored"]))
+
+
 def view_logps(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> Tensor:
     """Summed log-probability of each row's answer, ``[views x B]``: all views in one forward pass, each picture encoded once for all of them."""
-    logp, rows = token_logps(session, batch, states)
-    return segment_logp(logp, rows.where(batch["labels"][:, 1:] != chat.IGNORE, -1), num_segments=len(batch["scored"]))
+    return per_row(token_logps(session, batch, states)[0], batch)
 
 
 def reference_key(alignment: Alignment, session: Session, source: PairSource) -> str:
@@ -155,30 +162,48 @@ def cached_reference(alignment: Alignment, session: Session, source: PairSource,
     return logps
 
 
-class Reference:
-    """The policy's start, asked for the same rows: log-probabilities computed once, a frozen copy, or the policy without its adapters."""
+class Scorer:
+    """Policy and reference on the same rows: ``scorer(batch)`` gives both models' log-probabilities, ``[views x B]`` each.
 
-    def __init__(self, alignment: Alignment, session: Session, source: PairSource, states: Tensor | None, cache: Path):
-        self.kind = alignment.reference
-        if self.kind == "frozen":
-            self.session = copy.copy(session)
-            self.session.model = copy.deepcopy(session.model).requires_grad_(False).eval()
-            self.states = states
-        elif self.kind == "adapter_off":
-            self.session, self.states = session, states
-        else:
-            self.logps = cached_reference(alignment, session, source, states, cache)
+    The reference is the policy's start: its log-probabilities computed once and cached, a frozen copy, or the policy without its adapters.
+    In the last two the hidden states of both meet in one walk over the head (``mmfast.linear_logp_pair``).
+    """
 
-    @torch.no_grad()
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+    def __init__(self, alignment: Alignment, session: Session, source: PairSource | PreferencePairs, states: Tensor | None, folder: Path):
+        self.kind, self.session, self.states = alignment.reference, session, states
         if self.kind == "cached":
-            return self.logps[:, batch["index"].to(self.logps.device)].flatten().to(batch["index"].device)
-        if self.kind == "frozen":
-            return view_logps(self.session, batch, self.states)
-        from mmfast.models.lora import adapters_off
+            self.logps = cached_reference(alignment, session, source, states, folder)
+        elif self.kind == "frozen":
+            # What the policy does not train either is shared, not copied.
+            shared = {id(p): p for p in session.model.parameters() if not p.requires_grad}
+            self.start = copy.copy(session)
+            self.start.model = copy.deepcopy(session.model, shared)
+            self.start.model.train_only(())
+            self.start.model.eval()
 
-        with adapters_off(self.session.model):
-            return view_logps(self.session, batch, self.states)
+    def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.kind == "cached":
+            index = batch["index"]
+            return view_logps(self.session, batch, self.states), self.logps[:, index.to(self.logps.device)].flatten().to(index.device)
+        with torch.no_grad():
+            start = self._start_states(batch)
+        hidden, head = hidden_states(self.session, batch, self.states), self.session.model.language.get_output_embeddings()
+        other = self.start.model.language.get_output_embeddings() if self.kind == "frozen" else head
+        policy, reference = linear_logp_pair(
+            hidden[:, :-1], head.weight, start[:, :-1], other.weight, batch["labels"][:, 1:], head.bias, other.bias
+        )  # fmt: skip
+        return per_row(policy, batch), per_row(reference, batch)
+
+    def _start_states(self, batch: dict[str, Tensor]) -> Tensor:
+        if self.kind == "frozen":
+            return hidden_states(self.start, batch, self.states)
+        model = self.session.model
+        with adapters_off(model):
+            training = model.training
+            model.eval()  # dropout in a part that trains would blur the reference
+            hidden = hidden_states(self.session, batch, self.states)
+            model.train(training)
+            return hidden
 
 
 def train_alignment(alignment: Alignment, session: Session, run: Run, *, options: Options | None = None, quiet: bool = False) -> Session:
@@ -189,21 +214,20 @@ def train_alignment(alignment: Alignment, session: Session, run: Run, *, options
     if unknown:
         raise RunError(f"{alignment.name}: a term speaks of the view {unknown[0]!r}, the recipe has {', '.join(names)}")
     model, source = session.model, make_source(session, alignment)
-    source.views, source.packing = alignment.views, options.compute.packing
+    source.views = alignment.views
+    source.packing, source.pad_to = options.compute.packing, options.compute.pad_to
     session.add_adapters(alignment.lora)  # they begin as nothing: the model is still the reference
     model.train_only(alignment.train, lora=alignment.lora is not None)
     states = cached_states(session, source)
     source.with_pictures = states is None
-    reference = Reference(alignment, session, source, states, run.folder)
+    scorer = Scorer(alignment, session, source, states, run.folder)
     session.let_train(alignment.train, alignment.lora)
     if options.compute.checkpointing:
         model.checkpoint_activations()
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
-        logps, start = view_logps(session, batch, states), reference(batch).chunk(len(names))
-        logps, tokens, start = (
-            dict(zip(names, v, strict=True)) for v in (logps.chunk(len(names)), batch["scored"].chunk(len(names)), start)
-        )
+        policy, reference = scorer(batch)
+        logps, start, tokens = (dict(zip(names, v.chunk(len(names)), strict=True)) for v in (policy, reference, batch["scored"]))
         pairs, scored = totals[0].to(logps[names[0]].dtype), dict(zip(names, totals[1:], strict=True))
         loss, measures = 0.0, {}
         for term in alignment.terms:

@@ -212,22 +212,24 @@ def idle(model: nn.Module) -> Tensor | float:
     return sum(p.flatten()[:1].sum() * 0 for p in trained) if trained else 0.0
 
 
+def hidden_states(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> Tensor:
+    """Last hidden states ``[B, T, D]`` of a batch."""
+    images = see(session, batch, states)
+    hidden = session.model.hidden(batch["input_ids"], position_ids=batch.get("position_ids"), **images)
+    return hidden if images else hidden + idle(session.model)
+
+
 def token_logps(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> tuple[Tensor, Tensor]:
     """Log-probability of every next token ``[B, T - 1]`` (0 where nothing is scored) and the row each belongs to. The head sees the positions
     before a scored token, and no other."""
-    model, images = session.model, see(session, batch, states)
-    hidden = model.hidden(batch["input_ids"], position_ids=batch.get("position_ids"), **images)
-    head = model.language.get_output_embeddings()
-    logp = linear_logp(hidden[:, :-1], head.weight, batch["labels"][:, 1:], head.bias)
-    if not images:
-        logp = logp + idle(model)
-    return logp, batch["rows"][:, 1:]
+    hidden, head = hidden_states(session, batch, states), session.model.language.get_output_embeddings()
+    return linear_logp(hidden[:, :-1], head.weight, batch["labels"][:, 1:], head.bias), batch["rows"][:, 1:]
 
 
 def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, options: Options) -> int:
     """One stage of a system over the shared loop."""
     model, source = session.model, session.source(stage.data, stage.template, stage.max_length)
-    source.packing = options.compute.packing
+    source.packing, source.pad_to = options.compute.packing, options.compute.pad_to
     trained = session.let_train(stage.train, stage.lora)
     if options.place.main and not options.quiet:
         print(

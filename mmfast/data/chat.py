@@ -191,9 +191,15 @@ def stack(parts: Sequence[tuple[Tensor, Tensor, Tensor]], pad_token: int) -> tup
     return ids, labels, torch.cat([lengths for _, _, lengths in parts])
 
 
-def lay_out(ids: Tensor, labels: Tensor, lengths: Tensor, *, packing: bool) -> dict[str, Tensor]:
+def lay_out(
+    ids: Tensor, labels: Tensor, lengths: Tensor, *, packing: bool = False, pad_to: int = 1, pad_token: int = 0
+) -> dict[str, Tensor]:
     """``input_ids``, ``labels`` and ``rows`` (which row a token belongs to) of a batch: padded ``[B, T]``, or with ``packing`` end to end
-    ``[1, sum of lengths]`` with ``position_ids`` that start anew at each row, from which transformers' attention keeps rows apart."""
+    ``[1, sum of lengths]`` with ``position_ids`` that start anew at each row, from which transformers' attention keeps rows apart.
+
+    ``pad_to``: widths are made multiples of it with ``pad_token``."""
+    if not packing and (more := -ids.shape[1] % pad_to):
+        ids, labels = torch.nn.functional.pad(ids, (0, more), value=pad_token), torch.nn.functional.pad(labels, (0, more), value=IGNORE)
     rows = torch.arange(len(ids)).unsqueeze(1).expand(ids.shape)
     if not packing:
         return {"input_ids": ids, "labels": labels, "rows": rows}

@@ -32,7 +32,7 @@ class _Checked:
         self.parts, self.texts, self.encoder, self.size = parts, texts, encoder, size
         self.items: list[tuple[int, int]] = []  # part and number
         self.sizes: list[int] = []
-        self.packing, self.with_pictures = False, True
+        self.packing, self.pad_to, self.with_pictures = False, 1, True
         self._kept: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}
         self._tokens = 0
         for at, records in enumerate(parts):
@@ -107,7 +107,7 @@ class _Checked:
         lengths, scored = torch.tensor([len(ids) for _, ids, _ in encoded]), (labels[:, 1:] != chat.IGNORE).sum(1)
         picture_ids = torch.tensor(pictures, dtype=torch.long)
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing),
+            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
             "picture_ids": picture_ids,
             "image_rows": torch.tensor([place[p] for p in shown], dtype=torch.long),
             **({"pictures": self.load_pictures(picture_ids)} if self.with_pictures and pictures else {}),
@@ -174,7 +174,7 @@ class Streamed:
     micro-batch, so that all are always at the same place and one state serves any number of them."""
 
     def __init__(self, stream: Stream, encoder: chat.Encoder, *, size: int):
-        self.stream, self.encoder, self.size, self.packing = stream, encoder, size, False
+        self.stream, self.encoder, self.size, self.packing, self.pad_to = stream, encoder, size, False, 1
         self._records = iter(stream)
 
     def take(self, rows: int, rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ class Streamed:
         lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()
         pictures = {"pictures": torch.from_numpy(np.stack([p.load(self.size) for p in shown]))} if shown else {}
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing),
+            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
             **pictures,
             "image_rows": torch.arange(len(shown)),
             "groups": torch.zeros(len(mine), dtype=torch.long),

@@ -28,7 +28,7 @@ class Source:
         self.pictures = torch.from_numpy(pictures)  # uint8 [M, H, W, 3]
         self.columns, self.pad_token = columns, pad_token
         self.picture_of = torch.arange(len(pictures)) if picture_of is None else torch.tensor(picture_of)
-        self.packing, self.with_pictures = False, True
+        self.packing, self.pad_to, self.with_pictures = False, 1, True
 
     def __len__(self) -> int:
         return len(self.picture_of)
@@ -52,7 +52,7 @@ class Source:
         scored = (labels[:, 1:] != chat.IGNORE).view(len(self.columns), -1).sum(1)
         pictures = self.picture_of[index]
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing),
+            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.pad_token),
             "groups": torch.arange(len(self.columns)).repeat_interleave(len(index)),
             "counts": scored.double(),
             "picture_ids": pictures,

@@ -6,7 +6,7 @@ Letters: P pairs, T tokens, H hidden width, V vocabulary; a batch is ``[2P, ..]`
 import torch
 from torch import Tensor, nn
 
-from mmfast.ops.linear_logp import linear_logp, linear_objective, objective_options
+from mmfast.ops.linear_logp import linear_logp, linear_objective, mean_row, objective_options
 from mmfast.ops.preference import loss_facts, preference_loss, segment_logp
 
 
@@ -149,7 +149,7 @@ class FusedLinearDPOLoss(nn.Module):
                 _input, lin_weight, target, bias, chunks, lambda logp, i: objective(logp, *spans[i], chunks[i]), options
             )
         with torch.no_grad():  # mean_v (h W^T + b) = h . mean_v W + mean b
-            row, shift = lin_weight.mean(0, dtype=wide), 0.0 if bias is None else bias.mean(dtype=wide)
+            row, shift = mean_row(lin_weight, wide), 0.0 if bias is None else bias.mean(dtype=wide)
             means = (_input.mean(1, dtype=wide) @ row + shift).view(2, -1).mean(1)
         return loss, (logps[:pairs], logps[pairs:], means[0], means[1], nll, rewards[:pairs], rewards[pairs:])
 

@@ -169,6 +169,11 @@ def linear_logp_pair(
     return (*pair, out[KL].clone().view(labels.shape)) if return_kl else pair
 
 
+def mean_row(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight.mean(0, dtype=dtype)`` of a head ``[V, H]``, a piece at a time: in one call a head of half type would be widened whole."""
+    return sum(part.sum(0, dtype=dtype) for part in weight.split(4096)) / len(weight)
+
+
 def label_logp(
     logits: Tensor,
     labels: Tensor,
@@ -251,9 +256,7 @@ def linear_cross_entropy(
         # The mean logit needs no logits: it is the row's product with the mean row of the head. What ignored rows hold stays out.
         wide = logp.dtype
         seen = torch.where(keep.unsqueeze(-1), hidden, 0).to(wide)
-        # (A mean of half-precision rows in a wider type would widen the whole head first.)
-        total = sum(part.sum(0, dtype=wide) for part in weight.split(4096))
-        mean = seen @ (total / len(weight)) + (0 if bias is None else bias.mean(dtype=wide))
+        mean = seen @ mean_row(weight, wide) + (0 if bias is None else bias.mean(dtype=wide))
         uniform = mean / temperature - stats.lse
         losses = torch.where(keep, -(1 - label_smoothing) * logp - label_smoothing * uniform, 0.0)
     else:

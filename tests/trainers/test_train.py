@@ -4,16 +4,18 @@ import json
 import math
 import subprocess
 import sys
+import types
 import typing
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from mmfast.trainers import demo, preference, supervised
+from mmfast.trainers import demo, preference, supervised, trackers
 from mmfast.trainers.checkpoint import Run, RunError
 from mmfast.trainers.evaluate import Exam, caption_all
 from mmfast.trainers.loop import Options
+from mmfast.trainers.plan import out_of_memory_hint
 from mmfast.trainers.recipes.align.dpo import RECIPE as DPO
 from mmfast.trainers.recipes.architectures.llava import RECIPE as LLAVA
 
@@ -80,6 +82,7 @@ from mmfast.models import tiny
 from mmfast.trainers import checkpoint, supervised
 from mmfast.trainers.checkpoint import Run
 from mmfast.trainers.loop import Options
+from mmfast.trainers.plan import out_of_memory_hint
 from mmfast.trainers.recipes.architectures.llava import RECIPE
 
 torch.set_num_threads(1)
@@ -349,3 +352,70 @@ def test_demo_smoke(tmp_path, monkeypatch):
     text = (tmp_path / "demo" / "report.html").read_text()
     assert text.count("<img") >= 12
     assert text.count("<polyline") >= 5
+
+
+# ------------------------------------------------------------------------------------------------------------------ the loop's options
+
+
+def losses_with(tmp_path, name, **compute):
+    system = replace(SMALL, compute=replace(SMALL.compute, **compute))
+    supervised.train_system(system, Run(tmp_path / name), quiet=True)
+    return torch.tensor(rows(tmp_path / name, "loss", "grad_norm"), dtype=torch.float64)
+
+
+def test_how_it_is_computed_changes_nothing(tmp_path):
+    """Recomputed activations, packed rows, padding to a multiple: the same curve."""
+    plain = losses_with(tmp_path, "plain")
+    for name, options in (("checkpointing", dict(checkpointing=True)), ("packing", dict(packing=True)), ("pad_to", dict(pad_to=16))):
+        torch.testing.assert_close(losses_with(tmp_path, name, **options), plain, atol=2e-5, rtol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_activations_are_recomputed(tmp_path, monkeypatch):
+    import torch.utils.checkpoint as module
+
+    calls, whole = [], module.checkpoint
+    monkeypatch.setattr(module, "checkpoint", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    session = supervised.Session(SMALL, seed=0)
+    session.let_train(("encoder", "connector", "language"), None)
+    session.model.checkpoint_activations()
+    model = session.model
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+    assert len(layers) >= 3 + 2, "the language model's and the tower's blocks"
+    assert model.language.is_gradient_checkpointing
+
+
+def test_out_of_memory_names_what_to_change(tmp_path):
+    session = supervised.Session(SMALL, seed=0)
+
+    def boom(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    session.model.hidden = boom
+    options = Options(quiet=True, out_of_memory=lambda stage: out_of_memory_hint(SMALL, stage))
+    with pytest.raises(RunError, match=r"out of memory at step 1 \(instruct\).*--[a-z.]+.*--[a-z.]+.*--[a-z.]+.*Tried to allocate"):
+        supervised.run_stage(session, Run(tmp_path), SMALL.stages[2], first_step=0, options=options)
+
+
+def test_measures_and_samples_during_training(tmp_path):
+    supervised.train_system(SMALL, Run(tmp_path), options=Options(quiet=True, eval_every=4, compute=SMALL.compute))
+    measured = [n for n, stage, value in rows(tmp_path, "step", "stage", "recall") if value is not None]
+    assert measured == [7, 10, 11, 14, 18], "the first step of a stage, every fourth, and the last"
+    told = rows(tmp_path, "pope_adversarial_accuracy", "recall", "len")
+    assert all(v is not None for v in told[-1])
+    assert len((tmp_path / "samples" / "steps.jsonl").read_text().splitlines()) >= 3 * 4
+
+
+def test_trackers_hear_every_step(tmp_path, monkeypatch):
+    heard = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **options: heard.append(options) or types.SimpleNamespace(log=lambda values, step: heard.append((step, values)))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "trackio" else True)
+    with pytest.raises(RunError, match="trackio: the package is not installed; pip install trackio"):
+        trackers.open_trackers("wandb,trackio", tmp_path / "run", {})
+    heard.clear()
+    options = Options(quiet=True, trackers=trackers.open_trackers("wandb", tmp_path / "run", {"name": "x"}))
+    supervised.train_system(SMALL, Run(tmp_path / "run"), options=options)
+    assert heard[0] == {"project": "mmfast", "name": "run", "config": {"name": "x"}}
+    assert [step for step, _ in heard[1:]] == list(range(1, 19))
+    assert heard[-1][1]["loss"] == rows(tmp_path / "run", "loss")[-1][0]

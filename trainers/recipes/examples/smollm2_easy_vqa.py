@@ -22,5 +22,5 @@ RECIPE = System(
             optim=Optim(lr=1e-3, steps=240, batch=32, warmup=20, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
         ),
     ),
-    compute=Compute(precision="bf16"),
+    compute=Compute(precision="bf16", pad_to=32),
 )
