@@ -145,10 +145,11 @@ def _rgb(picture: Image, name: str) -> Image:
 # ---------------------------------------------------------------------------------------------------------------- frames
 
 
-def sample(total: int, count: int) -> list[int]:
-    """``count`` of ``total`` frames, first and last among them, evenly spaced and rounded down; a short video repeats some.
+def frame_indices(total: int, count: int) -> list[int]:
+    """``count`` of ``total`` frames, first and last among them, evenly spaced and rounded down: LLaVA-Hound (arXiv:2404.01258), Video-LLaVA. A
+    short video repeats some.
 
-    >>> sample(10, 4)
+    >>> frame_indices(10, 4)
     [0, 3, 6, 9]
     """
     return [at * (total - 1) // max(count - 1, 1) for at in range(count)]
@@ -168,7 +169,7 @@ def video(source: str | Path | bytes, count: int, name: str = "") -> tuple[Pictu
         files = sorted((p for p in Path(source).iterdir() if p.suffix.lower() in SUFFIXES), key=lambda p: _natural(p.name))
         if not files:
             raise ValueError(f"video {name} is a folder without pictures; frames are files ending in {', '.join(sorted(SUFFIXES))}")
-        return tuple(Picture(str(files[at])) for at in sample(len(files), count))
+        return tuple(Picture(str(files[at])) for at in frame_indices(len(files), count))
     try:
         with Pillow.open(_readable(source, name)) as picture:
             total = getattr(picture, "n_frames", 1)
@@ -179,7 +180,7 @@ def video(source: str | Path | bytes, count: int, name: str = "") -> tuple[Pictu
     except Exception as error:  # as in _decode
         raise ValueError(f"video {name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
     source = source if isinstance(source, bytes) else str(source)
-    return tuple(Picture(source, at, name) for at in sample(total, count))
+    return tuple(Picture(source, at, name) for at in frame_indices(total, count))
 
 
 def _natural(name: str) -> list[Any]:
