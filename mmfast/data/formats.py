@@ -407,7 +407,7 @@ class _Reader:
             if not value:
                 raise ValueError(f"video {at} is an empty list of frames")
             frames = [Picture(*self.source(value[i], f"frame {i} of video {at}")) for i in range(len(value))]
-            return tuple(frames[i] for i in images.sample(len(frames), self.frames))
+            return tuple(frames[i] for i in images.frame_indices(len(frames), self.frames))
         source, _, name = self.source(value, f"video {at}")
         return images.video(source, self.frames, name)
 

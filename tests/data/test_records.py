@@ -443,9 +443,9 @@ def test_a_video_file(tmp_path):
 
 
 def test_sampling():
-    assert images.sample(10, 4) == np.linspace(0, 9, 4).astype(int).tolist()
-    assert images.sample(3, 8) == np.linspace(0, 2, 8).astype(int).tolist()
-    assert images.sample(5, 1) == [0]
+    assert images.frame_indices(10, 4) == np.linspace(0, 9, 4).astype(int).tolist()
+    assert images.frame_indices(3, 8) == np.linspace(0, 2, 8).astype(int).tolist()
+    assert images.frame_indices(5, 1) == [0]
 
 
 # --------------------------------------------------------------------------------------------------------------- pictures

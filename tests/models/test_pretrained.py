@@ -422,7 +422,7 @@ def faults(tmp_path):
             other_weights,
             r"holds no model.layers.1.*and \d+ more of the right shape: its weights are not those of its config.json",
         ),
-        "other sizes": (other_shapes, r"language.weights .*lm holds no model.layers.1.*of the right shape"),
+        "other sizes": (other_shapes, r"language.weights .*lm holds no model.layers.*of the right shape"),
         "no language model": (no_text_model, r"model_type 'clip_vision_model' is no causal language model"),
         "no tower": (no_tower, r"encoder.weights .*model_type is 'llama', a Clip is one of clip_vision_model, clip"),
         "another tower": (dino, r"model_type is 'dinov2'.*declare the encoder as Dino"),
