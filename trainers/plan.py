@@ -102,10 +102,9 @@ def at_hand(system: System) -> tuple[System, list[str]]:
 
 def sized(system: System) -> System:
     """The system without weights, at the sizes of those of its weights that are at hand, else at the sizes that it declares."""
-    words = _vocabulary(system) if not system.language.vocab else system.language.vocab
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
-    language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or words)
+    language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
     return replace(found, weights=None, encoder=encoder, language=language, image=replace(found.image, size=encoder.size))
 
 
@@ -190,10 +189,11 @@ _counts: dict[str, Count] = {}
 
 
 def count(system: System, its: Setting) -> Count:
-    key = repr((replace(system, stages=(), compute=Compute()), its)) + (repr(system.stages) if not system.language.vocab else "")
+    shape = replace(sized(system), name="", paper="", stages=(), compute=Compute())
+    key = repr((shape, system.language.quantize, its))
     if key not in _counts:
         with torch.device("meta"):
-            model = build(sized(system))
+            model = build(shape)
             learnt = {id(p) for p in _prepare(model, its)}
             head = _word_head(system, its)
         groups = {**_groups(model), **({"word head": list(head.parameters())} if head else {})}
