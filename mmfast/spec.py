@@ -312,6 +312,48 @@ class Alignment:
     compute: Compute = Compute()
 
 
+# ------------------------------------------------------------------------------------------------- what goes together
+
+
+def misfits(system: System, *, read: bool = False) -> list[str]:
+    """Sizes and choices of a model that do not go together, a sentence each, beginning with the field.
+
+    Args:
+        read: the sizes are those of the weights (``mmfast.models.resolved``). Otherwise a part with weights is passed over: what is declared
+            beside them is not what will be built.
+    """
+    encoder, language, out = system.encoder, system.language, []
+
+    def multiple(name: str, value: int, of_name: str, of: int) -> None:
+        if of > 0 and value % of:
+            out.append(f"{name}: {value} is not a multiple of {of_name} {of}")
+
+    # Published weights need not keep these: SigLIP's so400m drops the pixels beyond whole patches, Qwen3's heads are wider than width / heads.
+    if not (system.weights or encoder.weights):
+        multiple("encoder.width", encoder.width, "encoder.heads", encoder.heads)
+        multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
+        if isinstance(encoder, Dino):
+            multiple("encoder.ffn", encoder.ffn, "encoder.width", encoder.width)
+    if not (system.weights or language.weights):
+        multiple("language.width", language.width, "language.heads", language.heads)
+        multiple("language.heads", language.heads, "language.kv_heads", language.kv_heads)
+    if read or not (system.weights or encoder.weights):
+        if not -encoder.depth - 1 <= encoder.layer <= encoder.depth:
+            out.append(f"encoder.layer: expected at least {-encoder.depth - 1} and at most {encoder.depth}, got {encoder.layer}")
+        if system.image.size != encoder.size:
+            out.append(f"image.size: {system.image.size} and encoder.size {encoder.size} must agree")
+    if language.quantize != "none":
+        if system.weights:
+            out.append(
+                f"language.quantize: {language.quantize} needs language.weights of its own; weights {system.weights} are read as they are"
+            )
+        elif not language.weights:
+            out.append(f"language.quantize: {language.quantize} holds given weights in fewer bits; set language.weights too")
+        elif language.weights.endswith(".gguf"):
+            out.append(f"language.quantize: GGUF is read as plain weights; {language.quantize} needs a Hugging Face folder")
+    return out
+
+
 # -------------------------------------------------------------------------------------------------------- reading, naming
 
 

@@ -20,13 +20,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmfast.spec import PARTS, Alignment, Contrast, Data, Lora, Mixture, Optim, System, nearest, to_dict
+from mmfast.spec import PARTS, Alignment, Contrast, Data, Lora, Mixture, Optim, Stage, System, misfits, nearest, to_dict
 
 from . import recipes
 from .checkpoint import RunError
 
 Recipe = System | Alignment
 MISSING = dataclasses.MISSING
+BUILT_IN = ("shapes", "easy_vqa")  # data sets of a stage that need no path
 _NULL = ("null", "None", "~")
 _EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
@@ -441,39 +442,39 @@ def check(recipe: Recipe, *, processes: int | None = None) -> list[str]:
     _check_compute(recipe.compute, rules.below("compute"))
     if isinstance(recipe, Alignment):
         _check_alignment(recipe, rules)
-        jobs = [(recipe, rules)]
-    else:
-        rules(len({s.name for s in recipe.stages}) == len(recipe.stages), "stages", "every stage needs a name of its own")
-        jobs = [(stage, rules.below(f"stages.{stage.name}")) for stage in recipe.stages]
-    for job, its in jobs:
-        _check_training(job, system, its, processes)
+        _check_training(recipe, system, rules, processes)
+    if system is recipe or starts_from_nothing(system):
+        _check_stages(system, rules if system is recipe else rules.below("policy"), processes)
     return rules.problems
 
 
+def starts_from_nothing(system: System) -> bool:
+    """Whether no word of the language model is learnt yet, so that an alignment trains its policy's stages first."""
+    return not (system.weights or system.language.weights)
+
+
+def _check_stages(system: System, rules: _Rules, processes: int) -> None:
+    rules(len({s.name for s in system.stages}) == len(system.stages), "stages", "every stage needs a name of its own")
+    first: Stage | None = None
+    for stage in system.stages:
+        its = rules.below(f"stages.{stage.name}")
+        _check_training(stage, system, its, processes)
+        if stage.lora is not None:
+            first = first or stage
+            same = stage.lora == first.lora
+            its(same, "lora", f"the adapters of {first.name} are still there and train on, and these are others; give both stages the same")
+
+
 def _check_model(system: System, rules: _Rules) -> None:
-    encoder, language, image = system.encoder, system.language, system.image
-    for name, choice in (("encoder", encoder), ("language", language)):
-        its, rest = (
-            rules.below(name),
-            dict(context="[1, inf)", kv_heads="[1, inf)") if choice is language else dict(patch="[1, inf)", size="[1, inf)"),
-        )
-        its.within(choice, width="[1, inf)", depth="[1, inf)", heads="[1, inf)", ffn="[1, inf)", **rest)
-        if choice.heads > 0:
-            its(choice.width % choice.heads == 0, "width", f"{choice.width} is not a multiple of {name}.heads {choice.heads}")
-    if language.kv_heads > 0:
-        fits = language.heads % language.kv_heads == 0
-        rules(fits, "language.kv_heads", f"language.heads {language.heads} is not a multiple of {language.kv_heads}")
-    if encoder.patch > 0:
-        fits = encoder.size % encoder.patch == 0
-        rules(fits, "encoder.patch", f"encoder.size {encoder.size} is not a multiple of {encoder.patch}")
-    rules(image.size == encoder.size, "image.size", f"{image.size} and encoder.size {encoder.size} must agree")
-    rules.below("encoder").within(encoder, layer=f"[{-encoder.depth - 1}, {encoder.depth}]")
-    rules.below("language").within(language, vocab="[0, inf)", norm_eps="(0, inf)", init="(0, inf)")
-    rules.below("image").within(image, std="(0, inf)")
+    sizes = dict(width="[1, inf)", depth="[1, inf)", heads="[1, inf)", ffn="[1, inf)")
+    rules.below("encoder").within(system.encoder, **sizes, patch="[1, inf)", size="[1, inf)")
+    rules.below("language").within(
+        system.language, **sizes, context="[1, inf)", kv_heads="[1, inf)", vocab="[0, inf)", norm_eps="(0, inf)", init="(0, inf)"
+    )
+    rules.below("image").within(system.image, std="(0, inf)")
     if hasattr(system.connector, "depth"):
         rules.below("connector").within(system.connector, depth="[1, inf)")
-    quantized = language.quantize != "none"
-    rules(not quantized or bool(language.weights), "language.quantize", "4bit holds pre-trained weights; set language.weights too")
+    rules.problems += [f"{rules.where}{sentence}" for sentence in misfits(system)]
 
 
 def _check_compute(compute: Any, rules: _Rules) -> None:
@@ -517,30 +518,53 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         "template",
         f"unknown template {job.template!r}{nearest(job.template, chat.TEMPLATES)}, expected one of {', '.join(chat.TEMPLATES)}",
     )
-    least = system.encoder.tokens + 2
-    rules(
-        job.max_length >= least,
-        "max_length",
-        f"{job.max_length} cannot hold a picture of {system.encoder.tokens} tokens and an answer; at least {least}",
-    )
+    if not (system.weights or system.encoder.weights) and system.encoder.patch > 0:
+        tokens = system.encoder.tokens
+        rules(
+            job.max_length >= tokens + 2,
+            "max_length",
+            f"{job.max_length} cannot hold a picture of {tokens} tokens and an answer; at least {tokens + 2}",
+        )
     if lora is not None:
         rules.below("lora").within(lora, rank="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")
         rules(bool(lora.targets), "lora.targets", "names no module; say [q_proj, v_proj]")
         rules(lora.part not in job.train, "lora", f"{lora.part} trains whole and through adapters; take it out of train, or set lora null")
     quantized = system.language.quantize != "none" and "language" in job.train
     rules(not quantized, "train", "a 4bit language model cannot train whole; take language out of train and set lora")
-    for where, data in _sources(job.data):
-        rules.below(where).within(data, frames="[1, inf)")
-        if isinstance(data, Data):
-            rules.below(where).within(data, weight="(0, inf)")
-            endless = data.streaming and job.optim.steps is None
-            rules(not endless, f"{where}.streaming", "a stream has no known length; set optim.steps instead of epochs")
     if isinstance(job.data, Mixture):
-        parts = job.data.parts
-        rules(bool(parts), "data.parts", "a mixture needs at least one data set")
-        rules(len({p.name for p in parts}) == len(parts), "data.parts", "every data set of a mixture needs a name of its own")
-        given = [p.weight is not None for p in parts]
-        rules(all(given) or not any(given), "data.parts", "give every data set of a mixture a weight, or none")
+        _check_mixture(job.data, rules)
+    for where, data in _sources(job.data):
+        its = rules.below(where)
+        its.within(data, frames="[1, inf)")
+        if isinstance(data, Data):
+            its.within(data, weight="(0, inf)")
+            endless = data.streaming and job.optim.steps is None
+            its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
+            built_in = data.path is None and data.name in BUILT_IN
+            its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
+    if isinstance(job, Stage) and job.objective == "words":
+        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in BUILT_IN
+        rules(told, "objective", f"words needs to know what is true of a picture, as the built-in {' and '.join(BUILT_IN)} do; choose lm")
+
+
+def _check_mixture(mixture: Mixture, rules: _Rules) -> None:
+    its, parts = rules.below("data"), mixture.parts
+    its(bool(parts), "parts", "a mixture needs at least one data set")
+    its(len({p.name for p in parts}) == len(parts), "parts", "every data set of a mixture needs a name of its own")
+    given = [p.weight is not None for p in parts]
+    its(all(given) or not any(given), "parts", "give every data set of a mixture a weight, or none")
+    bare = [p.name for p in parts if p.path is None]
+    its(
+        not bare or len(bare) == len(parts),
+        "parts",
+        f"give every data set of a mixture a path; {', '.join(bare)} {'have' if len(bare) > 1 else 'has'} none",
+    )
+    for part in parts:
+        its(
+            not part.streaming,
+            f"parts.{part.name}.streaming",
+            "a mixture is drawn from by number; leave streaming off, or train on one set",
+        )
 
 
 def _sources(data: Any) -> list[tuple[str, Any]]:

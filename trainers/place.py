@@ -104,14 +104,10 @@ def share(objective: nn.Module, blocks: Sequence[nn.Module], place: Place, preci
 
 @contextmanager
 def last_only(shared: nn.Module, last: bool) -> Iterator[None]:
-    """Gradients travel with the last micro-batch of a step, not with each."""
-    if isinstance(shared, nn.parallel.DistributedDataParallel):
-        with nullcontext() if last else shared.no_sync():
-            yield
-        return
-    if hasattr(shared, "set_requires_gradient_sync"):  # FSDP2
-        shared.set_requires_gradient_sync(last)
-    yield
+    """Under DDP gradients travel with the last micro-batch of a step, not with each. Under FSDP2 they do travel with each: kept back, every
+    process would hold all of them whole."""
+    with shared.no_sync() if isinstance(shared, nn.parallel.DistributedDataParallel) and not last else nullcontext():
+        yield
 
 
 @contextmanager

@@ -19,17 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.models import build
+from mmfast.data.supervised import EasyVQA
+from mmfast.data.synthetic import World, WorldConfig
+from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
+from mmfast.models.pretrained import locate
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import PARTS, Alignment, Compute, LanguageModel, Lora, Stage, System, nearest
 
 from . import config
 from .checkpoint import RunError
 from .describe import columns
+from .runs import is_run, read_recipe, system_of
+from .supervised import WordHead, parts_of
 
 GIB = 2**30
-BUILT_IN = ("shapes", "easy_vqa", "shapes_own")
+BUILT_IN = (*config.BUILT_IN, "shapes_own")
 _TRACED = 3  # blocks of a stack: the first, one in the middle, the last
 _USABLE = 0.92  # of a device's memory; the rest is its context and what the allocator cannot fill
 _NF4_BITS = 4.127  # 4 bits and a doubly quantised scale per 64 weights (arXiv:2305.14314, section 3)
@@ -60,102 +65,162 @@ class Plan:
 # ------------------------------------------------------------------------------------------------------------- the model
 
 
+def _local(weights: str, where: str) -> str:
+    """The same weights as they lie on this machine, hub names by the hub's cache and never by the network; ``ValueError`` where they do not."""
+    folder, gguf = locate(weights, where)
+    if Path(folder).is_dir():
+        return weights
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(folder, gguf.get("gguf_file", "config.json"))
+    if not isinstance(found, str):
+        raise ValueError(f"{where} {weights} is not in the hub's cache on this machine")
+    return found if gguf else str(Path(found).parent)
+
+
+def at_hand(system: System) -> tuple[System, list[str]]:
+    """The system with those of its weights that lie on this machine, under their local names, and a sentence for each of the others: there
+    the sizes that the recipe declares beside them count."""
+    said: list[str] = []
+
+    def found(weights: str | None, where: str, choice: Any) -> str | None:
+        try:
+            return weights and _local(weights, where)
+        except ValueError as error:
+            sizes = f"(width {choice.width}, depth {choice.depth})" if choice is not system else "of all parts"
+            said.append(f"sizes {sizes} are the recipe's own, nothing was read: {error}")
+
+    if system.weights and is_run(system.weights):
+        own, said = at_hand(system_of(read_recipe(Path(system.weights))[0]))
+        return replace(own, stages=system.stages or own.stages), said
+    if system.weights:
+        return replace(system, weights=found(system.weights, "weights", system)), said
+    encoder = replace(system.encoder, weights=found(system.encoder.weights, "encoder.weights", system.encoder))
+    language = replace(system.language, weights=found(system.language.weights, "language.weights", system.language))
+    return replace(system, encoder=encoder, language=language), said
+
+
 def sized(system: System) -> System:
-    """The system without weights, at the sizes of its weights: those the recipe names, or a local folder's own."""
-    from transformers import AutoConfig
-
-    encoder, language = replace(system.encoder, weights=None), replace(system.language, weights=None)
-    if system.encoder.weights and (Path(system.encoder.weights) / "config.json").is_file():
-        found = AutoConfig.from_pretrained(system.encoder.weights)
-        found = getattr(found, "vision_config", found)
-        encoder = replace(
-            encoder, width=found.hidden_size, depth=found.num_hidden_layers, heads=found.num_attention_heads, ffn=found.intermediate_size,
-            patch=found.patch_size, size=found.image_size,
-        )  # fmt: skip
-    if system.language.weights and (Path(system.language.weights) / "config.json").is_file():
-        found = AutoConfig.from_pretrained(system.language.weights)
-        language = replace(
-            language, family=found.model_type, vocab=found.vocab_size, width=found.hidden_size, depth=found.num_hidden_layers,
-            heads=found.num_attention_heads, kv_heads=getattr(found, "num_key_value_heads", found.num_attention_heads),
-            ffn=found.intermediate_size, context=found.max_position_embeddings, tied=bool(found.tie_word_embeddings),
-        )  # fmt: skip
-    if not language.vocab:  # the shapes world's words
-        from mmfast.data.synthetic import World
-
-        language = replace(language, vocab=len(World().vocabulary))
-    return replace(system, encoder=encoder, language=language, image=replace(system.image, size=encoder.size))
+    """The system without weights, at the sizes of those of its weights that are at hand, else at the sizes that it declares."""
+    found = resolved(at_hand(system)[0])
+    encoder = replace(found.encoder, weights=None)
+    language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
+    return replace(found, weights=None, encoder=encoder, language=language, image=replace(found.image, size=encoder.size))
 
 
-def _blocks(model: MultimodalModel) -> dict[str, nn.ModuleList]:
-    tower = getattr(model.encoder.vision, "vision_model", model.encoder.vision)
-    return {"encoder": tower.encoder.layers, "language": model.language.get_decoder().layers}
-
-
-def _prepare(model: MultimodalModel, train: tuple[str, ...], lora: Lora | None) -> list[nn.Parameter]:
-    """Sets what learns, as the loop does; returns it."""
-    if lora is not None:
-        import re
-
-        from peft import LoraConfig, inject_adapter_in_model
-
-        ends = "|".join(re.escape(target) for target in lora.targets)
-        options = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=rf"(.*\.)?({ends})")
-        inject_adapter_in_model(options, model.part(lora.part))
-    model.train_only(train)
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.requires_grad_(True)
-    model.train()
-    for name, module in model.named_modules():
-        if "lora_dropout" in name:
-            module.train()
-    return [p for p in model.parameters() if p.requires_grad]
+def _vocabulary(system: System) -> int:
+    """Words of the built-in data, which a model without weights speaks, as in ``supervised.Session``."""
+    if system.weights and is_run(system.weights):
+        return _vocabulary(system_of(read_recipe(Path(system.weights))[0]))
+    names = {part.name for stage in system.stages for part in parts_of(stage.data)}
+    return len(EasyVQA.vocabulary() if "easy_vqa" in names else World().vocabulary)
 
 
 @dataclass(frozen=True)
-class _Count:
-    """Parameters of a prepared model."""
+class Setting:
+    """What a stage finds, and what of it learns."""
+
+    train: tuple[str, ...] = ()
+    lora: Lora | None = None  # adapters that are there, of this stage or an earlier one
+    adapts: bool = True  # whether they learn
+    half: frozenset[str] = frozenset()  # parts held in bf16
+    head: tuple[int, int] | None = None  # classes and words of the bag-of-words head
+
+
+def setting(recipe: System | Alignment, job: Stage | Alignment) -> Setting:
+    """The setting of one of a recipe's stages; what ``supervised.run_stage`` and ``preference.train_alignment`` prepare."""
+    names = [stage.name for stage in system_of(recipe).stages]
+    before = [job] if isinstance(job, Alignment) else [*system_of(recipe).stages[: names.index(job.name)], job]
+    adapters = [stage.lora for stage in before if stage.lora is not None]
+    head = None
+    if isinstance(job, Stage) and job.objective == "words":
+        c = WorldConfig()
+        words = len(EasyVQA.answer_words()) if job.data.name == "easy_vqa" else 0
+        head = (words, words) if words else (c.classes, c.colours + c.shapes + 6)
+    return Setting(job.train, adapters[0] if adapters else None, job.lora is not None, _in_half(recipe, before), head)
+
+
+def _in_half(recipe: System | Alignment, stages: list) -> frozenset[str]:
+    """Parts held in bf16 under that precision: read from weights, and trained by none of these stages, which hold what they train in fp32 and
+    leave it so. Parts made here are fp32."""
+    system = system_of(recipe)
+    if system.weights and is_run(system.weights):
+        origin = read_recipe(Path(system.weights))[0]
+        read = _in_half(origin, jobs(origin))
+    elif recipe.compute.precision != "bf16":
+        return frozenset()
+    elif system.weights:
+        read = set(PARTS)
+    else:
+        read = {"encoder"} if system.encoder.weights else set()
+        read |= {"language", "embeddings"} if system.language.weights else set()
+    return frozenset(part for part in read if not any(_trains(stage, part) for stage in stages))
+
+
+def _prepare(model: MultimodalModel, its: Setting) -> list[nn.Parameter]:
+    """Sets what learns, as ``supervised.Session.let_train`` does; returns it."""
+    if its.lora is not None:
+        add_lora(model, its.lora)
+    learnt = model.train_only(its.train, lora=its.lora is not None and its.adapts)
+    model.train()
+    return learnt
+
+
+def _groups(model: MultimodalModel) -> dict[str, list[nn.Parameter]]:
+    """Parameters by part, each in one: the language model's are without its embeddings."""
+    embeddings = {id(p) for p in model.part("embeddings").parameters()}
+    return {name: [p for p in model.part(name).parameters() if name != "language" or id(p) not in embeddings] for name in PARTS}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters of a prepared model, and the bytes that hold them."""
 
     parts: dict[str, int]
     trained: dict[str, int]
+    weights: int  # bytes
     tensors: int  # that are trained
-    linear: int  # frozen weights of the language model's blocks, which 4bit holds
-    block: int  # the largest block
-    blocks: int  # all blocks
+    block: int  # of a block of the language model
+    blocks: int  # of all of these
+    blocks_trained: int
 
 
-_counts: dict[str, _Count] = {}
+_counts: dict[str, Count] = {}
 
 
-def count(system: System, train: tuple[str, ...], lora: Lora | None, words: bool = False) -> _Count:
-    key = repr((system, train, lora, words))
+def count(system: System, its: Setting) -> Count:
+    shape = replace(sized(system), name="", paper="", stages=(), compute=Compute())
+    key = repr((shape, system.language.quantize, its))
     if key not in _counts:
         with torch.device("meta"):
-            model = build(sized(system))
-            learnt = {id(p) for p in _prepare(model, train, lora)}
-        embeddings = {id(p) for p in model.part("embeddings").parameters()}
-        groups = {name: [p for p in model.part(name).parameters() if name != "language" or id(p) not in embeddings] for name in PARTS}
-        parts = {name: sum(p.numel() for p in group) for name, group in groups.items()}
-        trained = {name: sum(p.numel() for p in group if id(p) in learnt) for name, group in groups.items()}
-        stacks = _blocks(model)
-        linear = [p for n, p in stacks["language"].named_parameters() if p.ndim == 2 and id(p) not in learnt and ".lora_" not in n]
-        sizes = [sum(p.numel() for p in block.parameters()) for stack in stacks.values() for block in stack]
-        tensors = len(learnt)
-        if words:
-            head = [p.numel() for p in _word_head(system).parameters()]
-            trained["word head"], parts["word head"], tensors = sum(head), sum(head), tensors + len(head)
-        _counts[key] = _Count(parts, trained, tensors, sum(p.numel() for p in linear), max(sizes), sum(sizes))
+            model = build(shape)
+            learnt = {id(p) for p in _prepare(model, its)}
+            head = _word_head(system, its)
+        groups = {**_groups(model), **({"word head": list(head.parameters())} if head else {})}
+        learnt |= {id(p) for p in groups.get("word head", ())}
+        adapters, stack = {id(p) for p in lora_parameters(model)}, model.language.get_decoder().layers
+        four = {id(p) for p in stack.parameters() if p.ndim == 2 and id(p) not in adapters} if system.language.quantize == "4bit" else set()
+
+        def held(part: str, p: nn.Parameter) -> float:
+            if id(p) in four:
+                return _NF4_BITS / 8
+            return 2 if part in its.half and id(p) not in adapters else 4
+
+        weights = sum(held(part, p) * p.numel() for part, group in groups.items() for p in group)
+        _counts[key] = Count(
+            parts={name: sum(p.numel() for p in group) for name, group in groups.items()},
+            trained={name: sum(p.numel() for p in group if id(p) in learnt) for name, group in groups.items()},
+            weights=math.ceil(weights),
+            tensors=sum(id(p) in learnt for group in groups.values() for p in group),
+            block=max(sum(p.numel() for p in block.parameters()) for block in stack),
+            blocks=sum(p.numel() for p in stack.parameters()),
+            blocks_trained=sum(p.numel() for p in stack.parameters() if id(p) in learnt),
+        )
     return _counts[key]
 
 
-def _word_head(system: System) -> nn.Module:
-    from mmfast.data.synthetic import WorldConfig
-
-    from .supervised import WordHead
-
-    c = WorldConfig()
-    with torch.device("meta"):
-        return WordHead(system.encoder.width, c.classes, c.colours + c.shapes + 6)
+def _word_head(system: System, its: Setting) -> WordHead | None:
+    return WordHead(sized(system).encoder.width, *its.head) if its.head else None
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace
@@ -241,15 +306,14 @@ def _plain_attention() -> str:
 _traces: dict[str, tuple[_Saved, _Saved]] = {}
 
 
-def trace(job: Stage | Alignment, system: System, precision: str, *, pictures: int, length: int) -> _Saved:
+def trace(recipe: System | Alignment, job: Stage | Alignment, *, pictures: int, length: int, sharded: bool = False) -> _Saved:
     """What autograd saves of a step's forward, head excluded, with all blocks. Bytes grow in a straight line with the batch, so that two
-    small ones, traced once, give all."""
-    words = isinstance(job, Stage) and job.objective == "words"
+    small ones, traced once, give all. ``sharded``: FSDP2 gathers weights in the precision's type, so that autocast has nothing to copy."""
+    system, precision, its = system_of(recipe), recipe.compute.precision, setting(recipe, job)
     views = len(job.views) if isinstance(job, Alignment) else 1
-    model = replace(system, name="", paper="", stages=(), compute=Compute())
-    key = repr((model, job.train, job.lora, words, views, precision, length))
+    key = repr((replace(sized(system), name="", paper="", stages=(), compute=Compute()), its, views, precision, length, sharded))
     if key not in _traces:
-        _traces[key] = tuple(_trace(job, sized(system), precision, n * views, n, length, words) for n in (2, 3))
+        _traces[key] = tuple(_trace(sized(system), its, precision, n * views, n, length, sharded) for n in (2, 3))
     two, three = _traces[key]
 
     def at(x: int, y: int) -> int:
@@ -262,7 +326,7 @@ def trace(job: Stage | Alignment, system: System, precision: str, *, pictures: i
     return _Saved(at(two.outside, three.outside), each(two.blocks, three.blocks), inputs, each(two.casts, three.casts))
 
 
-def _trace(job, system: System, precision: str, rows: int, pictures: int, length: int, words: bool) -> _Saved:
+def _trace(system: System, its: Setting, precision: str, rows: int, pictures: int, length: int, sharded: bool) -> _Saved:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     encoder, language, kind = system.encoder, system.language, _TYPES[precision]
@@ -276,16 +340,19 @@ def _trace(job, system: System, precision: str, rows: int, pictures: int, length
     with torch.enable_grad(), torch.device("meta"):
         model = build(small)
         model.language.set_attn_implementation(_plain_attention())
-        learnt = {id(p) for p in _prepare(model, job.train, job.lora)}
+        _prepare(model, its)
+    own = {id(p) for p in lora_parameters(model)}
+    half = {id(p) for part, group in _groups(model).items() if part in its.half for p in group if id(p) not in own}
     with torch.enable_grad(), FakeTensorMode():
-        _materialise(model, lambda p: torch.float32 if id(p) in learnt else kind)
+        _materialise(model, lambda p: kind if sharded else torch.bfloat16 if id(p) in half else torch.float32)
         states = torch.zeros(pictures, encoder.tokens, encoder.width)
-        head = _fake_word_head(system) if words else None
-        with saved_bytes(model, _blocks(model)) as saved, autocast:
-            if "encoder" in job.train or (job.lora and job.lora.part == "encoder"):
+        head = _word_head(system, its)
+        stacks = {"encoder": model.encoder.blocks, "language": model.language.get_decoder().layers}
+        with saved_bytes(model, stacks) as saved, autocast:
+            if model.encoder_learns:
                 states = model.encoder(torch.zeros(pictures, 3, encoder.size, encoder.size))
             seen = model.connector(states)
-            if words:
+            if head is not None:
                 table = model.language.get_input_embeddings().weight[torch.zeros(len(head.bias), dtype=torch.long)]
                 for logits in head(states, seen, table):
                     nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros(logits.shape))
@@ -315,66 +382,67 @@ def _materialise(model: nn.Module, dtype: Callable[[nn.Parameter], torch.dtype])
             module._buffers[name] = None if old is None else torch.zeros(old.shape, dtype=old.dtype)
 
 
-def _fake_word_head(system: System) -> nn.Module:
-    shape = _word_head(system)
-    return type(shape)(system.encoder.width, shape.classes.out_features, len(shape.bias))
-
-
 # ------------------------------------------------------------------------------------------------------------ prediction
 
 
 def jobs(recipe: System | Alignment) -> list[Stage | Alignment]:
-    return [recipe] if isinstance(recipe, Alignment) else list(recipe.stages)
+    """What is trained, in order: before an alignment the stages of a policy that starts from nothing."""
+    if isinstance(recipe, System):
+        return list(recipe.stages)
+    return [*(recipe.policy.stages if config.starts_from_nothing(recipe.policy) else ()), recipe]
 
 
 def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: int = 1, length: int | None = None) -> Plan:
     """Parameters and memory of one stage in one of ``processes`` processes, with every row ``length`` positions long (default: as long as
     the stage or the language model lets it be)."""
-    system = recipe.policy if isinstance(recipe, Alignment) else recipe
-    compute, optim, words = recipe.compute, job.optim, isinstance(job, Stage) and job.objective == "words"
-    shape = sized(system)
+    system, compute, optim, its = system_of(recipe), recipe.compute, job.optim, setting(recipe, job)
+    shape, words = sized(system), its.head is not None
     pictures = math.ceil(optim.batch / processes)
     rows = pictures * (len(job.views) if isinstance(job, Alignment) else 1)
     length = length or min(job.max_length, shape.language.context)
     if length <= shape.encoder.tokens:
         raise RunError(f"rows of {length} positions cannot hold a picture of {shape.encoder.tokens} tokens; give a longer --length")
-    counted = count(system, job.train, job.lora, words)
-    saved = trace(job, system, compute.precision, pictures=pictures, length=length)
+    sharded = compute.parallel == "fsdp" and processes > 1
+    counted = count(system, its)
+    saved = trace(recipe, job, pictures=pictures, length=length, sharded=sharded)
 
     half = 4 if compute.precision == "fp32" else 2
-    trained = sum(counted.trained.values())
-    frozen = sum(counted.parts.values()) - trained
-    held = counted.linear if system.language.quantize == "4bit" else 0
-    weights = 4 * trained + half * (frozen - held) + math.ceil(held * _NF4_BITS / 8)
-    reference = 0
-    if isinstance(job, Alignment) and job.reference == "frozen":
-        changing = {*job.train, *((job.lora.part,) if job.lora else ()), *(("embeddings",) if "language" in job.train else ())}
-        reference = half * sum(counted.parts[part] for part in changing)
-    states = dict(weights=weights, gradients=4 * trained, optimizer=8 * trained + 4 * counted.tensors, ema=4 * trained if optim.ema else 0)
-    states["reference"], gathered, casts = reference, 0, sum(sum(sizes) for sizes in saved.casts.values())
-    if compute.parallel == "fsdp" and processes > 1:
+    everything, trained = sum(counted.parts.values()), sum(counted.trained.values())
+    states = dict(
+        weights=counted.weights, gradients=4 * trained, optimizer=8 * trained + 4 * counted.tensors, ema=4 * trained if optim.ema else 0
+    )
+    gathered = 0
+    if sharded:
         states = {name: math.ceil(value / processes) for name, value in states.items()}
-        outside = sum(counted.parts.values()) - counted.blocks
-        gathered, casts = half * (outside + 2 * counted.block), 0  # a block at work and the next one on its way
+        # Units are the language model's blocks, one at work and the next on its way, and all the rest, whole until the step is over.
+        # A stage of words runs no block and is one unit.
+        block, blocks, learns = (0, 0, 0) if words else (counted.block, counted.blocks, counted.blocks_trained)
+        gathered = half * (everything - blocks + trained - learns + 2 * block)
+    elif processes > 1 and optim.accumulate > 1:  # DDP's buckets are the gradients, but not while micro-batches are added up
+        states["gradients"] *= 2
+    states["reference"] = counted.weights if isinstance(job, Alignment) and job.reference == "frozen" else 0  # not sharded
 
-    learns_head = "language" in job.train or (shape.language.tied and "embeddings" in job.train)
-    outside = saved.outside + (0 if words else head_bytes(rows, length, shape.language, half, trained=learns_head))
+    head_half = {"language", *(("embeddings",) if shape.language.tied else ())} <= its.half or sharded
+    outside = saved.outside + (0 if words else head_bytes(rows, length, shape.language, half, copied=not head_half))
+    casts = sum(sum(sizes) for sizes in saved.casts.values())
     plain = outside + sum(sum(blocks) for blocks in saved.blocks.values()) + casts
     kept = outside + sum(saved.inputs[name] * len(blocks) for name, blocks in saved.blocks.items())
     widest = max((max(blocks, default=0) for blocks in saved.blocks.values()), default=0)
     activations = {False: plain, True: min(plain, kept + max(casts, widest))}
     scored = 0 if words else rows * (length - shape.encoder.tokens)
     memory = {**states, "gathered": gathered, "activations": activations[compute.checkpointing]}
-    memory["logits"] = logits_bytes(scored, shape.language.vocab, shape.language.width, half, cpu=compute.device == "cpu")
+    logits = logits_bytes(scored, shape.language.vocab, shape.language.width, half, cpu=compute.device == "cpu")
+    # A reference is asked while the policy waits for its backward: a second workspace.
+    memory["logits"] = logits * (2 if isinstance(job, Alignment) and job.reference != "cached" else 1)
     full = 0 if words else 4 * rows * length * shape.language.vocab
-    passing = _passing(job, shape, pictures, half)
+    passing = _passing(job, shape, pictures, 2 if "encoder" in its.half or sharded else 4)
     return Plan(job.name, rows, pictures, length, dict(counted.parts), trained, memory, passing, activations, full)
 
 
-def head_bytes(rows: int, length: int, language: LanguageModel, size: int, *, trained: bool) -> int:
-    """What ``linear_logp`` saves for backward: hidden states in fp32 (in half types a copy, and one of a head that trains), labels and its
+def head_bytes(rows: int, length: int, language: LanguageModel, size: int, *, copied: bool) -> int:
+    """What ``linear_logp`` saves for backward: hidden states in fp32 (in half types a copy, and one of a head in fp32), labels and its
     statistics; no logits."""
-    half = 2 * language.width * (rows * length + trained * language.vocab) if size == 2 else 0
+    half = 2 * language.width * (rows * length + copied * language.vocab) if size == 2 else 0
     return rows * length * (4 * language.width + 8 + 12 * 4) + half
 
 
@@ -419,7 +487,8 @@ class Move:
 
 def moves(recipe: System | Alignment, job: Stage | Alignment, processes: int) -> list[Move]:
     """Everything that may make a stage smaller, whether or not it does."""
-    at, model = ("", "policy.") if isinstance(job, Alignment) else (f"stages.{job.name}.", "")
+    model = "policy." if isinstance(recipe, Alignment) else ""
+    at = "" if isinstance(job, Alignment) else f"{model}stages.{job.name}."
     optim, out = job.optim, []
     out.append(Move({"compute.checkpointing": "true"}, True))
     if recipe.compute.precision == "fp32":
@@ -436,10 +505,10 @@ def moves(recipe: System | Alignment, job: Stage | Alignment, processes: int) ->
         out.append(Move({f"{at}optim.ema": "0"}, False))
     rest = ",".join(part for part in job.train if part not in ("language", "embeddings"))
     adapters = {f"{at}train": rest or "[]", f"{at}lora.rank": "128"}
-    system = recipe.policy if isinstance(recipe, Alignment) else recipe
+    system = system_of(recipe)
     if "language" in job.train:
         out.append(Move(adapters, False))
-    if system.language.quantize == "none" and system.language.weights:
+    if system.language.quantize == "none" and system.language.weights:  # `after` drops it where it cannot be
         out.append(Move({**(adapters if "language" in job.train else {}), f"{model}language.quantize": "4bit"}, False))
     half = job.max_length // 2
     if half >= system.encoder.tokens + 64:
@@ -554,13 +623,14 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
     if gpu_memory is not None and not gpu_memory > 0:
         raise RunError(f"--gpu-memory {gpu_memory}: expected GiB, more than 0")
     plans = [predict(recipe, job, processes=processes, length=length) for job in jobs(recipe)]
-    compute, system = recipe.compute, recipe.policy if isinstance(recipe, Alignment) else recipe
+    compute, system = recipe.compute, system_of(recipe)
     shared = f"{processes} processes ({compute.parallel})" if processes > 1 else "one process"
-    lines = [f"{recipe.name}: {compute.precision}, {shared}, checkpointing {'on' if compute.checkpointing else 'off'}", ""]
+    lines = [f"{recipe.name}: {compute.precision}, {shared}, checkpointing {'on' if compute.checkpointing else 'off'}"]
+    lines += [*at_hand(system)[1], ""]
 
     trains = {part: [job.name for job in jobs(recipe) if _trains(job, part)] for part in PARTS}
     adapters = [job.name for job in jobs(recipe) if job.lora is not None]
-    whole = count(system, (), None).parts
+    whole = count(system, Setting()).parts
     rows = [("part", "parameters", "trains in")]
     rows += [(part, f"{whole[part]:,}", ", ".join(trains[part]) or "-") for part in PARTS]
     rows.append(("all", f"{sum(whole.values()):,}", f"adapters in {', '.join(adapters)}" if adapters else ""))

@@ -252,7 +252,7 @@ def train_alignment(alignment: Alignment, session: Session, run: Run, *, options
         return loss, {**measures, "tokens": batch["input_ids"].numel()}
 
     probe = make_probe(session, source, alignment.template, run, options, light=True)
-    objective = Objective(step, model, blocks=model.language.get_decoder().layers)
+    objective = Objective(step, model, blocks=model.blocks)
     train(
         run, objective, source, optim=alignment.optim, stage=alignment.name, options=options, probe=probe, left_out=session.left_out
     )  # fmt: skip

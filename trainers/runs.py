@@ -17,8 +17,6 @@ from . import config
 from .checkpoint import Run, RunError
 from .place import Place, find
 
-BUILT_IN = ("shapes", "easy_vqa", "shapes_own")
-
 
 @dataclass(frozen=True)
 class Start:
@@ -138,7 +136,7 @@ def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> 
     from .supervised import Session
 
     system, shown = system_of(recipe), []
-    paths = [data for data in data_of(recipe) if data.path is not None or data.name in BUILT_IN[:2]]
+    paths = [data for data in data_of(recipe) if data.path is not None or data.name in config.BUILT_IN]
     if not paths:
         return "no preview: the data of this recipe is not built in, and none was given (--data FILE)"
     session = Session(system, seed=0, with_model=False)

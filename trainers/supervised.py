@@ -5,7 +5,6 @@ Where a stage leaves the tower frozen and its pictures fit in memory, the tower'
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -34,6 +33,7 @@ from .checkpoint import Run, RunError, load_model, load_state
 from .evaluate import make_probe
 from .loop import Objective, Options, train
 from .place import Place
+from .runs import is_run
 
 # Part of a cached base model's name: raise it when training changes what the same recipe and seed give.
 BASE_VERSION = 4
@@ -51,20 +51,21 @@ class Session:
         self._sources: dict[str, Any] = {}
         self.touched: set[str] = set()  # names of all parameters that some stage has trained
         self.world = World(WorldConfig(seed=seed))
-        self.origin = self._open_origin(system)
-        self.system = self.origin.adopted(system) if self.origin else system
-        self.tokenizer = self._tokenizer()
+        self.origin = Path(system.weights) if system.weights and is_run(system.weights) else None
+        origin = self._open_origin()
+        self.system = origin.adopted(system) if origin else system
+        self.tokenizer = origin.tokenizer if origin else self._tokenizer()
         self.image_token = self.tokenizer.convert_tokens_to_ids("<image>")
         if with_model:
-            self.rebuild()
+            self.rebuild(origin)
         else:
             self.system = resolved(self.system)
 
-    def _open_origin(self, system: System) -> Session | None:
+    def _open_origin(self) -> Session | None:
         """The run that the system's weights are those of, if they are a run's."""
-        from .runs import is_run, open_run
+        from .runs import open_run
 
-        return open_run(Path(system.weights), place=self.place)[0] if system.weights and is_run(system.weights) else None
+        return open_run(self.origin, place=self.place)[0] if self.origin else None
 
     def adopted(self, system: System) -> System:
         """``system`` with this session's model in place of its own choices."""
@@ -74,8 +75,6 @@ class Session:
         )  # fmt: skip
 
     def _tokenizer(self):
-        if self.origin:
-            return self.origin.tokenizer
         if self.system.weights or self.system.language.weights:
             return tokenizer_for(self.system)
         names = {part.name for stage in self.system.stages for part in parts_of(stage.data)}
@@ -91,11 +90,11 @@ class Session:
         """Whether the model speaks the shapes world's words, so that its claims can be judged."""
         return self.tokenizer.get_vocab().keys() == set(self.world.vocabulary)
 
-    def rebuild(self) -> None:
+    def rebuild(self, origin: Session | None = None) -> None:
         """The model as it was before any training of this session."""
         torch.manual_seed(self.seed)
         if self.origin:
-            self.model = merge_lora(copy.deepcopy(self.origin.model))
+            self.model = merge_lora((origin or self._open_origin()).model)
             self.model.train_only(())
         else:
             self.model = build(self.system, tokenizer=self.tokenizer, dtype=self.dtype).to(self.place.device)
@@ -249,7 +248,7 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
         weights = (1 / totals.clamp_min(1)).to(logp.dtype)[batch["groups"]][rows]
         return -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
 
-    objective = Objective(step, model, blocks=model.language.get_decoder().layers)
+    objective = Objective(step, model, blocks=model.blocks)
     return train(run, objective, source, probe=make_probe(session, source, stage.template, run, options), **common)
 
 

@@ -113,6 +113,12 @@ class EasyVQA(Source):
                 words.update(dict.fromkeys(re.findall(r"\w+|[^\w\s]+", f"{question} {answer}")))
         return tuple(words)
 
+    @staticmethod
+    def answer_words() -> list[str]:
+        """What what-questions of the training part are answered with."""
+        records = json.loads((easy_vqa_folder() / "train" / "questions.json").read_text())
+        return sorted({answer for _, answer, _ in records} - {"yes", "no"})
+
     def words(self) -> tuple[list[str], Tensor, Tensor]:
         """The words that answers to what-questions give, whether each is such an answer of a picture, and the same as classes."""
         told: list[set[str]] = [set() for _ in self.pictures]

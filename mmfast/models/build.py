@@ -39,12 +39,16 @@ class Tower(nn.Module):
         states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer]
         return states[:, self.skip :]
 
+    @property
+    def blocks(self) -> nn.ModuleList:
+        encoder = getattr(self.vision, "vision_model", self.vision).encoder
+        return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = getattr(self.vision, "vision_model", self.vision)
-        blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
-        read = self.layer % (len(blocks) + 1)  # hidden state 0 is what block 0 reads
-        for block in blocks[read:]:
+        read = self.layer % (len(self.blocks) + 1)  # hidden state 0 is what block 0 reads
+        for block in self.blocks[read:]:
             yield from block.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
             if hasattr(tower, name):
@@ -86,8 +90,6 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         model = pretrained.load_language(choice, dtype)
         pretrained.resize_embeddings(model, vocab)
         return model
-    if choice.quantize != "none":
-        raise ValueError(f"language.quantize={choice.quantize} holds given weights in fewer bits, and language.weights is None")
     config = AutoConfig.for_model(
         choice.family,
         vocab_size=vocab,
@@ -170,6 +172,12 @@ class MultimodalModel(nn.Module):
         self._trained, self._lora = tuple(parts), lora
         self.train(self.training)
         return [p for p in self.parameters() if p.requires_grad]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The language model's layers, the units that a sharded step gathers one at a time."""
+        decoder = self.language.get_decoder()
+        return decoder.layers if hasattr(decoder, "layers") else decoder.h
 
     @property
     def trained(self) -> list[str]:
@@ -284,11 +292,8 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         if type(choice) not in table:
             known = ", ".join(kind.__name__ for kind in table)
             raise ValueError(f"{system.name}: nothing builds a {type(choice).__name__}, expected one of {known}")
-    if system.weights and system.language.quantize != "none":
-        raise ValueError(
-            f"{system.name}: language.quantize needs language.weights of its own; weights {system.weights} are read as they are"
-        )
-    system = pretrained.resolved(system)
+    if wrong := spec.misfits(system) or spec.misfits(system := pretrained.resolved(system), read=True):
+        raise ValueError(f"{system.name}: {wrong[0]}")
     if tokenizer is not None and (tokenizer.convert_tokens_to_ids("<image>") in (None, tokenizer.unk_token_id)):
         raise ValueError(f"{system.name}: the tokenizer has no <image> token (mmfast.models.tokenizer_for adds it)")
     if system.weights:
@@ -300,17 +305,6 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
             pretrained.resize_embeddings(model.language, len(tokenizer))
             model.image_token = tokenizer.convert_tokens_to_ids("<image>")
         return model
-    if system.image.size != system.encoder.size:
-        raise ValueError(f"{system.name}: image.size {system.image.size} and encoder.size {system.encoder.size} must agree")
-    for where, choice in (("encoder", system.encoder), ("language", system.language)):
-        if not choice.weights and choice.width % choice.heads:
-            raise ValueError(f"{system.name}: {where}.width {choice.width} is not a multiple of {where}.heads {choice.heads}")
-    if system.language.heads % system.language.kv_heads:
-        raise ValueError(f"{system.name}: language.heads {system.language.heads} is not a multiple of kv_heads {system.language.kv_heads}")
-    if not system.encoder.weights and system.encoder.size % system.encoder.patch:
-        raise ValueError(f"{system.name}: encoder.size {system.encoder.size} is not a multiple of encoder.patch {system.encoder.patch}")
-    if isinstance(system.encoder, spec.Dino) and system.encoder.ffn % system.encoder.width:
-        raise ValueError(f"{system.name}: encoder.ffn {system.encoder.ffn} is not a multiple of encoder.width {system.encoder.width}")
     image_token = system.language.vocab - 1 if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)
     widths = encoder.vision.config.hidden_size, language.get_input_embeddings().embedding_dim

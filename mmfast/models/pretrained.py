@@ -254,8 +254,6 @@ def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) 
     language_config(choice)
     options = {}
     if choice.quantize == "4bit":
-        if choice.weights.endswith(".gguf"):
-            raise ValueError(f"language.weights {choice.weights}: GGUF is read as plain weights; quantize=4bit needs a Hugging Face folder")
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("language.quantize=4bit needs bitsandbytes (pip install bitsandbytes), or set it to none")
         from transformers import BitsAndBytesConfig
@@ -284,7 +282,7 @@ def load_weights(kind, weights: str, where: str, dtype: torch.dtype, **options) 
         model, told = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **gguf, **options)
     except Exception as error:  # safetensors, torch, the hub and transformers each have their own
         raise ValueError(f"{where} {weights}: the weights cannot be read: {_first_line(error)}") from error
-    if missing := sorted(told["missing_keys"]) + [name for name, *_ in told["mismatched_keys"]]:
+    if missing := sorted(told["missing_keys"]) + sorted(name for name, *_ in told["mismatched_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"{where} {weights} holds no {missing[0]}{more} of the right shape: its weights are not those of its config.json")
     return model

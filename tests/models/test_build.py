@@ -99,7 +99,7 @@ def test_tiny_keeps_every_structural_choice():
 
 
 def test_what_cannot_be_built_says_so():
-    with pytest.raises(ValueError, match=r"image.size 32 and encoder.size 16 must agree"):
+    with pytest.raises(ValueError, match=r"image.size: 32 and encoder.size 16 must agree"):
         build(replace(SYSTEM, image=spec.Fixed(size=32)))
     with pytest.raises(ValueError, match=r"nothing builds a Prefix, expected one of Linear, Mlp"):
         build(replace(SYSTEM, connector=spec.Prefix()))

@@ -266,9 +266,9 @@ def test_a_quantised_language_model(tmp_path, monkeypatch):
         patch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else find(name, *a))
         with pytest.raises(ValueError, match=r"language.quantize=4bit needs bitsandbytes \(pip install bitsandbytes\)"):
             build(four)
-    with pytest.raises(ValueError, match=r"language.quantize needs language.weights of its own"):
+    with pytest.raises(ValueError, match=r"language.quantize: 4bit needs language.weights of its own"):
         build(replace(four, weights=str(tmp_path / "lm")))
-    with pytest.raises(ValueError, match=r"language.weights is None"):
+    with pytest.raises(ValueError, match=r"language.quantize: 4bit holds given weights"):
         build(replace(four, language=replace(four.language, weights=None)))
     if find("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed: 4-bit weights themselves are not tried")
@@ -422,7 +422,7 @@ def faults(tmp_path):
             other_weights,
             r"holds no model.layers.1.*and \d+ more of the right shape: its weights are not those of its config.json",
         ),
-        "other sizes": (other_shapes, r"language.weights .*lm holds no model.layers.*of the right shape"),
+        "other sizes": (other_shapes, r"language.weights .*lm holds no lm_head.weight and 20 more of the right shape"),
         "no language model": (no_text_model, r"model_type 'clip_vision_model' is no causal language model"),
         "no tower": (no_tower, r"encoder.weights .*model_type is 'llama', a Clip is one of clip_vision_model, clip"),
         "another tower": (dino, r"model_type is 'dinov2'.*declare the encoder as Dino"),

@@ -37,7 +37,7 @@ WRONG = [
     (["train", "llava", "--tiny", "--save-every", "0"], "--save-every 0: expected at least 1"),
     (["train", "llava", "--tiny", "--steps", "0"], "--steps 0: expected at least 1"),
     (["train", "llava", "--tiny", "--encoder.heads", "7"], "encoder.width: 64 is not a multiple of encoder.heads 7"),
-    (["train", "llava", "--tiny", "--encoder.patch", "12"], "encoder.patch: encoder.size 64 is not a multiple of 12"),
+    (["train", "llava", "--tiny", "--encoder.patch", "12"], "encoder.size: 64 is not a multiple of encoder.patch 12"),
     (["train", "llava", "--tiny", "--image.size", "32"], "image.size: 32 and encoder.size 64 must agree"),
     (["train", "llava", "--tiny", "--stages.align.train", "[conector]"], "conector"),
     (["train", "llava", "--tiny", "--stages.align.template", "vicuna"], "unknown template 'vicuna' (did you mean 'vicuna_v1'?)"),

@@ -236,12 +236,16 @@ TOLD = [
     (["--stages.align.optim.lr_of.connector", "x"], "--stages.align.optim.lr_of.connector: expected a number, got 'x'"),
     (["--stages.align.optim.lr_of.connector", "null"], "there is no entry 'connector' to take out"),
     (["--connector.kind", "Mpl"], "--connector.kind: unknown kind 'Mpl' (did you mean 'Mlp'?), expected one of Linear, Mlp"),
-    (["--encoder.kind", "Clipp"], "--encoder.kind: unknown kind 'Clipp' (did you mean 'Clip'?), expected Clip"),
+    (["--encoder.kind", "Clipp"], "--encoder.kind: unknown kind 'Clipp' (did you mean 'Clip'?), expected one of Clip, Siglip, Dino"),
     (["--connector", "{depth: 3}"], "--connector.depth: Linear has no field 'depth'"),
     (["--stages.align.data", "{kind: Mixture, name: m, parts: 3}"], "--stages.align.data.parts: expected a list such as [a, b], got 3"),
     (["--connector", "3"], "--connector: is a group of fields; expected the name of a kind (Linear, Mlp), got '3'"),
     (["--connector.depth", "3"], "--connector.depth: Linear has no field 'depth'; it has none"),
-    (["--encoder", "Klip"], "--encoder: is a group of fields; expected fields, say --encoder.weights, got 'Klip' (did you mean 'Clip'?)"),
+    (
+        ["--encoder", "Klip"],
+        "--encoder: is a group of fields; expected the name of a kind (Clip, Siglip, Dino), got 'Klip' (did you mean 'Clip'?)",
+    ),
+    (["--compute", "fast"], "--compute: is a group of fields; expected fields, say --compute.device, got 'fast'"),
     (["--stages", "[{name: a}]"], "--stages.a: Stage is missing train, data, optim"),
     (["--stages.align.data", "{kind: Mixture, name: m}"], "--stages.align.data: Mixture is missing parts"),
     (["--encoder", "Clip", "--encoder.width", "8"], "--encoder: is given twice, or both whole and in parts"),
@@ -277,7 +281,7 @@ RULES = [
     ("llava", ["--stages.align.lora.rank", "0"], "stages.align.lora.rank: expected at least 1, got 0"),
     ("llava", ["--stages.align.lora.targets", "[]"], "stages.align.lora.targets: names no module"),
     ("llava", ["--stages.instruct.lora.rank", "4"], "stages.instruct.lora: language trains whole and through adapters"),
-    ("llava", ["--language.quantize", "4bit"], "language.quantize: 4bit holds pre-trained weights; set language.weights too"),
+    ("llava", ["--language.quantize", "4bit"], "language.quantize: 4bit holds given weights in fewer bits; set language.weights too"),
     ("llava", ["--language.quantize", "4bit"], "stages.instruct.train: a 4bit language model cannot train whole"),
     (
         "llava",
@@ -288,8 +292,8 @@ RULES = [
     ("llava", ["--encoder.heads", "7"], "encoder.width: 64 is not a multiple of encoder.heads 7"),
     ("llava", ["--encoder.heads", "0"], "encoder.heads: expected at least 1, got 0"),
     ("llava", ["--encoder.layer", "9"], "encoder.layer: expected at least -4 and at most 3, got 9"),
-    ("llava", ["--encoder.patch", "12"], "encoder.patch: encoder.size 64 is not a multiple of 12"),
-    ("llava", ["--language.kv_heads", "3"], "language.kv_heads: language.heads 4 is not a multiple of 3"),
+    ("llava", ["--encoder.patch", "12"], "encoder.size: 64 is not a multiple of encoder.patch 12"),
+    ("llava", ["--language.kv_heads", "3"], "language.heads: 4 is not a multiple of language.kv_heads 3"),
     ("llava", ["--image.std.0", "0"], "image.std: expected more than 0, got 0.0"),
     ("llava", ["--stages.align.data.frames", "0"], "stages.align.data.frames: expected at least 1, got 0"),
     (
@@ -307,6 +311,27 @@ RULES = [
         ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, weight: 1}, {name: b}]}"],
         "stages.align.data.parts: give every data set of a mixture a weight, or none",
     ),
+    (
+        "llava",
+        ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, path: a.json}, {name: b}]}"],
+        "stages.align.data.parts: give every data set of a mixture a path; b has none",
+    ),
+    (
+        "llava",
+        ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, path: a.jsonl, streaming: true}]}"],
+        "stages.align.data.parts.a.streaming: a mixture is drawn from by number; leave streaming off, or train on one set",
+    ),
+    ("llava", ["--stages.align.data.streaming", "true"], "stages.align.data.streaming: shapes is built in and held in memory"),
+    ("llava", ["--stages.words.data.path", "a.json"], "stages.words.objective: words needs to know what is true of a picture"),
+    (
+        "llava",
+        ["--stages.words.lora.rank", "4", "--stages.align.lora.rank", "8"],
+        "stages.align.lora: the adapters of words are still there and train on, and these are others; give both stages the same",
+    ),
+    ("llava", ["--compute.workers", "-1"], "compute.workers: expected at least 0, got -1"),
+    ("llava", ["--stages.align.optim.schedule", "cosin"], "schedule: expected one of cosine, linear, constant, got 'cosin'"),
+    ("llava", ["--encoder.kind", "Dino", "--encoder.weights", "null", "--encoder.ffn", "800"], "encoder.ffn: 800 is not a multiple"),
+    ("dpo", ["--policy.stages.words.optim.batch", "0"], "policy.stages.words.optim.batch: expected at least 1, got 0"),
     ("llava", ["--stages.align.name", "instruct"], "stages: every stage needs a name of its own"),
     ("dpo", ["--beta", "0"], "beta: expected more than 0, got 0.0"),
     ("dpo", ["--terms", "[]"], "terms: an alignment needs at least one term"),
@@ -339,6 +364,23 @@ def test_rules_beyond_types(name, words, sentence):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_keeps_the_rules(name, shrink):
     assert config.check(config.load_recipe(name, tiny=shrink)) == []
+
+
+def test_what_is_declared_beside_weights_is_not_held_against_them():
+    """Their sizes are read later: a picture of theirs, a layer of theirs and a policy's stages that will not run refuse nothing here."""
+    assert given("llava", "--encoder.layer", "-30", "--encoder.patch", "13", "--image.size", "3", "--stages.align.max_length", "40")
+    assert given("dpo", "--policy.stages.instruct.optim.batch", "0")
+
+
+def test_sizes_are_refused_by_the_rules_that_build_has(tmp_path):
+    """One rule, told by the command line and by build."""
+    from mmfast.models import build
+
+    for words in (["--encoder.heads", "7"], ["--language.kv_heads", "3"], ["--encoder.layer", "9"], ["--image.size", "32"]):
+        recipe, _ = config.layered("llava", tiny=True, rest=[*words, "--language.vocab", "50"])
+        (sentence,) = config.check(recipe)
+        with pytest.raises(ValueError, match=re.escape(f"llava: {sentence}")):
+            build(recipe)
 
 
 def test_a_batch_is_divided_among_processes(monkeypatch):

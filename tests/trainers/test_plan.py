@@ -1,5 +1,7 @@
 """What `mmfast plan` predicts against what is there: parameters and states exactly, activations as autograd holds them, the peak as it lives."""
 
+import copy
+import json
 import re
 import weakref
 from contextlib import nullcontext
@@ -10,14 +12,15 @@ import pytest
 import torch
 from mmfast.trainers import config, plan
 from mmfast.trainers.__main__ import main
+from mmfast.trainers.supervised import Session
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfast.data.synthetic import World
-from mmfast.models import build
+from mmfast.models import add_lora, build
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops import linear_logp
-from mmfast.spec import PARTS, Clip, Fixed, Lora, Mlp
+from mmfast.spec import PARTS, Clip, Dino, Fixed, LanguageModel, Lora, Mlp, Siglip, to_dict
 
 NAMES = list(config.recipe_names())
 TINY = config.load_recipe("llava", tiny=True)
@@ -38,24 +41,11 @@ def real(recipe):
     stage = recipe.stages[0]
     model = build(recipe)
     if stage.lora is not None:
-        from peft import LoraConfig, inject_adapter_in_model
-
-        options = LoraConfig(r=stage.lora.rank, lora_dropout=stage.lora.dropout, target_modules=list(stage.lora.targets))
-        inject_adapter_in_model(options, model.language)
-    learnt = model.train_only(stage.train)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            learnt.append(parameter.requires_grad_(True))
-    model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout) and stage.lora is not None:
-            module.train()
-    if recipe.compute.precision == "bf16":
-        for parameter in model.parameters():
-            parameter.data = parameter.data if parameter.requires_grad else parameter.data.bfloat16()
+        add_lora(model, stage.lora)
+    learnt = model.train_only(stage.train, lora=stage.lora is not None)
     if recipe.compute.checkpointing:
-        model.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        model.checkpoint_activations()
+    model.train()
     return model, learnt
 
 
@@ -87,7 +77,9 @@ def loss_of(recipe, model):
 def test_counts_are_those_of_the_built_tiny_model(name):
     recipe = config.load_recipe(name, tiny=True)
     system = getattr(recipe, "policy", recipe)
-    model = build(system, tokenizer=word_tokenizer(World().vocabulary))
+    if "easy_vqa" in [stage.data.name for stage in system.stages]:
+        pytest.importorskip("easy_vqa", reason="the words of easy-vqa are in its package")
+    model = Session(system, seed=0).model
     for job in plan.jobs(recipe):
         predicted = plan.predict(recipe, job, length=64)
         sizes = {part: sum(p.numel() for p in model.part(part).parameters()) for part in PARTS}
@@ -110,14 +102,14 @@ def test_the_word_head_is_the_one_that_trains():
 def test_published_counts():
     """LLaVA and LLaVA-1.5 of 7B, and rank 128 adapters on it, as their checkpoints have them."""
     llava = config.load_recipe("llava")
-    assert plan.count(llava, (), None).parts == {
+    assert plan.count(llava, plan.Setting()).parts == {
         "encoder": 303_179_776,
         "connector": 4_198_400,
         "language": 6_738_415_616 - 32_000 * 4096,
         "embeddings": 32_000 * 4096,
     }
     newer = replace(llava, encoder=replace(llava.encoder, size=336), image=Fixed(size=336), connector=Mlp(2))
-    counted = plan.count(newer, ("connector",), Lora(rank=128))
+    counted = plan.count(newer, plan.Setting(("connector",), Lora(rank=128)))
     adapters = 319_815_680
     assert counted.parts["encoder"] == 303_507_456
     assert counted.parts["connector"] == 20_979_712
@@ -140,7 +132,7 @@ def test_sizes_of_a_local_folder_come_first(tmp_path):
         language=replace(llava.language, weights=str(tmp_path / "text")),
         encoder=replace(llava.encoder, weights=str(tmp_path / "tower")),
     )
-    parts = plan.count(there, (), None).parts
+    parts = plan.count(there, plan.Setting()).parts
     assert parts["embeddings"] == 123 * 96
     assert parts["connector"] == 48 * 96 + 96
 
@@ -184,13 +176,181 @@ def test_shards_copies_and_quarters():
 
 
 def test_references():
+    """A frozen reference is a copy of the whole model, in no shards; asked beside the policy, it has a workspace of its own."""
     dpo = config.load_recipe("dpo", tiny=True)
     cached = plan.predict(dpo, dpo, length=64)
-    frozen = plan.predict(replace(dpo, reference="frozen"), replace(dpo, reference="frozen"), length=64)
+    asked = replace(dpo, reference="frozen", compute=replace(dpo.compute, parallel="fsdp"))
+    frozen = plan.predict(asked, asked, length=64, processes=4)
+    model = Session(dpo.policy, seed=0).model
+    model.train_only(dpo.train)
     assert cached.memory["reference"] == 0
-    assert frozen.memory["reference"] == 4 * cached.trainable
+    assert frozen.memory["reference"] == sum(p.nbytes for p in copy.deepcopy(model).parameters())
+    alone = plan.predict(asked, asked, length=64)
+    assert alone.memory["logits"] == 2 * cached.memory["logits"]
     assert cached.rows == 2 * dpo.optim.batch, "a pair is two sequences"
     assert cached.pictures == dpo.optim.batch, "over one picture"
+
+
+@pytest.fixture
+def alone_in_a_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_while_micro_batches_are_added_up(alone_in_a_group):
+    """DDP's buckets are the gradients only where gradients travel at once; FSDP2 keeps whole ones in fp32 until they do."""
+
+    x, net = torch.randn(2, 8), torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    shared = torch.nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True)
+
+    def storages():
+        return {p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage() for p in net.parameters()}
+
+    shared(x).sum().backward()
+    buckets = storages()
+    shared.zero_grad(set_to_none=True)
+    with shared.no_sync():
+        shared(x).sum().backward()
+    own = storages()
+    added_up = sum(s.nbytes() for s in own.values())
+    trained = sum(p.numel() for p in net.parameters())
+    assert not buckets.keys() & own.keys()
+    assert (sum(s.nbytes() for s in buckets.values()), added_up) == (4 * trained, 4 * trained)
+
+    recipe = one_stage(batch=4)
+    stage = replace(recipe.stages[0], optim=replace(recipe.stages[0].optim, accumulate=2))
+    recipe = replace(recipe, stages=(stage,))
+    learnt = plan.predict(recipe, stage).trainable
+    assert plan.predict(recipe, stage).memory["gradients"] == 4 * learnt
+    assert plan.predict(recipe, stage, processes=2).memory["gradients"] == 2 * 4 * learnt
+    sharded = replace(recipe, compute=replace(recipe.compute, parallel="fsdp"))
+    assert plan.predict(sharded, stage, processes=2).memory["gradients"] == 2 * learnt, "they travel with each micro-batch"
+
+
+def test_what_fsdp_gathers():
+    """The language model's blocks are units, two whole at a time; all the rest is whole for the step, gradients of what trains in it too."""
+    recipe = one_stage(depth=6, precision="bf16")
+    recipe = replace(recipe, compute=replace(recipe.compute, parallel="fsdp"))
+    model, learnt = real(recipe)
+    blocks = model.language.get_decoder().layers
+    inside = {id(p) for p in blocks.parameters()}
+    rest = [p for p in model.parameters() if id(p) not in inside]
+    expected = (
+        sum(p.numel() for p in rest)
+        + sum(p.numel() for p in learnt if id(p) not in inside)
+        + 2 * sum(p.numel() for p in blocks[0].parameters())
+    )
+    assert plan.predict(recipe, recipe.stages[0], processes=2).memory["gathered"] == 2 * expected
+    words = replace(TINY, compute=recipe.compute)
+    planned = plan.predict(words, words.stages[0], processes=2)
+    assert planned.memory["gathered"] == 2 * (sum(planned.parameters.values()) + planned.trainable), "no block runs: one unit"
+
+
+# ------------------------------------------------------------------------------------------------------------- given weights
+
+
+def folders(path):
+    """Towers of the three kinds and a language model, tiny, as folders of weights."""
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        Dinov2Config,
+        Dinov2Model,
+        LlamaConfig,
+        LlamaForCausalLM,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
+
+    sizes = dict(hidden_size=48, num_hidden_layers=5, num_attention_heads=4, image_size=32, patch_size=16)
+    CLIPVisionModel(CLIPVisionConfig(**sizes, intermediate_size=64)).save_pretrained(path / "clip")
+    SiglipVisionModel(SiglipVisionConfig(**sizes, intermediate_size=64)).save_pretrained(path / "siglip")
+    Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)).save_pretrained(path / "dino")
+    words = word_tokenizer(World().vocabulary)
+    words.save_pretrained(path / "text")
+    LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, vocab_size=len(words)
+        )
+    ).save_pretrained(path / "text")
+
+
+@pytest.mark.parametrize("kind", [Clip, Siglip, Dino])
+def test_what_a_stage_with_given_weights_holds(kind, tmp_path):
+    """Stage after stage in one session under bf16: what was read is bf16 until it trains and fp32 from then on, adapters stay where they are."""
+    folders(tmp_path)
+    lora = Lora(rank=2, targets=("q_proj", "v_proj"))
+    stages = [
+        replace(TINY.stages[-1], name=name, train=train, lora=lora, max_length=64)
+        for name, train, lora in (
+            ("a", ("connector",), None),
+            ("b", ("connector",), lora),
+            ("c", ("encoder", "connector"), None),
+            ("d", ("connector", "embeddings"), lora),
+        )
+    ]
+    encoder = kind(weights=str(tmp_path / kind.__name__.lower()))
+    language = LanguageModel(weights=str(tmp_path / "text"))
+    compute = replace(TINY.compute, precision="bf16")
+    recipe = replace(TINY, encoder=encoder, language=language, image=Fixed(size=32), stages=tuple(stages), compute=compute)
+    session = Session(recipe, seed=0, precision="bf16")
+    assert plan.at_hand(recipe) == (recipe, [])
+    for stage in stages:
+        session.let_train(stage.train, stage.lora)
+        predicted = plan.predict(recipe, stage)
+        assert predicted.memory["weights"] == sum(p.nbytes for p in session.model.parameters()), stage.name
+        assert predicted.trainable == sum(p.numel() for p in session.model.parameters() if p.requires_grad), stage.name
+        traced = plan.trace(recipe, stage, pictures=2, length=40)
+        assert (sum(traced.blocks["encoder"]) > 0) == session.model.encoder_learns, stage.name
+        assert len(traced.blocks["encoder"]) == 4, "the fifth block is not read"
+
+
+def test_sizes_from_the_hub_s_cache_and_never_from_the_network(tmp_path, monkeypatch):
+    """A hub name that is in the cache counts as read; one that is not as declared, and the page says which. No socket is opened."""
+    import socket
+
+    import huggingface_hub.constants
+
+    folders(tmp_path)
+    inside = tmp_path / "hub" / "models--some--text" / "snapshots" / "abc"
+    inside.mkdir(parents=True)
+    (inside / "config.json").write_bytes((tmp_path / "text" / "config.json").read_bytes())
+    (inside.parents[1] / "refs").mkdir()
+    (inside.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was asked"))
+    llava = config.load_recipe("llava")
+    recipe = replace(llava, language=replace(llava.language, weights="some/text"))
+    assert plan.sized(recipe).language.width == 96
+    assert plan.sized(recipe).encoder == replace(llava.encoder, weights=None)
+    told = [line for line in plan.page(recipe, length=300).splitlines() if line.startswith("sizes ")]
+    assert told == [
+        "sizes (width 1024, depth 24) are the recipe's own, nothing was read: encoder.weights openai/clip-vit-large-patch14 is not in the "
+        "hub's cache on this machine"
+    ]
+
+
+def test_a_run_as_weights(tmp_path):
+    """Its sizes are its recipe's, and its model stays open beside the copy that trains."""
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(TINY) | {"seed": 0}))
+    llava = config.load_recipe("llava")
+    recipe = replace(llava, weights=str(tmp_path))
+    whole = sum(plan.count(TINY, plan.Setting()).parts.values())
+    planned = plan.predict(recipe, recipe.stages[1], length=64)
+    assert sum(planned.parameters.values()) == whole
+    assert planned.memory["weights"] == 4 * whole
+    assert plan.page(recipe, length=64).count("nothing was read") == 0
+
+
+def test_an_example_whose_parts_are_not_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = config.load_recipe("smollm2_easy_vqa")
+    recipe = replace(recipe, language=replace(recipe.language, weights="package:not_there/" + recipe.language.weights.rpartition("/")[2]))
+    text = plan.page(recipe)
+    assert re.search(r"^language +106,203,456", text, re.M), "134,515,008 with its embeddings, as published"
+    assert re.search(r"^embeddings +28,311,552", text, re.M)
+    assert text.count("are the recipe's own, nothing was read: ") == 2
 
 
 # ------------------------------------------------------------------------------------------------------------ activations
@@ -332,10 +492,9 @@ def test_no_logits_are_kept():
 
 def test_a_frozen_tower_leaves_nothing_behind():
     frozen, trained = one_stage(), one_stage(train=("encoder", *WHOLE))
-    system = plan.sized(frozen)
-    saved = plan.trace(frozen.stages[0], system, "fp32", pictures=4, length=64)
+    saved = plan.trace(frozen, frozen.stages[0], pictures=4, length=64)
     assert sum(saved.blocks["encoder"]) == 0
-    assert sum(plan.trace(trained.stages[0], system, "fp32", pictures=4, length=64).blocks["encoder"]) > 0
+    assert sum(plan.trace(trained, trained.stages[0], pictures=4, length=64).blocks["encoder"]) > 0
     # Of built-in data the tower's states are there before; with others it runs in every step, before the rest.
     assert plan.predict(frozen, frozen.stages[0]).passing == 0
     elsewhere = replace(frozen.stages[0], data=replace(frozen.stages[0].data, path="mine.json"))
@@ -411,7 +570,10 @@ def test_rows_end_where_the_language_model_does():
     assert plan.predict(TINY, TINY.stages[-1]).length == TINY.language.context < TINY.stages[-1].max_length
 
 
-def test_the_page_in_the_documents_is_the_command_s():
+def test_the_page_in_the_documents_is_the_command_s(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     text = (Path(__file__).resolve().parents[2] / "docs" / "configuration.md").read_text()
     words, shown = re.search(r"\$ mmfast plan (.*?)\n(.*?)```", text, re.S).groups()
     name, memory, processes, *rest = words.replace("--gpu-memory ", "").replace("--processes ", "").split()
@@ -432,6 +594,9 @@ def test_command(capsys):
     assert (code, err) == (0, "")
     assert re.search(r"^all +283,072", out, re.M)
     assert re.search(r"^fits 1 GiB +yes +yes +yes", out, re.M)
+    code, out, _ = call("plan", "dpo", "--tiny", "--length", "64")
+    assert re.search(r"^stage +words +align +instruct +dpo$", out, re.M), "a policy that starts from nothing is trained first"
+    assert "words" not in call("plan", "dpo", "--length", "300")[1]
     code, out, _ = call("plan", "llava", "--tiny", "--gpu-memory", "0.05", "--stages.words", "null")
     assert re.search(r"^fits 0.05 GiB +NO +NO", out, re.M)
     assert "--compute.checkpointing true" in out
@@ -460,6 +625,6 @@ def test_clip_reads_any_layer():
     for layer, blocks in ((-2, 4), (3, 3), (-1, 5)):
         recipe = one_stage(train=("encoder", *WHOLE))
         recipe = replace(recipe, encoder=replace(recipe.encoder, depth=5, layer=layer))
-        saved = plan.trace(recipe.stages[0], recipe, "fp32", pictures=2, length=40)
+        saved = plan.trace(recipe, recipe.stages[0], pictures=2, length=40)
         assert len(saved.blocks["encoder"]) == blocks
         assert isinstance(recipe.encoder, Clip)

