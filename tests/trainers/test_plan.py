@@ -332,7 +332,7 @@ def test_sizes_from_the_hub_s_cache_and_never_from_the_network(tmp_path, monkeyp
 
 
 def test_a_run_as_weights(tmp_path):
-    """Its sizes are its recipe's, and its model stays open beside the copy that trains."""
+    """Its sizes are its recipe's."""
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(TINY) | {"seed": 0}))
     llava = config.load_recipe("llava")
     recipe = replace(llava, weights=str(tmp_path))
