@@ -186,6 +186,11 @@ class MultimodalModel(nn.Module):
         self.training = mode
         for name in self._trained:
             self.part(name).train(mode)
+        # transformers recomputes a layer's activations only while that layer trains, and a frozen one that gradients pass keeps as many.
+        # A layer that drops out by itself (OPT's) stays as it is.
+        for layer in (*self.language.modules(), *(self.encoder.modules() if self.encoder_learns else ())):
+            if getattr(layer, "gradient_checkpointing", False) and not isinstance(getattr(layer, "dropout", None), float):
+                layer.training = mode
         for dropout in lora_dropouts(self):  # also those inside a part that trains while its adapters do not
             dropout.train(mode and self._lora)
         return self
@@ -194,6 +199,7 @@ class MultimodalModel(nn.Module):
         """Recompute activations in backward instead of keeping them: in the language model, and in the tower where it learns."""
         for part in (self.language, self.encoder.vision):
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.train(self.training)
 
     # -- forward
 
