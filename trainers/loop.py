@@ -279,7 +279,7 @@ def train(
     if saved is not None:
         _restore(objective, optimizer, ema, saved, path, place)
     scaler = torch.amp.GradScaler(place.device.type, enabled=compute.precision == "fp16")
-    if saved is not None and scaler.is_enabled():
+    if saved is not None and scaler.is_enabled() and saved["scaler"]:  # empty: the run was begun in another precision
         scaler.load_state_dict(saved["scaler"])
 
     def save() -> None:
@@ -478,8 +478,8 @@ def _warn_when_idle(idle: dict[str, int], record: dict, bar: tqdm, stage: str) -
 
 
 def peak_memory_mb() -> float:
-    """Of this process: CUDA's allocator if there is one, else the largest resident set so far."""
-    if torch.cuda.is_available():
+    """Of this process: CUDA's allocator if it is used, else the largest resident set so far."""
+    if torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     import resource
 

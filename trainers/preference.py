@@ -19,6 +19,7 @@ from mmfast.data import chat
 from mmfast.data.records import Records
 from mmfast.data.sources import PreferencePairs
 from mmfast.losses import preference_loss, segment_logp
+from mmfast.models.fusion import blocks
 from mmfast.models.lora import adapters_off
 from mmfast.ops import linear_logp_pair
 from mmfast.ops.preference import LOSSES
@@ -253,13 +254,13 @@ def train_alignment(alignment: Alignment, session: Session, run: Run, *, options
         return loss, {**measures, "tokens": batch["input_ids"].numel()}
 
     probe = make_probe(session, source, alignment.template, run, options, light=True)
-    objective = Objective(step, model, blocks=model.language.get_decoder().layers)
+    objective = Objective(step, model, blocks=blocks(model.language))
     train(
         run, objective, source, optim=alignment.optim, stage=alignment.name, options=options, probe=probe, left_out=session.left_out
     )  # fmt: skip
     if options.place.sharded:
         session.rebuild()
-        restore(session, (), run.last_checkpoint()[1], lora=alignment.lora)
+        restore(session, (alignment,), run.last_checkpoint()[1])
     return session
 
 

@@ -24,11 +24,12 @@ from mmfast.data.records import Records, Stream
 from mmfast.data.sources import Conversations, Streamed
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import build
+from mmfast.models.fusion import blocks
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
 from mmfast.models.pretrained import resolved, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops import linear_logp
-from mmfast.spec import Compute, Data, Lora, Mixture, Stage, System, to_dict
+from mmfast.spec import Alignment, Compute, Data, Lora, Mixture, Stage, System, to_dict
 
 from .checkpoint import Run, RunError, load_model, load_state
 from .evaluate import make_probe
@@ -107,7 +108,9 @@ class Session:
         if choice is None or (lora_parameters(self.model) and choice == self.adapters):
             return
         if lora_parameters(self.model):
-            raise RunError(f"{self.system.name}: an earlier stage added {self.adapters}, another asks for {choice}; give all stages the same lora")
+            raise RunError(
+                f"{self.system.name}: an earlier stage added {self.adapters}, another asks for {choice}; give all stages the same lora"
+            )
         torch.manual_seed(self.seed)  # the same on every process
         add_lora(self.model, choice)
         self.adapters = choice
@@ -259,7 +262,7 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
         weights = (1 / totals.clamp_min(1)).to(logp.dtype)[batch["groups"]][rows]
         return -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
 
-    objective = Objective(step, model, blocks=model.language.get_decoder().layers)
+    objective = Objective(step, model, blocks=blocks(model.language))
     return train(run, objective, source, probe=make_probe(session, source, stage.template, run, options), **common)
 
 
@@ -323,9 +326,8 @@ def train_system(
     return session
 
 
-def restore(session: Session, stages: Sequence[Stage], path: Path, lora: Lora | None = None) -> None:
-    """A checkpoint into a session's model, with the adapters that the stages up to it (or an alignment) had."""
-    session.add_adapters(lora)
+def restore(session: Session, stages: Sequence[Stage | Alignment], path: Path) -> None:
+    """A checkpoint into a session's model, with the adapters and the precision that the stages up to it had. (An alignment is such a stage.)"""
     names = [stage.name for stage in stages]
     at = load_state(path)["stage"]
     for stage in stages[: names.index(at) + 1] if at in names else ():

@@ -103,7 +103,11 @@ class _Checked:
         """Token ids and labels of an item's text."""
         at, number = self.items[item]
         kept = self._kept.get((at, number, name))
-        return (self._ids[slice(*kept)].tolist(), self._labels[slice(*kept)].tolist()) if kept else self.texts[name](self.parts[at].parse(number))
+        return (
+            (self._ids[slice(*kept)].tolist(), self._labels[slice(*kept)].tolist())
+            if kept
+            else self.texts[name](self.parts[at].parse(number))
+        )
 
     def lay_out(self, index: Tensor, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
         """The batch of these items' texts, text after text, and the scored tokens of each row."""

@@ -150,7 +150,7 @@ class MultimodalModel(nn.Module):
         """Let exactly these parts learn, and the adapters with ``lora``; returns their parameters. All else is frozen, in evaluation mode.
 
         ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them. What learns is
-        held in fp32, whatever the precision of the rest (embeddings alone over a bf16 language model then need autocast).
+        held in fp32, whatever the precision of the rest.
         """
         modules = [self.part(name) for name in parts]
         if "language" in parts and getattr(self.language, "is_quantized", False):

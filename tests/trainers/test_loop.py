@@ -497,3 +497,18 @@ def test_a_signal_to_the_whole_job_leaves_the_loader_s_processes_alone(tmp_path,
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True, check=False)
     assert "stopped after step 31 as asked" in done.stdout, done.stderr[-2000:]
     assert checkpoint.Run(tmp_path / "run", resume=True).last_checkpoint()[0] == 31
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path, monkeypatch):
+    """How a run is computed may change when it is resumed; there is no loss scale to read then."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=8.0, **k))  # nothing overflows
+    for i, precision in enumerate(("fp32", "fp16", "fp16", "bf16")):
+        options = loop.Options(seed=3, resume=True, quiet=True, compute=Compute(precision=precision))
+        torch.manual_seed(42)
+        model, run = Noisy(), checkpoint.Run(tmp_path, resume=True)
+        optim = Optim(lr=0.05, steps=3 * (i + 1), batch=4, warmup=0)
+        loop.train(run, squared(model), Numbers(), optim=optim, stage="one", options=options)
+        state = checkpoint.load_state(run.last_checkpoint()[1])["scaler"]
+        assert state.get("_growth_tracker") == (None, 3, 6, None)[i], "it goes on counting"
+    assert [row["step"] for row in run_steps(tmp_path)] == list(range(1, 13))

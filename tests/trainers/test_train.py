@@ -482,7 +482,7 @@ def test_a_policy_s_own_adapters_belong_to_the_reference(tmp_path):
     with torch.no_grad():
         assert (model.hidden(ids) - want).abs().max() > 1e-3
     again = supervised.Session(system, seed=0)
-    supervised.restore(again, (), run.last_checkpoint()[1], lora=ADAPTERS)
+    supervised.restore(again, (align,), run.last_checkpoint()[1])
     with torch.no_grad():
         assert torch.equal(again.model.hidden(ids), model.hidden(ids))
 
