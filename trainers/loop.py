@@ -124,8 +124,8 @@ class Batches:
         if self.workers:
             # Spawned, not forked: a fork would copy locks that tokenizers' and torch's threads may hold.
             loader = torch.utils.data.DataLoader(
-                _Fetch(self.source), batch_sampler=list(self._indices(first, last)), collate_fn=_first, num_workers=self.workers,
-                prefetch_factor=4, multiprocessing_context="spawn", pin_memory=self.place.device.type == "cuda",
+                _Fetch(self.source), batch_sampler=self._indices(first, last), collate_fn=_first, num_workers=self.workers,
+                prefetch_factor=4, worker_init_fn=_undisturbed, multiprocessing_context="spawn", pin_memory=self.place.device.type == "cuda",
             )  # fmt: skip
             micros = iter(loader)
         else:
@@ -146,6 +146,12 @@ class _Fetch(torch.utils.data.Dataset):
 
     def __getitem__(self, at: int) -> dict:
         return self.source.batch(torch.tensor([at]))
+
+
+def _undisturbed(worker: int) -> None:
+    """A signal to the whole job is for the run to act on: it saves first and then ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _first(items: list[dict]) -> dict:
@@ -183,7 +189,8 @@ def rate(optim: Optim, step: int, total: int) -> float:
 
 
 class Signals:
-    """SIGTERM and Ctrl-C wait for the step to end, so that the run can save; a second one does not wait."""
+    """SIGTERM and Ctrl-C wait for the step to end, so that the run can save. A second Ctrl-C does not wait; a second SIGTERM does, as
+    launchers pass on what every process of a job was sent already."""
 
     def __init__(self):
         self.received: int | None = None
@@ -196,13 +203,15 @@ class Signals:
         return self
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = self.received or number
 
-    def __exit__(self, *unused: Any) -> None:
+    def __exit__(self, kind: Any, *unused: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is None and self.received is not None:  # it came when the last step had been taken and nobody asked any more
+            signal.raise_signal(self.received)
 
 
 @dataclass
@@ -270,7 +279,7 @@ def train(
     if saved is not None:
         _restore(objective, optimizer, ema, saved, path, place)
     scaler = torch.amp.GradScaler(place.device.type, enabled=compute.precision == "fp16")
-    if saved is not None and scaler.is_enabled():
+    if saved is not None and scaler.is_enabled() and saved["scaler"]:  # empty: the run was begun in another precision
         scaler.load_state_dict(saved["scaler"])
 
     def save() -> None:
@@ -368,7 +377,7 @@ def train(
                 bar.update()
                 if done == total or stop or (options.save_every and done % options.save_every == 0):
                     save()
-                if stop and done < total:
+                if stop:
                     raise Stopped(
                         f"stopped after step {first_step + done} as asked; the checkpoint of this step is written, --resume continues",
                         signals.received or signal.SIGTERM,
@@ -469,8 +478,8 @@ def _warn_when_idle(idle: dict[str, int], record: dict, bar: tqdm, stage: str) -
 
 
 def peak_memory_mb() -> float:
-    """Of this process: CUDA's allocator if there is one, else the largest resident set so far."""
-    if torch.cuda.is_available():
+    """Of this process: CUDA's allocator if it is used, else the largest resident set so far."""
+    if torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
     import resource
 

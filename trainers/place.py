@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -95,7 +95,8 @@ def share(objective: nn.Module, blocks: Sequence[nn.Module], place: Place, preci
         mesh = dist.init_device_mesh(place.device.type, (place.processes,))
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        return fully_shard(objective, mesh=mesh, mp_policy=policy)
+        # The objective's own inputs stay as they are: in half precision a step's totals would be rounded, and infinite from 65520 tokens on.
+        return fully_shard(objective, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
     if not any(p.requires_grad for p in objective.parameters()):
         return objective
     ids = [place.device] if place.device.type == "cuda" else None

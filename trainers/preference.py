@@ -216,6 +216,7 @@ def train_alignment(alignment: Alignment, session: Session, run: Run, *, options
     model, source = session.model, make_source(session, alignment)
     source.views = alignment.views
     source.packing, source.pad_to = options.compute.packing, options.compute.pad_to
+    session.merge_adapters()  # of the policy's own stages
     session.add_adapters(alignment.lora)  # they begin as nothing: the model is still the reference
     model.train_only(alignment.train, lora=alignment.lora is not None)
     states = cached_states(session, source)
@@ -258,7 +259,7 @@ def train_alignment(alignment: Alignment, session: Session, run: Run, *, options
     )  # fmt: skip
     if options.place.sharded:
         session.rebuild()
-        restore(session, (), run.last_checkpoint()[1], lora=alignment.lora)
+        restore(session, (alignment,), run.last_checkpoint()[1])
     return session
 
 

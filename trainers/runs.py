@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -257,8 +256,7 @@ def open_run(folder: Path, *, place: Place | None = None) -> tuple[Any, System |
     if last is None:
         raise RunError(f"{folder} holds no intact checkpoint")
     session = Session(system_of(recipe), seed=seed, place=place, precision=recipe.compute.precision)
-    stages: Sequence[Stage] = () if isinstance(recipe, Alignment) else recipe.stages
-    restore(session, stages, last[1], lora=recipe.lora if isinstance(recipe, Alignment) else None)
+    restore(session, (recipe,) if isinstance(recipe, Alignment) else recipe.stages, last[1])
     session.model.train_only(())
     session.model.eval()
     return session, recipe

@@ -27,7 +27,7 @@ from mmfast.models.lora import add_lora, lora_parameters, merge_lora
 from mmfast.models.pretrained import resolved, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops import linear_logp
-from mmfast.spec import Compute, Data, Lora, Mixture, Stage, System, to_dict
+from mmfast.spec import Alignment, Compute, Data, Lora, Mixture, Stage, System, to_dict
 
 from .checkpoint import Run, RunError, load_model, load_state
 from .evaluate import make_probe
@@ -49,7 +49,8 @@ class Session:
         # type for frozen and trained weights alike (and is gathered in half precision all the same).
         self.dtype = torch.bfloat16 if precision == "bf16" and not self.place.sharded else torch.float32
         self._sources: dict[str, Any] = {}
-        self.touched: set[str] = set()  # names of all parameters that some stage has trained
+        self.touched: set[str] = set()  # names of all parameters that some stage has trained, as they are without adapters
+        self.adapters: Lora | None = None
         self.world = World(WorldConfig(seed=seed))
         self.origin = Path(system.weights) if system.weights and is_run(system.weights) else None
         origin = self._open_origin()
@@ -102,10 +103,21 @@ class Session:
 
     def add_adapters(self, choice: Lora | None) -> None:
         """A stage's adapters, unless an earlier stage has added them."""
-        if choice is not None and not lora_parameters(self.model):
-            torch.manual_seed(self.seed)  # the same on every process
-            add_lora(self.model, choice)
-            self.model.to(self.place.device)
+        if choice is None or (lora_parameters(self.model) and choice == self.adapters):
+            return
+        if lora_parameters(self.model):
+            raise RunError(
+                f"{self.system.name}: an earlier stage added {self.adapters}, another asks for {choice}; give all stages the same lora"
+            )
+        torch.manual_seed(self.seed)  # the same on every process
+        add_lora(self.model, choice)
+        self.adapters = choice
+        self.model.to(self.place.device)
+
+    def merge_adapters(self) -> None:
+        """Folds the adapters into the weights, which count as trained from then on."""
+        self.touched |= {_plain(n) for n, _ in self.model.named_parameters() if ".base_layer." in n}
+        merge_lora(self.model)
 
     def let_train(self, parts: Sequence[str], lora: Lora | None) -> list[str]:
         """Lets exactly these parts and adapters learn; returns the parameters' names and makes sure that they are what was asked for."""
@@ -116,7 +128,7 @@ class Session:
         strange = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in asked]
         if strange or not names:
             raise RunError(f"{self.system.name}: {', '.join(parts)} should train, and {strange[:3] or 'nothing'} would")
-        self.touched |= set(names)
+        self.touched |= {_plain(n) for n in names}
         return names
 
     def left_out(self) -> set[str]:
@@ -129,7 +141,7 @@ class Session:
         ]
         given += ["connector"] if system.weights and not self.origin else []
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        touched = {id(own[n]) for n in self.touched if n in own}
+        touched = {id(p) for n, p in own.items() if _plain(n) in self.touched}
         return {
             n for n, p in own.items() if n.startswith(tuple(f"{part}." for part in given)) and id(p) not in touched and ".lora_" not in n
         }
@@ -198,7 +210,7 @@ def see(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> di
         return {}
     model = session.model
     if states is not None:
-        seen = model.connector(states[batch["picture_ids"].to(states.device)].to(session.place.device))
+        seen = model.embed_images(image_states=states[batch["picture_ids"].to(states.device)].to(session.place.device))
     else:
         seen = model.embed_images(session.pixels(batch["pictures"]))
     return {"image_embeds": seen, "image_rows": batch["image_rows"]}
@@ -312,14 +324,18 @@ def train_system(
     return session
 
 
-def restore(session: Session, stages: Sequence[Stage], path: Path, lora: Lora | None = None) -> None:
-    """A checkpoint into a session's model, with the adapters that the stages up to it (or an alignment) had."""
-    session.add_adapters(lora)
+def restore(session: Session, stages: Sequence[Stage | Alignment], path: Path) -> None:
+    """A checkpoint into a session's model, with the adapters and the precision that the stages up to it had. (An alignment is such a stage.)"""
     names = [stage.name for stage in stages]
     at = load_state(path)["stage"]
     for stage in stages[: names.index(at) + 1] if at in names else ():
         session.let_train(stage.train, stage.lora)
     load_model(session.model, path)
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the adapters that may have been put around it since."""
+    return name.replace(".base_layer.", ".")
 
 
 def parts_of(data: Data | Mixture) -> tuple[Data, ...]:
@@ -368,7 +384,7 @@ def base_model(system: System, *, options: Options, cache: Path) -> tuple[Sessio
         session = Session(system, seed=options.seed, place=options.place)
         restore(session, system.stages, last[1])
         return session, folder
-    session = train_system(system, run, options=replace(options, resume=True, save_every=None))
+    session = train_system(system, run, options=replace(options, resume=True, save_every=None, trackers=()))
     if options.place.main:
         (folder / "done").touch()
     return session, folder

@@ -6,6 +6,7 @@ with ``compute.workers`` is a loader's process. Letters: B rows, T tokens, M pic
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -33,8 +34,9 @@ class _Checked:
         self.items: list[tuple[int, int]] = []  # part and number
         self.sizes: list[int] = []
         self.packing, self.pad_to, self.with_pictures = False, 1, True
-        self._kept: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}
-        self._tokens = 0
+        # Encodings end to end, and where each lies: a tensor apiece would cost a loader's processes a file handle apiece.
+        self._kept: dict[tuple[int, int, str], tuple[int, int]] = {}
+        self._ids, self._labels = array("i"), array("i")
         for at, records in enumerate(parts):
             good = check(records, lambda record, at=at: self._encode_all(at, record), on_bad_record=records.data.on_bad_record)
             self.items += [(at, number) for number in good]
@@ -83,16 +85,29 @@ class _Checked:
 
     def _encode(self, at: int, record: Record, name: str) -> tuple[list[int], list[int]]:
         ids, labels = self.texts[name](record)
-        if self._tokens < KEEP_TOKENS:
-            self._tokens += len(ids)
-            self._kept[at, record.number, name] = torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
+        if len(self._ids) < KEEP_TOKENS:
+            self._keep((at, record.number, name), ids, labels)
         return ids, labels
+
+    def _keep(self, key: tuple[int, int, str], ids: list[int], labels: list[int]) -> None:
+        self._kept[key] = len(self._ids), len(self._ids) + len(ids)
+        self._ids.extend(ids)
+        self._labels.extend(labels)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # From here on tensors, whose memory a loader's processes share; kept, as they must be there until the process has started.
+        self._ids, self._labels = (torch.from_numpy(np.asarray(kept)) for kept in (self._ids, self._labels))
+        return self.__dict__
 
     def encoded(self, item: int, name: str) -> tuple[list[int], list[int]]:
         """Token ids and labels of an item's text."""
         at, number = self.items[item]
         kept = self._kept.get((at, number, name))
-        return (kept[0].tolist(), kept[1].tolist()) if kept else self.texts[name](self.parts[at].parse(number))
+        return (
+            (self._ids[slice(*kept)].tolist(), self._labels[slice(*kept)].tolist())
+            if kept
+            else self.texts[name](self.parts[at].parse(number))
+        )
 
     def lay_out(self, index: Tensor, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
         """The batch of these items' texts, text after text, and the scored tokens of each row."""
@@ -151,7 +166,7 @@ class PreferencePairs(_Checked):
         records = [self.parts[0].parse(number) for _, number in self.items]
         for i, other in enumerate(self._from):
             ids, labels = self.encoder.answer(records[i], records[other].rejected)
-            self._kept[0, records[i].number, "rejected"] = torch.tensor(ids, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
+            self._keep((0, records[i].number, "rejected"), ids, labels)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         batch, scored = self.lay_out(index, [view.text for view in self.views.values()])

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
-from mmfast.models.fusion import PrefixFusion
+from mmfast.models.fusion import PrefixFusion, blocks
 from mmfast.models.lora import lora_dropouts, lora_parameters
 from mmfast.nn.projector import Projector
 
@@ -152,7 +152,7 @@ class MultimodalModel(nn.Module):
         """Let exactly these parts learn, and the adapters with ``lora``; returns their parameters. All else is frozen, in evaluation mode.
 
         ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them. What learns is
-        held in fp32, whatever the precision of the rest (embeddings alone over a bf16 language model then need autocast).
+        held in fp32, whatever the precision of the rest.
         """
         modules = [self.part(name) for name in parts]
         if "language" in parts and getattr(self.language, "is_quantized", False):
@@ -176,8 +176,7 @@ class MultimodalModel(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The language model's layers, the units that a sharded step gathers one at a time."""
-        decoder = self.language.get_decoder()
-        return decoder.layers if hasattr(decoder, "layers") else decoder.h
+        return blocks(self.language)
 
     @property
     def trained(self) -> list[str]:
@@ -194,6 +193,11 @@ class MultimodalModel(nn.Module):
         self.training = mode
         for name in self._trained:
             self.part(name).train(mode)
+        # transformers recomputes a layer's activations only while that layer trains, and a frozen one that gradients pass keeps as many.
+        # A layer that drops out by itself (OPT's) stays as it is.
+        for layer in (*self.language.modules(), *(self.encoder.modules() if self.encoder_learns else ())):
+            if getattr(layer, "gradient_checkpointing", False) and not isinstance(getattr(layer, "dropout", None), float):
+                layer.training = mode
         for dropout in lora_dropouts(self):  # also those inside a part that trains while its adapters do not
             dropout.train(mode and self._lora)
         return self
@@ -202,6 +206,7 @@ class MultimodalModel(nn.Module):
         """Recompute activations in backward instead of keeping them: in the language model, and in the tower where it learns."""
         for part in (self.language, self.encoder.vision):
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.train(self.training)
 
     # -- forward
 

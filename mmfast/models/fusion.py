@@ -4,7 +4,13 @@ A fusion turns token ids and image embeddings into the language model's last hid
 N tokens an image, D width.
 """
 
+import torch
 from torch import Tensor, nn
+
+
+def blocks(language: nn.Module) -> nn.ModuleList:
+    """A language model's layers, whatever its family calls them."""
+    return next(m for m in language.get_decoder().modules() if isinstance(m, nn.ModuleList))
 
 
 class PrefixFusion(nn.Module):
@@ -27,5 +33,9 @@ class PrefixFusion(nn.Module):
                     f"({image_embeds.shape[1]} each)"
                 )
             embeds = embeds.masked_scatter(slots[..., None], image_embeds.to(embeds.dtype))
-        out = language.get_decoder()(inputs_embeds=embeds, **kwargs)
-        return out.last_hidden_state, out.past_key_values
+        # Embeddings (and a head that is tied to them) learn in fp32 over layers that may be held in half precision.
+        for half in {p.dtype for p in blocks(language)[0].parameters()} & {torch.bfloat16, torch.float16}:
+            embeds = embeds.to(half)
+        out, head = language.get_decoder()(inputs_embeds=embeds, **kwargs), language.get_output_embeddings().weight
+        hidden = out.last_hidden_state
+        return hidden.to(head.dtype) if head.is_floating_point() else hidden, out.past_key_values

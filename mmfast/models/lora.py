@@ -117,6 +117,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for name, plain in [(name, _folded(name, layer)) for name, layer in _adapted(model)]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
+    for part in (model.encoder, model.language):
+        vars(part).pop("peft_config", None)  # peft's note that adapters are there
     model.train_only(model._trained)
     return model
 

@@ -1,5 +1,6 @@
 """Batches of a user's records: which token, which picture, which row; cut, packed, mixed, streamed and fetched by other processes."""
 
+import io
 import json
 import pickle
 from pathlib import Path
@@ -172,3 +173,24 @@ def test_streams_continue_where_they_were(tmp_path, processes):
     batch = Streamed(Stream(spec), encoder(), size=4).take(3)
     assert shown(batch) == [0, 1, 2]
     assert batch["counts"].tolist() == [2 + 3 + 4]
+
+
+def test_other_processes_are_handed_few_tensors(tmp_path):
+    """Each tensor that a loader's process is given costs it a file handle, of which a system allows about a thousand."""
+    source = Conversations([Records(data(tmp_path, RECORDS * 100))], encoder(), size=8)
+    want = source.batch(torch.tensor([3, 1, 399]))
+    handed = []
+
+    class Counting(pickle.Pickler):
+        def reducer_override(self, it):
+            handed.extend([it] if isinstance(it, torch.Tensor) else [])
+            return NotImplemented
+
+    out = io.BytesIO()
+    Counting(out).dump(source)
+    assert 0 < len(handed) < 20
+    there = pickle.loads(out.getvalue())
+    for other in (source, there):
+        got = other.batch(torch.tensor([3, 1, 399]))
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[k], want[k]) for k in want)

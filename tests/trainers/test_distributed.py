@@ -61,6 +61,8 @@ else:
     torch.manual_seed(0)
     session = supervised.Session(system, seed=0, place=where)
     align = replace(tiny(DPO), reference=kind, optim=few(tiny(DPO).optim, int(last)))
+    if kind == "adapter_off":
+        align = replace(align, train=(), lora=Lora(rank=4, alpha=8, dropout=0.0, targets=("q_proj", "down_proj")))
     texts = [("we see a red circle .", "we see a green ring and a blue square ."), ("we see two red rings .", "we see a star .")] * 8
     pictures = torch.from_numpy(session.world.render(session.world.scenes("train", 16)))
     preference.own_pairs = lambda *a: (pictures, [(i, "<image> describe the picture:", *t) for i, t in enumerate(texts)])
@@ -113,7 +115,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(whole, tmp_path, cut):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cached", "frozen"])
+@pytest.mark.parametrize("kind", ["cached", "frozen", "adapter_off"])
 def test_alignment_does_not_depend_on_how_it_is_cut(tmp_path, kind):
     alone = run(tmp_path / "alone", kind=kind)
     for name, cut in (("ddp", dict(processes=2)), ("fsdp", dict(processes=2, parallel="fsdp", packing="packed"))):

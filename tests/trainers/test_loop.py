@@ -407,3 +407,108 @@ def test_state_files_are_read_without_pickled_code(tmp_path, capsys):
     with pytest.raises(checkpoint.RunError, match=r"state.pt holds something other than tensors and plain values"):
         fit(tmp_path, resume=True, stages=("one",))
     assert "executed" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------- signals again
+
+
+class Killing(Numbers):
+    """Sends signals when the batch of a step is asked for."""
+
+    def __init__(self, step, *numbers):
+        super().__init__()
+        self.step, self.numbers, self.at = step, numbers, 0
+
+    def batch(self, index):
+        self.at += 1
+        for number in self.numbers if self.at == self.step else ():
+            os.kill(os.getpid(), number)
+        return super().batch(index)
+
+
+def killed(folder, source, tracker=None):
+    options = loop.Options(seed=3, quiet=True, trackers=(tracker,) if tracker else ())
+    loop.train(checkpoint.Run(folder), squared(Noisy()), source, optim=OPTIM, stage="one", options=options)
+
+
+def test_a_signal_in_a_stage_s_last_step_is_heard_too(tmp_path):
+    """Otherwise the next stage would begin as if nothing had been asked."""
+    with pytest.raises(loop.Stopped, match="stopped after step 12"):
+        killed(tmp_path / "a", Killing(12, signal.SIGTERM))
+    assert checkpoint.Run(tmp_path / "a", resume=True).last_checkpoint()[0] == 12
+
+    def late(record):  # after the processes have told each other who was asked to stop
+        if record["step"] == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        killed(tmp_path / "b", Numbers(), late)
+    assert checkpoint.Run(tmp_path / "b", resume=True).last_checkpoint()[0] == 12
+
+
+def test_only_a_second_ctrl_c_does_not_wait(tmp_path):
+    """Under torchrun a job's SIGTERM comes twice: from the system to every process, and passed on by the launcher."""
+    with pytest.raises(loop.Stopped, match="stopped after step 4"):
+        killed(tmp_path / "a", Killing(4, signal.SIGTERM, signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        killed(tmp_path / "b", Killing(4, signal.SIGINT, signal.SIGINT))
+    assert checkpoint.Run(tmp_path / "b", resume=True).last_checkpoint() is None
+
+
+GROUP = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from mmfast.spec import Compute, Optim
+from mmfast.trainers import checkpoint, loop
+
+
+class Slow:
+    def __len__(self):
+        return 1000
+
+    def batch(self, index):
+        time.sleep(0.02)
+        return {"x": torch.ones(len(index), 3), "counts": torch.tensor([len(index)], dtype=torch.float64)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(3, 3)
+    objective = loop.Objective(lambda batch, totals: (model(batch["x"]).square().sum() / totals[0].float(), {}), model)
+
+    def tell(record):
+        if record["step"] == 30:
+            os.killpg(0, getattr(signal, sys.argv[2]))  # as a terminal's Ctrl-C or a scheduler does: the loader's processes too
+            time.sleep(0.5)
+
+    options = loop.Options(quiet=True, compute=Compute(workers=2), trackers=(tell,))
+    try:
+        loop.train(checkpoint.Run(Path(sys.argv[1])), objective, Slow(), optim=Optim(lr=0.1, steps=200, batch=4), stage="s", options=options)
+    except loop.Stopped as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_whole_job_leaves_the_loader_s_processes_alone(tmp_path, name):
+    (tmp_path / "program.py").write_text(GROUP)
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "run"), name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True, check=False)
+    assert "stopped after step 31 as asked" in done.stdout, done.stderr[-2000:]
+    assert checkpoint.Run(tmp_path / "run", resume=True).last_checkpoint()[0] == 31
+
+
+def test_a_run_goes_on_in_another_precision(tmp_path, monkeypatch):
+    """How a run is computed may change when it is resumed; there is no loss scale to read then."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=8.0, **k))  # nothing overflows
+    for i, precision in enumerate(("fp32", "fp16", "fp16", "bf16")):
+        options = loop.Options(seed=3, resume=True, quiet=True, compute=Compute(precision=precision))
+        torch.manual_seed(42)
+        model, run = Noisy(), checkpoint.Run(tmp_path, resume=True)
+        optim = Optim(lr=0.05, steps=3 * (i + 1), batch=4, warmup=0)
+        loop.train(run, squared(model), Numbers(), optim=optim, stage="one", options=options)
+        state = checkpoint.load_state(run.last_checkpoint()[1])["scaler"]
+        assert state.get("_growth_tracker") == (None, 3, 6, None)[i], "it goes on counting"
+    assert [row["step"] for row in run_steps(tmp_path)] == list(range(1, 13))

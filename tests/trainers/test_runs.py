@@ -3,20 +3,25 @@ start, chat, export, measures. The weights are tiny random ones in the published
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmfast.trainers import runs, supervised
+from mmfast.trainers import evaluate, preference, runs, supervised
 from mmfast.trainers.__main__ import main
-from mmfast.trainers.checkpoint import RunError
+from mmfast.trainers.checkpoint import Run, RunError
+from mmfast.trainers.loop import Options
+from mmfast.trainers.recipes.align.dpo import RECIPE as DPO
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
+from mmfast.models import tiny
 from mmfast.models.lora import lora_parameters
 from mmfast.models.tokenizer import word_tokenizer
+from mmfast.spec import Lora, Pairs, to_dict
 
 WORDS = (
     "<pad>",
@@ -262,3 +267,60 @@ def test_samples_appear_while_it_trains(folder, tmp_path, capsys):
     rows = [json.loads(line) for line in (Path(tmp_path) / "a" / "samples" / "steps.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} == {1, 2, 3, 4, 5, 6}
     assert set(rows[0]) == {"step", "asked", "said"}
+
+
+# ------------------------------------------------------------------------------------------------- what a checkpoint must hold
+
+
+def mine(folder, *stages, precision="fp32", **changes):
+    """The recipe of ``folder`` with other trained parts a stage: (parts, lora)."""
+    scope: dict = {}
+    exec((folder / "mine.py").read_text(), scope)
+    recipe = scope["RECIPE"]
+    made = [
+        replace(recipe.stages[0], name=f"s{i}", train=parts, lora=lora, optim=replace(recipe.stages[0].optim, steps=2))
+        for i, (parts, lora) in enumerate(stages)
+    ]
+    return replace(recipe, stages=tuple(made), compute=replace(recipe.compute, precision=precision), **changes)
+
+
+ADAPTERS = Lora(rank=2, alpha=4, dropout=0.0, targets=("q_proj", "v_proj"))
+
+
+def test_weights_that_trained_before_they_got_adapters_are_saved(folder, tmp_path):
+    """Their names change when adapters are put around them; they are no less trained."""
+    recipe = mine(folder, (("connector", "language"), None), (("connector",), ADAPTERS))
+    session = supervised.train_system(recipe, Run(tmp_path), options=Options(quiet=True, compute=recipe.compute))
+    again = supervised.Session(recipe, seed=0)
+    supervised.restore(again, recipe.stages, Run(tmp_path, resume=True).last_checkpoint()[1])
+    for (name, a), b in zip(session.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("parts", [("connector",), ("connector", "embeddings"), ("connector", "language")])
+def test_half_precision_is_measured_while_and_after_it_trains(folder, tmp_path, parts):
+    """Frozen parts in bf16 beside trained ones in fp32, with the tower's states kept and read, sampled and measured without autocast."""
+    recipe = mine(folder, (parts, None), precision="bf16")
+    session = supervised.train_system(recipe, Run(tmp_path), options=Options(quiet=True, eval_every=1, compute=recipe.compute))
+    assert next(session.model.encoder.parameters()).dtype == torch.bfloat16
+    source = session.source(recipe.stages[0].data, "bare")
+    told = evaluate.measure_answers(session, source)
+    assert 0 < told["loss"] < 20
+    assert (tmp_path / "samples" / "steps.jsonl").exists()
+
+
+def test_an_aligned_policy_is_opened_in_the_precision_it_trained_in(folder, tmp_path):
+    policy = mine(folder, precision="bf16")
+    recipe = tiny(DPO)
+    recipe = replace(
+        recipe, policy=policy, data=Pairs("mine", path=str(folder / "pairs.jsonl")), template="bare", train=("language",),
+        optim=replace(recipe.optim, steps=2, batch=6), compute=policy.compute,
+    )  # fmt: skip
+    run = Run(tmp_path)
+    session = supervised.Session(policy, seed=0, precision="bf16")
+    preference.train_alignment(recipe, session, run, options=Options(quiet=True, compute=recipe.compute))
+    run.write_json("recipe.json", to_dict(recipe) | {"seed": 0})
+    again, _ = runs.open_run(tmp_path)
+    for (name, a), b in zip(session.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert a.dtype == b.dtype, name
+        assert torch.equal(a, b), name

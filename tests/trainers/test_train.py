@@ -419,3 +419,83 @@ def test_trackers_hear_every_step(tmp_path, monkeypatch):
     assert heard[0] == {"project": "mmfast", "name": "run", "config": {"name": "x"}}
     assert [step for step, _ in heard[1:]] == list(range(1, 19))
     assert heard[-1][1]["loss"] == rows(tmp_path / "run", "loss")[-1][0]
+
+
+# ------------------------------------------------------------------------------------------------------ adapters over what trained
+
+ADAPTERS = spec.Lora(rank=4, alpha=8, dropout=0.0, targets=("q_proj", "down_proj"))
+
+
+@pytest.mark.parametrize(("parts", "lora"), [(("language",), None), (("connector",), None), ((), ADAPTERS)])
+def test_activations_are_recomputed_whatever_trains(monkeypatch, parts, lora):
+    """A frozen language model that gradients pass holds as many activations as one that learns."""
+    session = supervised.Session(SMALL, seed=0)
+    batch = session.source(SMALL.stages[2].data, "bare").batch(torch.arange(2))
+    session.let_train(parts, lora)
+    session.model.train()
+    if lora is not None:  # B is 0, and with it A's gradient
+        torch.manual_seed(0)
+        [torch.nn.init.normal_(p, std=0.1) for p in session.model.parameters() if p.requires_grad]
+
+    def gradients():
+        session.model.zero_grad()
+        supervised.token_logps(session, batch, None)[0].sum().backward()
+        return [p.grad for p in session.model.parameters() if p.requires_grad]
+
+    calls = []
+    for layer in session.model.language.get_decoder().layers:
+        layer.input_layernorm.register_forward_hook(lambda *a: calls.append(1))
+    plain, once = gradients(), len(calls)
+    session.model.checkpoint_activations()
+    again = gradients()
+    assert len(calls) == 3 * once, "forward, and once more in backward"
+    torch.testing.assert_close(again, plain)
+    session.model.eval()
+    assert not any(module.training for module in session.model.modules())
+
+
+def test_stages_agree_on_their_adapters(tmp_path):
+    stages = [replace(s, train=("connector",), lora=replace(ADAPTERS, rank=r)) for s, r in zip(SMALL.stages[1:], (4, 2), strict=True)]
+    with pytest.raises(RunError, match=r"an earlier stage added Lora\(rank=4.*another asks for Lora\(rank=2"):
+        supervised.train_system(replace(SMALL, stages=tuple(stages)), Run(tmp_path), quiet=True)
+
+
+def test_a_policy_s_own_adapters_belong_to_the_reference(tmp_path):
+    """Switched off would be the alignment's adapters alone, and its checkpoint opens without those of the stages."""
+    system = replace(SMALL, stages=(*SMALL.stages[:2], replace(SMALL.stages[2], train=("connector",), lora=ADAPTERS)))
+    session = supervised.train_system(system, Run(tmp_path / "base"), quiet=True)
+    ids = torch.tensor([[1, 9, 8, 7]])
+    with torch.no_grad():
+        [p.add_(0.1) for n, p in session.model.named_parameters() if ".lora_B" in n]
+        want = session.model.hidden(ids)
+    align = replace(ALIGN, policy=system, reference="adapter_off", lora=ADAPTERS, train=(), optim=replace(ALIGN.optim, steps=2, lr=1e-2))
+    run = Run(tmp_path / "run")
+    preference.own_pairs, whole = few_pairs, preference.own_pairs
+    try:
+        preference.train_alignment(align, session, run, quiet=True)
+    finally:
+        preference.own_pairs = whole
+    assert rows(tmp_path / "run", "loss")[0][0] == pytest.approx(math.log(2), abs=1e-6)
+    model = session.model.eval()
+    with torch.no_grad(), preference.adapters_off(model):
+        torch.testing.assert_close(model.hidden(ids), want)
+    with torch.no_grad():
+        assert (model.hidden(ids) - want).abs().max() > 1e-3
+    again = supervised.Session(system, seed=0)
+    supervised.restore(again, (align,), run.last_checkpoint()[1])
+    with torch.no_grad():
+        assert torch.equal(again.model.hidden(ids), model.hidden(ids))
+
+
+def few_pairs(session, alignment):
+    texts = [("we see a red circle .", "we see a green ring and a blue square ."), ("we see two red rings .", "we see a star .")] * 8
+    pictures = torch.from_numpy(session.world.render(session.world.scenes("train", 16)))
+    return pictures, [(i, "<image> describe the picture:", *t) for i, t in enumerate(texts)]
+
+
+def test_a_base_s_steps_are_not_the_tracker_s(tmp_path):
+    """Its steps are numbered like those of the run that asks for it, and a tracker takes each number once."""
+    heard = []
+    options = Options(quiet=True, trackers=(heard.append,))
+    supervised.base_model(steps(tiny(LLAVA), 1, 1, 1), options=options, cache=tmp_path)
+    assert heard == []
