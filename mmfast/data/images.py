@@ -65,15 +65,23 @@ def load(source: str | Path | bytes, size: int, frame: int | None = None, name: 
     from PIL import Image as Pillow
 
     picture = _decode(source, frame, name)
-    # A strip of 1 x 100,000 pixels must not become one of 336 x 33,600,000: only its middle is resized.
-    short = min(picture.size)
-    over = [max(side - LONGEST * short, 0) // 2 for side in picture.size]
-    if any(over):
-        picture = picture.crop((over[0], over[1], picture.width - over[0], picture.height - over[1]))
-    # Rounded down, as the published processors do.
-    picture = picture.resize([side * size // short for side in picture.size], Pillow.Resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in picture.size)
+    cut, resized, (left, top) = crop_plan(picture.size, size)
+    if cut != (0, 0, *picture.size):
+        picture = picture.crop(cut)
+    picture = picture.resize(resized, Pillow.Resampling.BICUBIC)
     return np.array(picture.crop((left, top, left + size, top + size)))
+
+
+def crop_plan(size: tuple[int, int], side: int) -> tuple[tuple[int, int, int, int], tuple[int, int], tuple[int, int]]:
+    """What ``load`` does to a picture of ``size`` (width, height): the part that is cut out, what that is resized to, and the upper left
+    corner of the square ``side`` that is kept of it."""
+    # A strip of 1 x 100,000 pixels must not become one of 336 x 33,600,000: only its middle is resized.
+    short = min(size)
+    left, top = (max(s - LONGEST * short, 0) // 2 for s in size)
+    cut = (left, top, size[0] - left, size[1] - top)
+    # Rounded down, as the published processors do.
+    width, height = ((end - start) * side // short for start, end in zip(cut[:2], cut[2:], strict=True))
+    return cut, (width, height), ((width - side) // 2, (height - side) // 2)
 
 
 def _decode(source: str | Path | bytes, frame: int | None, name: str, draft: bool = False) -> Image:
