@@ -120,7 +120,7 @@ def bare(session: Session, states: torch.Tensor, batches: list[dict], optim: Opt
 @pytest.mark.parametrize("scenes", [32, 1])
 def test_loop(tmp_path, scenes):
     """The instruct stage of the tiny LLaVA; with one scene a step there is little to compute, and what surrounds it shows."""
-    steps, rounds = 40, 5
+    steps, rounds = 30, 4
     system = tiny(LLAVA)
     stage = replace(system.stages[-1], optim=replace(system.stages[-1].optim, steps=steps, batch=1, warmup=0, schedule="constant", lr=1e-3))
     session = Session(replace(system, stages=(stage,)), seed=0)
@@ -191,9 +191,9 @@ LARGE = replace(
 )
 ANSWERS = ("connector", "language", "embeddings")
 CASES = [
-    Case("sft", SMALL, 16, 32, 96, ANSWERS),
-    Case("sft, tower trains", SMALL, 16, 32, 96, ("encoder", *ANSWERS)),
-    Case("dpo", SMALL, 8, 32, 96, ("language", "embeddings")),
+    Case("sft", SMALL, 16, 24, 96, ANSWERS),
+    Case("sft, tower trains", SMALL, 16, 24, 96, ("encoder", *ANSWERS)),
+    Case("dpo", SMALL, 8, 24, 96, ("language", "embeddings")),
     Case("dpo, large tower", LARGE, 2, 8, 320, ("language", "embeddings")),
 ]
 
