@@ -41,8 +41,8 @@ format: build
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*' 'tests/emulator/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs -r $(CLANG_FORMAT) -i
 
-bench: build  ## CPU benchmarks of all ops; on an idle machine
-	$(BIN)/python -m pytest bench/ops -o python_files='bench_*.py' -o cache_dir=.cache/pytest_cache $(ARGS)
+bench: build  ## CPU benchmarks of all ops and of the trainers; on an idle machine
+	$(BIN)/python -m pytest bench -o python_files='bench_*.py' -o cache_dir=.cache/pytest_cache $(ARGS)
 
 cuda-check: build  ## every .cu file through nvcc alone: registers, shared memory, no spills, against docs/kernel_resources.csv
 	$(BIN)/python scripts/kernel_resources.py --check

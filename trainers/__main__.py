@@ -99,8 +99,8 @@ def parser() -> Parser:
     sub.add_argument("--steps", type=int, help="at most so many steps a stage: a smoke test")
     sub.add_argument("--scenes", type=int, default=500, help="held-out scenes to measure on")
     sub.add_argument("--quiet", action="store_true", help="no progress bars")
-    sub = add("bench", "benchmark the kernels against PyTorch and their best peers (from a source checkout)")
-    sub.add_argument("op", nargs="?", help="one op, say vq")
+    sub = add("bench", "benchmark kernels and trainers against PyTorch and their best peers (from a source checkout)")
+    sub.add_argument("op", nargs="?", help="one of them, say vq, or trainer")
     add("env", "versions, build and machine")
     return top
 
@@ -225,13 +225,12 @@ def export(args: argparse.Namespace) -> None:
 def bench(args: argparse.Namespace) -> int:
     import subprocess
 
-    folder = Path("bench/ops")
-    known = sorted(p.stem.removeprefix("bench_") for p in folder.glob("bench_*.py"))
+    known = {p.stem.removeprefix("bench_"): p for p in sorted(Path("bench").glob("*/bench_*.py"))}
     if not known:
         raise UsageError("benchmarks live in the source checkout: run `mmfast bench` in its top folder")
     if args.op is not None and args.op not in known:
         raise UsageError(f"no benchmark of {args.op!r}{nearest(args.op, known)}; there are {', '.join(known)}")
-    target = folder / f"bench_{args.op}.py" if args.op else folder
+    target = known[args.op] if args.op else "bench"
     return subprocess.call([sys.executable, "-m", "pytest", "-s", "-q", str(target), "-o", "python_files=bench_*.py"])
 
 

@@ -311,7 +311,7 @@ def train(
             while done < total:
                 began = time.perf_counter()
                 micros = next(steps)
-                torch.manual_seed(_step_seed(options.seed, first_step + done, place.rank))
+                place.seed(_step_seed(options.seed, first_step + done, place.rank))
                 scale = rate(optim, done, total) / optim.lr
                 for group in optimizer.param_groups:
                     group["lr"] = group["peak"] * scale

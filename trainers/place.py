@@ -40,6 +40,13 @@ class Place:
             dist.all_reduce(values)
         return values
 
+    def seed(self, seed: int) -> None:
+        """``torch.manual_seed`` for the generators of this place alone. That function also notes a seed, with the caller's stack, for every kind
+        of device that has not been used yet: a millisecond, and memory that is never freed, a step."""
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     def barrier(self) -> None:
         if self.processes > 1:
             dist.barrier()

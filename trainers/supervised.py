@@ -255,13 +255,20 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
     states = cached_states(session, source)
     source.with_pictures = states is None
 
+    objective = answer_objective(session, states)
+    return train(run, objective, source, probe=make_probe(session, source, stage.template, run, options), **common)
+
+
+def answer_objective(session: Session, states: Tensor | None) -> Objective:
+    """Cross-entropy of the answers' tokens: of each column of a source its mean over the step's tokens, added up."""
+    model = session.model
+
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, float]]:
         logp, rows = token_logps(session, batch, states)
         weights = (1 / totals.clamp_min(1)).to(logp.dtype)[batch["groups"]][rows]
         return -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
 
-    objective = Objective(step, model, blocks=model.blocks)
-    return train(run, objective, source, probe=make_probe(session, source, stage.template, run, options), **common)
+    return Objective(step, model, blocks=model.blocks)
 
 
 def cached_states(session: Session, source) -> Tensor | None:
