@@ -4,11 +4,13 @@ Every run is a program of its own under torchrun with gloo, on the CPU.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from mmfast.trainers import checkpoint
 
 PROGRAM = """
 import sys
@@ -146,3 +148,66 @@ def test_saved_on_four_resumed_on_two(whole, tmp_path, parallel):
     # The last stage is longer now: its steps 8 and 9 are made by two processes from what four have saved.
     curve, _, _ = run(tmp_path / "run", processes=2, parallel=parallel, last=4)
     torch.testing.assert_close(curve[:5, 0], whole[0][:5, 0], atol=1e-6, rtol=1e-6)
+
+
+TOTALS = """
+import sys
+from pathlib import Path
+import torch
+from mmfast.spec import Compute, Optim
+from mmfast.trainers import checkpoint, loop, place
+
+compute = Compute(parallel="fsdp", precision="bf16")
+where = place.find(compute, "cpu")
+out, last = Path(sys.argv[1]), int(sys.argv[2])
+
+
+class Numbers:
+    def __len__(self):
+        return 3000
+
+    def batch(self, index):
+        return {"x": index[:, None].float().remainder(7), "counts": torch.tensor([len(index)], dtype=torch.float64)}
+
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Linear(4, 1))
+
+
+def step(batch, totals):
+    loss = (model(batch["x"]) - 1).square().sum() / totals[0].float()
+    return loss, {"total": totals[0] / where.processes}
+
+
+options = loop.Options(quiet=True, resume=True, compute=compute, place=where, save_every=3)
+run, objective = checkpoint.Run(out, resume=True, main=where.main), loop.Objective(step, model, blocks=[model[0]])
+optim = Optim(lr=0.05, steps=last, batch=1002, ema=0.5, schedule="constant")
+loop.train(run, objective, Numbers(), optim=optim, stage="s", options=options)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_shards_in_half_precision_know_their_totals_and_their_average(tmp_path):
+    """1002 is 1000 in bf16, and 70,000 tokens are infinitely many in fp16; what counts a step is no input to be cast. And a moving average
+    goes on where the checkpoint left it."""
+    (tmp_path / "program.py").write_text(TOTALS)
+
+    def go(name, *lasts):
+        for last in lasts:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "program.py")]
+            done = subprocess.run([*command, str(tmp_path / name), str(last)], capture_output=True, text=True, timeout=200, check=False)
+            assert done.returncode == 0, done.stderr[-3000:]
+        model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Linear(4, 1))
+        checkpoint.load_model(model, tmp_path / name / "checkpoints" / f"step-{lasts[-1]}")
+        return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()], model.state_dict()
+
+    lines, whole = go("whole", 5)
+    assert [line["total"] for line in lines] == [1002.0] * 5
+    # Stopped between two checkpoints: the one of step 3 is what remains.
+    go("cut", 5)
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-5")
+    again, resumed = go("cut", 5)
+    assert [(line["step"], line["loss"]) for line in again] == [(line["step"], line["loss"]) for line in lines]
+    for name, value in whole.items():
+        assert torch.equal(value, resumed[name]), name

@@ -512,3 +512,17 @@ def test_a_run_goes_on_in_another_precision(tmp_path, monkeypatch):
         state = checkpoint.load_state(run.last_checkpoint()[1])["scaler"]
         assert state.get("_growth_tracker") == (None, 3, 6, None)[i], "it goes on counting"
     assert [row["step"] for row in run_steps(tmp_path)] == list(range(1, 13))
+
+
+def test_a_probe_leaves_no_trace(tmp_path):
+    """It turns dropout off and draws random numbers; the next step is what it would have been."""
+    curves = []
+    for name in ("with", "without"):
+        torch.manual_seed(42)
+        model = Noisy()
+        probe = (lambda step, model=model: model.eval() and {"seen": torch.rand(1).item()}) if name == "with" else None
+        options = loop.Options(seed=3, quiet=True, eval_every=1)
+        loop.train(checkpoint.Run(tmp_path / name), squared(model), Numbers(), optim=OPTIM, stage="s", options=options, probe=probe)
+        curves.append(curve(tmp_path / name))
+    assert curves[0] == curves[1]
+    assert "seen" in run_steps(tmp_path / "with")[5]

@@ -499,3 +499,40 @@ def test_a_base_s_steps_are_not_the_tracker_s(tmp_path):
     options = Options(quiet=True, trackers=(heard.append,))
     supervised.base_model(steps(tiny(LLAVA), 1, 1, 1), options=options, cache=tmp_path)
     assert heard == []
+
+
+def test_terms_add_up_with_their_weights_over_micro_batches(base, tmp_path, monkeypatch):
+    """By hand from the log-probabilities: a smoothed, weighted contrast (cDPO, arXiv:2305.18290, section A) and a likelihood per token."""
+    session, weights = base
+    session.model.load_state_dict(weights)
+    monkeypatch.setattr(preference, "own_pairs", few_pairs)
+    caught = {}
+    monkeypatch.setattr(preference, "train", lambda run, objective, source, **k: caught.update(objective=objective, source=source))
+    terms = (
+        spec.Contrast("chosen", "rejected", weight=0.5, loss_type="robust", label_smoothing=0.2),
+        spec.Likelihood("chosen", weight=2.0),
+    )
+    preference.train_alignment(replace(ALIGN, terms=terms, beta=0.3), session, Run(tmp_path), quiet=True)
+    objective, source = caught["objective"], caught["source"]
+    states = session.states(source.pictures)
+
+    def scores():
+        batch = source.batch(torch.arange(7))
+        with torch.no_grad():
+            return preference.view_logps(session, batch, states).double().view(2, -1), batch["scored"].view(2, -1)
+
+    start, tokens = scores()
+    with torch.no_grad():
+        [p.add_(0.02 * torch.randn_like(p)) for p in session.model.language.parameters()]
+    policy, _ = scores()
+    margin = 0.3 * ((policy[0] - start[0]) - (policy[1] - start[1]))
+    # Robust DPO, arXiv:2403.00409, equation 12.
+    pair = (-0.8 * torch.nn.functional.logsigmoid(margin) + 0.2 * torch.nn.functional.logsigmoid(-margin)) / 0.6
+    want = 0.5 * pair.mean() + 2 * -policy[0].sum() / tokens[0].sum()
+    parts = [source.batch(index) for index in torch.arange(7).split([5, 2])]
+    totals = sum(part["counts"] for part in parts)
+    got, measures = zip(*(objective(part, totals) for part in parts), strict=True)
+    assert float(sum(got)) == pytest.approx(float(want), rel=1e-5)
+    assert float(sum(m["rewards/margins"] for m in measures)) == pytest.approx(float(margin.mean()), rel=1e-4)
+    assert float(sum(m["rewards/accuracies"] for m in measures)) == pytest.approx(float((margin > 0).double().mean()))
+    session.model.load_state_dict(weights)
