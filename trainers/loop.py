@@ -124,10 +124,10 @@ class Batches:
         if self.workers:
             # Spawned, not forked: a fork would copy locks that tokenizers' and torch's threads may hold.
             loader = torch.utils.data.DataLoader(
-                _Fetch(self.source), batch_sampler=list(self._indices(first, last)), collate_fn=_first, num_workers=self.workers,
+                _Fetch(self.source), batch_sampler=self._indices(first, last), collate_fn=_first, num_workers=self.workers,
                 prefetch_factor=4, multiprocessing_context="spawn", pin_memory=self.place.device.type == "cuda",
             )  # fmt: skip
-            micros = iter(loader)
+            micros = map(_sound, loader)
         else:
             micros = (self.source.batch(torch.tensor(index)) for index in self._indices(first, last))
         for _ in range(first, last):
@@ -142,10 +142,19 @@ class _Fetch(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitems__(self, index: list[int]) -> list[dict]:
-        return [self.source.batch(torch.tensor(index))]
+        try:
+            return [self.source.batch(torch.tensor(index))]
+        except ValueError as error:  # a picture that is gone: raised here, it would reach the user within a worker's traceback
+            return [{"error": str(error)}]
 
     def __getitem__(self, at: int) -> dict:
         return self.source.batch(torch.tensor([at]))
+
+
+def _sound(batch: dict) -> dict:
+    if "error" in batch:
+        raise ValueError(batch["error"])
+    return batch
 
 
 def _first(items: list[dict]) -> dict:

@@ -95,6 +95,30 @@ def test_packed_rows(tmp_path):
     assert batch["rows"][0].tolist() == [0] * 8 + [1] * 8
 
 
+def test_a_document_is_parsed_once_for_all_its_pictures(tmp_path, monkeypatch):
+    long = [{"text": "<image>".join("abcdef"), "images": [f"{i % 4}.png" for i in (1, 2, 3, 0, 2)]}, said("<image>", "x", 3)]
+    source = Conversations([Records(data(tmp_path, long))], encoder(), size=4)
+    calls, parse = [], Records.parse
+    monkeypatch.setattr(Records, "parse", lambda self, number: (calls.append(number), parse(self, number))[1])
+    assert shown(source.batch(torch.tensor([1, 0]))) == [3, 1, 2, 3, 0, 2]
+    assert len(calls) == 1, "every picture of the batch is first seen in the document"
+
+
+def test_a_tokenizer_whose_unknown_token_ends_texts_knows_all_words(tmp_path, capsys):
+    class Whole(Speller):
+        unk_token_id, unk_token = 2, "$"
+
+    class Lacking(Speller):
+        unk_token_id, unk_token = ord("z"), "z"
+
+    for kind, want in ((Whole, ""), (Lacking, "data.jsonl: warning: 3 of 24 tokens (12.5%)")):
+        spec = data(tmp_path, RECORDS)
+        Conversations([Records(spec)], chat.Encoder(kind(), "bare", image_tokens=2, image_token=IMAGE, pad_token=0), size=4)
+        out = capsys.readouterr().out
+        assert want in out
+        assert ("warning" in out) == bool(want)
+
+
 def test_mixtures_draw_by_weight(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
