@@ -445,6 +445,9 @@ def check(recipe: Recipe, *, processes: int | None = None) -> list[str]:
     else:
         rules(len({s.name for s in recipe.stages}) == len(recipe.stages), "stages", "every stage needs a name of its own")
         jobs = [(stage, rules.below(f"stages.{stage.name}")) for stage in recipe.stages]
+        for stage, its in jobs:
+            told = stage.objective != "words" or all(data.path is None for _, data in _sources(stage.data))
+            its(told, "data.path", "the objective words needs pictures of which the true words are known: shapes or easy_vqa, no records")
     for job, its in jobs:
         _check_training(job, system, its, processes)
     return rules.problems

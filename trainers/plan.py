@@ -64,6 +64,12 @@ def sized(system: System) -> System:
     """The system without weights, at the sizes of its weights: those the recipe names, or a local folder's own."""
     from transformers import AutoConfig
 
+    from .runs import is_run, read_recipe, system_of
+
+    if system.weights and is_run(system.weights):
+        own = sized(system_of(read_recipe(Path(system.weights))[0]))
+        parts = {name: getattr(own, name) for name in ("encoder", "connector", "fusion", "language", "image")}
+        return replace(system, weights=None, **parts)
     encoder, language = replace(system.encoder, weights=None), replace(system.language, weights=None)
     if system.encoder.weights and (Path(system.encoder.weights) / "config.json").is_file():
         found = AutoConfig.from_pretrained(system.encoder.weights)

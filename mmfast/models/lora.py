@@ -117,6 +117,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for name, plain in [(name, _folded(name, layer)) for name, layer in _adapted(model)]:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain)
+    for module in model.modules():  # what peft leaves behind would make it warn of a second set of adapters
+        vars(module).pop("peft_config", None)
     model.train_only(model._trained)
     return model
 
