@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from mmfast.spec import Data, nearest, to_dict
+from mmfast.spec import nearest, to_dict
 
 from .checkpoint import RunError
 
@@ -60,7 +60,7 @@ def parser() -> Parser:
             sub.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: at the end of a stage)")
             sub.add_argument("--data", metavar="FILE", help="JSON or JSONL records instead of the recipe's data")
             sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
-            sub.add_argument("--on-bad-record", choices=("fail", "skip"), default="fail", help="an unreadable picture or faulty record")
+            sub.add_argument("--on-bad-record", choices=("fail", "skip"), help="an unreadable picture or faulty record (default fail)")
             sub.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints to keep")
             sub.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps between measures and samples during training")
             sub.add_argument("--track", default="", metavar="LIST", help="also log to some of tensorboard,wandb,trackio")
@@ -127,12 +127,8 @@ def resolve(args: argparse.Namespace, rest: list[str]):
     recipe, problems = config.layered(args.recipe, tiny=args.tiny, files=args.config, rest=rest, flags=FLAGS)
     if getattr(args, "device", None):
         recipe = replace(recipe, compute=replace(recipe.compute, device=args.device))
-    if getattr(args, "data", None):
-        if not Path(args.data).exists() and not args.data.startswith("hub:") and "*" not in args.data:
-            problems.append(f"data file {args.data} does not exist")
-        from .runs import with_data
-
-        recipe = with_data(recipe, path=args.data, images=args.images, on_bad_record=args.on_bad_record)
+    if args.command == "train":
+        recipe = _with_records(recipe, args, problems)
     recipe = config.resolved(recipe, problems, processes=getattr(args, "processes", None))
     if args.print_config:
         from .demo import cap
@@ -140,6 +136,26 @@ def resolve(args: argparse.Namespace, rest: list[str]):
         print(config.to_yaml(cap(recipe, getattr(args, "steps", None))), end="")
         raise SystemExit(0)
     return recipe
+
+
+def _with_records(recipe, args: argparse.Namespace, problems: list[str]):
+    """The recipe with --data, --images and --on-bad-record over it; the last two also count for records that the recipe names itself."""
+    import glob
+
+    from .runs import data_of, with_data
+
+    for path in filter(None, (args.data, args.eval_data)):
+        if not (Path(path).expanduser().exists() or path.startswith("hub:") or glob.has_magic(path)):
+            problems.append(f"data file {path} does not exist")
+    given = {name: getattr(args, name) for name in ("images", "on_bad_record") if getattr(args, name) is not None}
+    if args.data:
+        return with_data(recipe, path=args.data, **{"images": None, **given})
+    if args.eval_data:
+        given.pop("images", None)  # whose pictures those are
+    if given and all(data.path is None for data in data_of(recipe)):
+        problems.append(f"--{next(iter(given)).replace('_', '-')} is about records, and none are given; add --data FILE")
+        return recipe
+    return with_data(recipe, **given) if given else recipe
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> None:
@@ -153,7 +169,7 @@ def train(args: argparse.Namespace, rest: list[str]) -> None:
             print(json.dumps(to_dict(recipe), indent=2))
             print(runs.preview(recipe, colour=sys.stdout.isatty()), file=sys.stderr)
             return
-        given = None if args.eval_data is None else Data("eval", path=args.eval_data, images=args.images)
+        given = None if args.eval_data is None else runs.to_measure(recipe, args.eval_data, args.images)
         start = runs.Start(
             out=args.out or Path("runs") / recipe.name, eval_data=given,
             **{k: getattr(args, k) for k in ("seed", "resume", "save_every", "keep", "eval_every", "track", "quiet")},
@@ -181,10 +197,10 @@ def opened(folder: Path, device: str | None):
 
 def evaluate(args: argparse.Namespace) -> None:
     from .checkpoint import Run
-    from .runs import measure
+    from .runs import measure, to_measure
 
     session, recipe = opened(args.run, args.device)
-    given = None if args.data is None else Data("eval", path=args.data, images=args.images)
+    given = None if args.data is None else to_measure(recipe, args.data, args.images)
     measured, _, _ = measure(session, recipe, eval_data=given, scenes=args.scenes)
     if not measured:
         raise UsageError(f"{args.run} was trained on data of your own: give records to measure on with --data FILE")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -141,11 +142,12 @@ def make_probe(
         scenes = session.world.scenes("valid", PROBE_SCENES)
         states = session.states(torch.from_numpy(session.world.render(scenes)))
         exam = Exam(session, scenes=PROBE_SCENES, statistics_scenes=2000, split="valid") if options.eval_every else None
+        names = _keep_pictures(run, [exam.pictures[i : i + 1] for i in range(PROBE_SAMPLES)]) if exam is not None else []
 
         def measure(step: int) -> dict[str, float]:
             if exam is not None:
                 measured, details = exam(session, template=template)
-                _note(run, step, [{"said": text} for text in details["captions"][:PROBE_SAMPLES]])
+                _note(run, step, [{"said": text, "images": n} for text, n in zip(details["captions"], names, strict=False)])
                 return {k: float(v) for k, v in measured.items() if v is not None}
             texts, _ = caption_all(session, states, template)
             return {"len": sum(len(text.split()) for text in texts) / len(texts)}
@@ -154,13 +156,11 @@ def make_probe(
     if not hasattr(source, "prompts"):
         return None
     asked = source.prompts(PROBE_SAMPLES)
+    names = _keep_pictures(run, [pictures for *_, pictures in asked])
 
     def samples(step: int) -> dict[str, float]:
-        _note(
-            run,
-            step,
-            [{"asked": question, "said": said} for question, said in zip((q for q, *_ in asked), answer(session, asked), strict=True)],
-        )
+        said = zip(asked, answer(session, asked), names, strict=True)
+        _note(run, step, [{"asked": question, "said": words, "images": n} for (question, *_), words, n in said])
         return {}
 
     return samples
@@ -178,7 +178,20 @@ def answer(session: Session, asked: list[tuple[str, list[int], Tensor]], max_new
     return said
 
 
-def _note(run: Run, step: int, rows: list[dict[str, str]]) -> None:
+def _keep_pictures(run: Run, groups: list[Tensor]) -> list[list[str]]:
+    """Pictures uint8 [M, H, W, 3] of each sample into ``samples/``, named after what they show: stages ask about different ones."""
+    from PIL import Image
+
+    names = [[f"{hashlib.sha256(p.numpy().tobytes()).hexdigest()[:12]}.png" for p in pictures] for pictures in groups]
+    if run.main:
+        (run.folder / "samples").mkdir(exist_ok=True)
+        for pictures, files in zip(groups, names, strict=True):
+            for picture, name in zip(pictures, files, strict=True):
+                Image.fromarray(picture.numpy()).save(run.folder / "samples" / name)
+    return names
+
+
+def _note(run: Run, step: int, rows: list[dict[str, Any]]) -> None:
     if run.main:
         (run.folder / "samples").mkdir(exist_ok=True)
         with open(run.folder / "samples" / "steps.jsonl", "a") as file:

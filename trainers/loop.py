@@ -127,7 +127,7 @@ class Batches:
                 _Fetch(self.source), batch_sampler=self._indices(first, last), collate_fn=_first, num_workers=self.workers,
                 prefetch_factor=4, worker_init_fn=_undisturbed, multiprocessing_context="spawn", pin_memory=self.place.device.type == "cuda",
             )  # fmt: skip
-            micros = iter(loader)
+            micros = map(_sound, loader)
         else:
             micros = (self.source.batch(torch.tensor(index)) for index in self._indices(first, last))
         for _ in range(first, last):
@@ -142,7 +142,10 @@ class _Fetch(torch.utils.data.Dataset):
         return len(self.source)
 
     def __getitems__(self, index: list[int]) -> list[dict]:
-        return [self.source.batch(torch.tensor(index))]
+        try:
+            return [self.source.batch(torch.tensor(index))]
+        except ValueError as error:  # a picture that is gone: raised here, it would reach the user within a worker's traceback
+            return [{"error": str(error)}]
 
     def __getitem__(self, at: int) -> dict:
         return self.source.batch(torch.tensor([at]))
@@ -152,6 +155,12 @@ def _undisturbed(worker: int) -> None:
     """A signal to the whole job is for the run to act on: it saves first and then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _sound(batch: dict) -> dict:
+    if "error" in batch:
+        raise ValueError(batch["error"])
+    return batch
 
 
 def _first(items: list[dict]) -> dict:

@@ -28,6 +28,8 @@ MEASURES = (
     ("pope_adversarial_accuracy", "POPE adversarial", True, "negatives that usually stand beside what is there"),
     ("pope_adversarial_f1", "POPE adversarial F1", True, ""),
     ("yes_ratio_adversarial", "Yes ratio, adversarial", None, "0.5 is balanced"),
+    ("loss", "Loss", False, "nats a token of the answers"),
+    ("answer_accuracy", "Right answers", True, "answers that greedy decoding gives word for word"),
 )
 CURVES = (
     ("loss", "Loss"),
@@ -106,9 +108,20 @@ def curve(points: Sequence[tuple[float, float]], title: str, breaks: Sequence[tu
     )
 
 
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file to which a run may be writing just now: a line that is not whole yet is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            pass
+    return found
+
+
 def curves(metrics: Path, title: str = "") -> str:
     """All known curves of a ``metrics.jsonl``."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = _lines(metrics)
     breaks, seen = [], set()
     for row in rows:
         if row["stage"] not in seen:
@@ -123,20 +136,34 @@ def curves(metrics: Path, title: str = "") -> str:
 
 
 def measures(columns: dict[str, dict[str, float]]) -> str:
-    """The measures of one or more evaluations; with two, the change, coloured by whether it is for the better."""
+    """The measures of one or more evaluations; with two, the change, coloured by whether it is for the better. What has no title here stands
+    below the others under its own name."""
+    known = {key for key, *_ in MEASURES}
+    other = dict.fromkeys(k for c in columns.values() for k, v in c.items() if k not in known and isinstance(v, int | float))
+    shown = _table(columns, MEASURES)
+    rest = _table(columns, [(key, html.escape(key), None, "") for key in other])
+    return shown + (f"<details><summary>All measures</summary>{rest}</details>" if shown and rest else rest)
+
+
+def _table(columns: dict[str, dict[str, float]], lines: Sequence[tuple[str, str, bool | None, str]]) -> str:
     names = list(columns)
     head = "".join(f'<th class="n">{html.escape(n)}</th>' for n in names) + ('<th class="n">change</th>' if len(names) == 2 else "")
     rows = []
-    for key, title, up, meaning in MEASURES:
+    for key, title, up, meaning in lines:
         values = [columns[n].get(key) for n in names]
         if all(v is None for v in values):
             continue
-        cells = "".join(f'<td class="n">{"-" if v is None else f"{v:.3f}" if key != "len" else f"{v:.1f}"}</td>' for v in values)
+        cells = "".join(
+            f'<td class="n">{"-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.3f}" if key != "len" else f"{v:.1f}"}</td>'
+            for v in values
+        )
         if len(names) == 2 and None not in values:
             change = values[1] - values[0]
             better = "" if up is None or abs(change) < 5e-4 else "good" if (change > 0) == up else "bad"
             cells += f'<td class="n {better}">{change:+.3f}</td>'
         rows.append(f'<tr><td>{title}<br><span class="dim">{meaning}</span></td>{cells}</tr>')
+    if not rows:
+        return ""
     return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
@@ -164,13 +191,33 @@ def marked(world: World, scene: Scene, text: str) -> str:
 LEGEND = '<p class="dim"><mark>Marked</mark>: not in the picture. <u>Underlined</u>: there, but not so many or not at that place.</p>'
 
 
-def samples(pictures: Sequence[np.ndarray], rows: Sequence[dict[str, str]]) -> str:
-    """Pictures with what was said about them; the values are HTML."""
+def samples(pictures: Sequence[np.ndarray | Sequence[np.ndarray]], rows: Sequence[dict[str, str]]) -> str:
+    """Pictures, one or several at a time, with what was said about them; the values are HTML."""
     cells = []
     for picture, row in zip(pictures, rows, strict=True):
         said = "".join(f'<p><span class="who">{html.escape(who)}</span><br>{text}</p>' for who, text in row.items())
-        cells.append(f'<div class="card sample"><img src="{png(picture)}" alt="scene"><div>{said}</div></div>')
+        seen = [picture] if isinstance(picture, np.ndarray) else picture
+        shown = "".join(f'<img src="{png(one)}" alt="scene">' for one in seen)
+        cells.append(f'<div class="card sample"><div>{shown}</div><div>{said}</div></div>')
     return f'<div class="samples">{"".join(cells)}</div>'
+
+
+def during(folder: Path) -> str:
+    """The samples that a run took while it trained (``samples/steps.jsonl``): each question with its pictures, and what was said to it at the
+    first step, half way and last. What a resumed run said a second time counts."""
+    from PIL import Image
+
+    said: dict[tuple, dict[int, str]] = {}
+    for row in _lines(folder / "samples" / "steps.jsonl"):
+        said.setdefault((row.get("asked", ""), *row.get("images", ())), {})[row["step"]] = row["said"]
+    pictures, rows = [], []
+    for (asked, *names), by_step in said.items():
+        steps = sorted(by_step)
+        files = [folder / "samples" / Path(name).name for name in names]
+        pictures.append([np.asarray(Image.open(file).convert("RGB")) for file in files if file.exists()])
+        told = {f"step {step}": html.escape(by_step[step]) for step in dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))}
+        rows.append(({"asked": html.escape(asked.replace("<image>", "").strip())} if asked else {}) | told)
+    return samples(pictures, rows) if rows else ""
 
 
 def page(title: str, lead: str, cards: Sequence[tuple[str, str]], sections: Sequence[tuple[str, str]]) -> str:
@@ -204,7 +251,7 @@ def run_page(folder: Path) -> str:
         rows = json.loads((folder / "samples" / "samples.json").read_text())
         shown = samples([np.asarray(Image.open(folder / "samples" / r["image"])) for r in rows], [r["said"] for r in rows])
     final = evaluations.get("after") or evaluations.get("measured") or {}
-    cards = [(f"{final[k]:.3f}", title) for k, title, _, _ in MEASURES[:4] if final.get(k) is not None]
+    cards = [(f"{final[k]:.3f}", title) for k, title, _, _ in MEASURES if final.get(k) is not None][:4]
     return page(
         recipe["name"],
         f'<p class="dim">{html.escape(recipe.get("paper", ""))}</p>',
@@ -212,7 +259,8 @@ def run_page(folder: Path) -> str:
         [
             ("Measures", measures(evaluations) if evaluations else ""),
             ("Pictures and words", LEGEND + shown if shown else ""),
-            ("Curves", curves(folder / "metrics.jsonl") if (folder / "metrics.jsonl").exists() else ""),
+            ("Curves", curves(folder / "metrics.jsonl")),
+            ("While it trained", during(folder)),
             ("Recipe", recipe_section(recipe)),
         ],
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmfast.spec import Alignment, Data, Stage, System, to_dict
+from mmfast.spec import Alignment, Data, Mixture, Stage, System, to_dict
 
 from . import config
 from .checkpoint import Run, RunError
@@ -48,9 +48,10 @@ def prepare(recipe: System | Alignment, start: Start) -> partial:
     from .supervised import Session
     from .trackers import open_trackers
 
-    for name in ("save_every", "keep"):
-        if getattr(start, name) is not None and getattr(start, name) < 1:
-            raise RunError(f"--{name.replace('_', '-')} {getattr(start, name)}: expected at least 1")
+    for name, least in (("save_every", 1), ("keep", 1), ("eval_every", 0)):
+        if getattr(start, name) is not None and getattr(start, name) < least:
+            raise RunError(f"--{name.replace('_', '-')} {getattr(start, name)}: expected at least {least}")
+    recipe = _where_it_lies(recipe)
     place = find(recipe.compute)
     stored = to_dict(recipe) | {"seed": start.seed}
     if start.resume and (start.out / "recipe.json").exists():
@@ -120,7 +121,7 @@ def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes
     if session.knows_the_world:
         exam = exam or Exam(session, scenes=scenes)
         measured, details = exam(session, template=template)
-    elif any(data.name == "easy_vqa" for data in data_of(recipe)):
+    elif any(data.name == "easy_vqa" and data.path is None for data in data_of(recipe)):
         measured = measure_answers(session, EasyVQA(encode, encode.pad_token, train=False))
     if eval_data is not None:
         measured |= measure_answers(session, session.source(eval_data, template, encode.max_length))
@@ -132,22 +133,30 @@ def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> 
     from mmfast.data.sources import PreferencePairs
 
     from .preference import Records
-    from .supervised import Session
+    from .supervised import Session, parts_of
 
-    system, shown = system_of(recipe), []
-    paths = [data for data in data_of(recipe) if data.path is not None or data.name in config.BUILT_IN]
-    if not paths:
+    if isinstance(recipe, Alignment) and recipe.data.path is None and recipe.data.name == "shapes_own":
+        return "no preview: these pairs are made of what the policy says once it is trained"
+    stages = [] if isinstance(recipe, Alignment) else [s for s in recipe.stages if s.objective == "lm"]
+    readable = [s for s in stages if all(data.path is not None or data.name in config.BUILT_IN for data in parts_of(s.data))]
+    if not (readable or (isinstance(recipe, Alignment) and recipe.data.path is not None)):
         return "no preview: the data of this recipe is not built in, and none was given (--data FILE)"
-    session = Session(system, seed=0, with_model=False)
+    session, shown = Session(system_of(recipe), seed=0, with_model=False), []
     if isinstance(recipe, Alignment):
-        source = PreferencePairs(Records(recipe.data), session.encoder(recipe.template, recipe.max_length), size=session.system.image.size)
-        sources = [(recipe.name, source)]
+        encode = session.encoder(recipe.template, recipe.max_length)
+        sources = {recipe.name: PreferencePairs(Records(recipe.data), encode, size=session.system.image.size)}
     else:
-        sources = [(s.name, session.source(s.data, s.template, s.max_length)) for s in recipe.stages if s.objective == "lm"]
-    for name, source in sources:
+        sources = {s.name: session.source(s.data, s.template, s.max_length) if s in readable else None for s in stages}
+    for name, source in sources.items():
+        if source is None:
+            shown.append(f"{name}: no preview, its data is not built in and was not given")
+            continue
         source.with_pictures = False
-        batch = source.batch(torch.arange(min(count, len(source))))
-        shown += [f"{name}: {_told(session, ids, labels, colour)}" for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True)]
+        batch = source.take(count) if hasattr(source, "take") else source.batch(torch.arange(min(count, len(source))))
+        rows = list(zip(batch["input_ids"], batch["labels"], strict=True))
+        for at, (ids, labels) in enumerate(rows):
+            view = f", {list(source.views)[at * len(source.views) // len(rows)]}" if hasattr(source, "views") else ""
+            shown.append(f"{name}{view}: {_told(session, ids, labels, colour)}")
     return "\n".join(shown)
 
 
@@ -185,15 +194,26 @@ def data_of(recipe: System | Alignment) -> list:
 
 
 def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
-    """The recipe reading other records, in every stage that reads text."""
+    """The recipe reading other records, in every stage that reads text; without ``path`` its own records, read otherwise."""
+    from .supervised import parts_of
+
     if isinstance(recipe, Alignment):
         return replace(recipe, data=replace(recipe.data, **given))
 
     def other(stage: Stage) -> Stage:
+        if "path" not in given:
+            parts = tuple(replace(part, **given) for part in parts_of(stage.data))
+            return replace(stage, data=replace(stage.data, parts=parts) if isinstance(stage.data, Mixture) else parts[0])
         own = stage.data if isinstance(stage.data, Data) else Data(stage.data.name)  # a mixture gives way to the one set
         return replace(stage, data=replace(own, **given)) if stage.objective == "lm" else stage
 
     return replace(recipe, stages=tuple(map(other, recipe.stages)))
+
+
+def to_measure(recipe: System | Alignment, path: str, images: str | None) -> Data:
+    """Records to measure a recipe's model on. A file of conversations has the names that the recipe's own records have."""
+    own = next((data for data in reversed(data_of(recipe)) if data.path is not None and isinstance(data, Data)), Data("eval"))
+    return Data("eval", path=path, images=images, columns=own.columns, frames=own.frames)
 
 
 def _check_records(recipe, session, eval_data: Data | None) -> None:
@@ -209,6 +229,15 @@ def _check_records(recipe, session, eval_data: Data | None) -> None:
                 session.source(stage.data, stage.template, stage.max_length)
     if eval_data is not None:
         session.source(eval_data, template_of(recipe), recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
+
+
+def _where_it_lies(recipe: System | Alignment) -> System | Alignment:
+    """The recipe with the whole path of a run that it starts from: a run folder must not depend on where it was begun."""
+    system = system_of(recipe)
+    if not (system.weights and is_run(system.weights)):
+        return recipe
+    system = replace(system, weights=str(Path(system.weights).resolve()))
+    return replace(recipe, policy=system) if isinstance(recipe, Alignment) else system
 
 
 def _check_same(before: dict, now: dict, out: Path) -> None:

@@ -59,7 +59,7 @@ class Session:
         self.image_token = self.tokenizer.convert_tokens_to_ids("<image>")
         if with_model:
             self.rebuild(origin)
-        else:
+        elif not self.origin:  # a run has told its sizes
             self.system = resolved(self.system)
 
     def _open_origin(self) -> Session | None:

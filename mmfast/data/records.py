@@ -130,6 +130,7 @@ class Stream:
     ):  # fmt: skip
         self.data, self.name = data, data.path or data.name
         self.seed, self.block, self.part, self.open_pictures, self.say = seed, block, part, open_pictures, say
+        self.check: Callable[[Record], Any] | None = None  # may find a fault (ValueError) in a record before it is given out
         _check_columns(data)
         if str(data.path).startswith("hub:"):
             self._kind, self._files, self._root = "hub", [], data.images or os.curdir
@@ -203,6 +204,8 @@ class Stream:
             if self.open_pictures:
                 for picture in record.pictures:
                     picture.check()
+            if self.check is not None:
+                self.check(record)
             return record
         except ValueError as error:
             sentence = f"{self.name}: record {number}: {error}"

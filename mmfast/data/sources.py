@@ -37,10 +37,16 @@ class _Checked:
         # Encodings end to end, and where each lies: a tensor apiece would cost a loader's processes a file handle apiece.
         self._kept: dict[tuple[int, int, str], tuple[int, int]] = {}
         self._ids, self._labels = array("i"), array("i")
+        self._seen = self._unknown = 0  # tokens of the checked texts, and those that the tokenizer has no word for
         for at, records in enumerate(parts):
             good = check(records, lambda record, at=at: self._encode_all(at, record), on_bad_record=records.data.on_bad_record)
             self.items += [(at, number) for number in good]
             self.sizes.append(len(good))
+        if self._unknown:
+            print(
+                f"{parts[0].name}: warning: {self._unknown:,} of {self._seen:,} tokens ({self._unknown / self._seen:.1%}) are of words that the "
+                f"tokenizer does not have and become {encoder.tokenizer.unk_token} (tiny models know the words of their built-in data alone)"
+            )
         places: dict[str, int] = {}
         self._pictures: list[tuple[int, int, int]] = []  # where a picture is first seen: part, number, place in the record
         self._pictures_of: list[list[int]] = []
@@ -62,8 +68,11 @@ class _Checked:
 
     def load_pictures(self, ids: Tensor) -> Tensor:
         """uint8 ``[M, size, size, 3]`` of the distinct pictures with these numbers."""
-        found = [self._pictures[i] for i in ids.tolist()]
-        loaded = [self.parts[at].parse(number).pictures[place].load(self.size) for at, number, place in found]
+        found, loaded, last, shown = [self._pictures[i] for i in ids.tolist()], [], None, ()
+        for at, number, place in found:
+            if last != (at, number):  # a document's pictures mostly come one after another: it is parsed once for all of them
+                last, shown = (at, number), self.parts[at].parse(number).pictures
+            loaded.append(shown[place].load(self.size))
         return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
 
     def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
@@ -81,6 +90,10 @@ class _Checked:
     def _encode_all(self, at: int, record: Record) -> tuple[list[int], list[int]]:
         """Every text of a record, kept; the one with fewest labels stands for all before the check."""
         made = [self._encode(at, record, name) for name in self.texts]
+        unknown = _unknown_token(self.encoder.tokenizer)
+        for ids, _ in made:
+            self._seen += len(ids) - ids.count(self.encoder.image_token)
+            self._unknown += 0 if unknown is None else ids.count(unknown)
         return min(made, key=lambda pair: sum(label != chat.IGNORE for label in pair[1]))
 
     def _encode(self, at: int, record: Record, name: str) -> tuple[list[int], list[int]]:
@@ -127,6 +140,12 @@ class _Checked:
             "image_rows": torch.tensor([place[p] for p in shown], dtype=torch.long),
             **({"pictures": self.load_pictures(picture_ids)} if self.with_pictures and pictures else {}),
         }, scored
+
+
+def _unknown_token(tokenizer: Any) -> int | None:
+    """The id of words that a tokenizer does not have; None where it has all, or where the id also begins or ends texts (GPT-2)."""
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    return None if unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id) else unknown
 
 
 class Conversations(_Checked):
@@ -190,7 +209,15 @@ class Streamed:
 
     def __init__(self, stream: Stream, encoder: chat.Encoder, *, size: int):
         self.stream, self.encoder, self.size, self.packing, self.pad_to = stream, encoder, size, False, 1
+        self._encoded: tuple[list[int], list[int]] = ([], [])
+        stream.check = self._encode
         self._records = iter(stream)
+
+    def _encode(self, record: Record) -> None:
+        """Called by the stream for each record just before it is given out: one that cannot be encoded is told, or left out, like any other."""
+        self._encoded = self.encoder.record(record)
+        if all(label == chat.IGNORE for label in self._encoded[1]):
+            raise ValueError("has nothing to learn: every label is masked")
 
     def take(self, rows: int, rank: int = 0, processes: int = 1) -> dict[str, Tensor]:
         """The next ``rows`` records' batch, of which this process gets every ``processes``-th."""
@@ -198,7 +225,7 @@ class Streamed:
         for at in range(rows):
             record = self._next()
             if at % processes == rank:
-                mine.append((*self.encoder.record(record), record.pictures))
+                mine.append((*self._encoded, record.pictures))
         ids, labels = chat.pad([i for i, _, _ in mine], self.encoder.pad_token), chat.pad([ls for _, ls, _ in mine], chat.IGNORE)
         shown = [p for i, _, pictures in mine for p in pictures[: i.count(self.encoder.image_token) // self.encoder.image_tokens]]
         lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()

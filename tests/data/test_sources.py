@@ -96,6 +96,30 @@ def test_packed_rows(tmp_path):
     assert batch["rows"][0].tolist() == [0] * 8 + [1] * 8
 
 
+def test_a_document_is_parsed_once_for_all_its_pictures(tmp_path, monkeypatch):
+    long = [{"text": "<image>".join("abcdef"), "images": [f"{i % 4}.png" for i in (1, 2, 3, 0, 2)]}, said("<image>", "x", 3)]
+    source = Conversations([Records(data(tmp_path, long))], encoder(), size=4)
+    calls, parse = [], Records.parse
+    monkeypatch.setattr(Records, "parse", lambda self, number: (calls.append(number), parse(self, number))[1])
+    assert shown(source.batch(torch.tensor([1, 0]))) == [3, 1, 2, 3, 0, 2]
+    assert len(calls) == 1, "every picture of the batch is first seen in the document"
+
+
+def test_a_tokenizer_whose_unknown_token_ends_texts_knows_all_words(tmp_path, capsys):
+    class Whole(Speller):
+        unk_token_id, unk_token = 2, "$"
+
+    class Lacking(Speller):
+        unk_token_id, unk_token = ord("z"), "z"
+
+    for kind, want in ((Whole, ""), (Lacking, "data.jsonl: warning: 3 of 24 tokens (12.5%)")):
+        spec = data(tmp_path, RECORDS)
+        Conversations([Records(spec)], chat.Encoder(kind(), "bare", image_tokens=2, image_token=IMAGE, pad_token=0), size=4)
+        out = capsys.readouterr().out
+        assert want in out
+        assert ("warning" in out) == bool(want)
+
+
 def test_mixtures_draw_by_weight(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
@@ -194,3 +218,32 @@ def test_other_processes_are_handed_few_tensors(tmp_path):
         got = other.batch(torch.tensor([3, 1, 399]))
         assert got.keys() == want.keys()
         assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_processes_share_a_stream_and_cut_records_lose_their_pictures(tmp_path):
+    pytest.importorskip("datasets")
+    spec = data(tmp_path, [said(f"<image>{i}", "x", i % 4) for i in range(4)], streaming=True)
+    shares = [Streamed(Stream(spec), encoder(), size=4).take(4, rank, 2) for rank in range(2)]
+    assert [[text(row) for row in share["input_ids"].tolist()] for share in shares] == [["^@@0x$", "^@@2x$"], ["^@@1x$", "^@@3x$"]]
+    assert [shown(share) for share in shares] == [[0, 2], [1, 3]]
+    long = [{"text": "abc<image>d<image>efg", "images": ["1.png", "2.png"]}, said("<image>", "x", 3)]
+    batch = Streamed(Stream(data(tmp_path, long, streaming=True)), encoder(max_length=8), size=4).take(2)
+    assert [text(row) for row in batch["input_ids"].tolist()] == ["^abc@@d", "^@@x$"]
+    assert shown(batch) == [1, 3]
+
+
+def test_the_plain_template_keeps_as_many_places_as_there_are_pictures(tmp_path):
+    records = [said("a<image>b<image>", "x", 2, 1), said("words alone", "y"), said("<image>", "z", 3)]
+    plain = chat.Encoder(Speller(), "plain", image_tokens=2, image_token=IMAGE, pad_token=0)
+    batch = Conversations([Records(data(tmp_path, records))], plain, size=4).batch(torch.tensor([0, 1, 2]))
+    assert [text(row) for row in batch["input_ids"].tolist()] == ["^@@@@x\n", "^y\n", "^@@z\n"]
+    assert shown(batch) == [2, 1, 3]
+
+
+def test_a_records_later_pictures_are_opened_too(tmp_path):
+    spec = data(tmp_path, [said("<image><image>", "x", 1, 2), said("<image>", "x", 2), said("<image>", "x", 1)])
+    (tmp_path / "2.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"2 of 3 records are faulty") as error:
+        Conversations([Records(spec)], encoder(), size=4)
+    assert "record 0" in str(error.value)
+    assert "record 1" in str(error.value)

@@ -51,6 +51,11 @@ WRONG = [
     (["bench", "vqq"], "mmfast"),
     (["lits"], "did you mean 'list'"),
     (["list", "--markdwon"], "unknown option '--markdwon'"),
+    (["train", "llava", "--tiny", "--eval-every", "-1"], "--eval-every -1: expected at least 0"),
+    (["train", "llava", "--tiny", "--eval-data", "gone.json"], "data file gone.json does not exist"),
+    (["train", "llava", "--tiny", "--images", "folder"], "--images is about records, and none are given; add --data FILE"),
+    (["train", "llava", "--tiny", "--on-bad-record", "skip"], "--on-bad-record is about records, and none are given"),
+    (["train", "llava", "--tiny", "--stages.words.data.path", "x.json"], "stages.words.data.path: the objective words needs pictures"),
     (["demo", "--steps", "0"], "--steps 0: expected at least 1"),
     (["demo", "--scenes", "0"], "--scenes 0: expected at least 1"),
 ]

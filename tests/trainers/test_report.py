@@ -106,6 +106,50 @@ def test_a_run_without_evaluation_or_samples_still_has_a_page(tmp_path):
     assert Page(report.run_page(folder)).tags.count("polyline") == 0
 
 
+def test_a_run_in_progress_has_a_page(tmp_path):
+    folder = run_folder(tmp_path / "run", steps=30)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 31, "stage": "se')
+    (folder / "samples" / "steps.jsonl").write_text('{"step": 1, "said": "a & b", "images": ["0.png", "gone.png"]}\n{"step": 2, "sa')
+    page = Page(report.run_page(folder))
+    assert page.tags.count("polyline") == 2
+    assert page.tags.count("img") == 4
+
+
+def test_samples_of_the_training_are_shown_with_all_their_pictures(tmp_path):
+    folder = run_folder(tmp_path / "run", samples=2)
+    rows = [{"step": s, "asked": "<image><image>\nwhich <b>?", "said": f"say {s} <i>", "images": ["0.png", "1.png"]} for s in range(1, 8)]
+    rows += [{"step": 4, "asked": "words alone", "said": "fine", "images": []}, rows[6] | {"said": "again"}]
+    (folder / "samples" / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.during(folder)
+    page = Page(text)
+    assert page.tags.count("img") == 2
+    assert "which &lt;b&gt;?" in text
+    assert "say 1 &lt;i&gt;" in text
+    assert "say 4 &lt;i&gt;" in text
+    assert "say 7" not in text, "a resumed run said it again"
+    assert "again" in text
+    assert text.count("say ") == 2
+    assert "words alone" in text
+    assert report.during(tmp_path) == ""
+
+
+def test_measures_of_any_name_are_shown():
+    text = report.measures(
+        {"before": {"loss": 2.5, "my<score": 0.25, "answers": 1200}, "after": {"loss": 2.0, "my<score": 0.5, "note": "x"}}
+    )
+    page = Page(text)
+    assert ">2.500<" in text
+    assert 'class="n good">-0.500<' in text, "a smaller loss is better"
+    assert "my&lt;score" in text
+    assert ">+0.250<" in text
+    assert ">1,200<" in text
+    assert "note" not in text
+    assert page.tags.count("details") == 1
+    assert "details" not in report.measures({"measured": {"my": 0.1}}), "nothing to hide them behind"
+    assert report.measures({"measured": {}}) == ""
+
+
 def test_a_curve_keeps_the_ends_of_its_values():
     points = [(float(x), x / 10) for x in range(1000)]
     svg = report.curve(points, "a < b")

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlavaForConditionalGeneration
 
+from mmfast.data.images import load
 from mmfast.models import tiny
 from mmfast.models.lora import lora_parameters
 from mmfast.models.tokenizer import word_tokenizer
@@ -266,6 +267,14 @@ def test_samples_appear_while_it_trains(folder, tmp_path, capsys):
     assert call(capsys, *argv[:-2])[0] == 0
     rows = [json.loads(line) for line in (Path(tmp_path) / "a" / "samples" / "steps.jsonl").read_text().splitlines()]
     assert {row["step"] for row in rows} == {1, 2, 3, 4, 5, 6}
+    assert set(rows[0]) == {"step", "asked", "said", "images"}
+    picture = np.asarray(Image.open(tmp_path / "a" / "samples" / rows[0]["images"][0]))
+    assert picture.shape == (28, 28, 3)
+    assert picture[..., 0].mean() > 2 * picture[..., 1].mean(), "the first record shows red"
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert "while it trained" in page.lower()
+    assert page.count("<img") == 4
+    assert "Right answers" not in page, "nothing was measured"
     assert set(rows[0]) == {"step", "asked", "said"}
 
 
@@ -324,3 +333,179 @@ def test_an_aligned_policy_is_opened_in_the_precision_it_trained_in(folder, tmp_
     for (name, a), b in zip(session.model.state_dict().items(), again.model.state_dict().values(), strict=True):
         assert a.dtype == b.dtype, name
         assert torch.equal(a, b), name
+
+
+def test_the_page_shows_the_measures_of_own_records(trained):
+    page = (trained / "report.html").read_text()
+    told = json.loads((trained / "eval.json").read_text())
+    assert f">{told['loss']:.3f}<" in page
+    assert "Right answers" in page
+    assert ">24<" in page, "how many answers there were, under the name that the file has"
+    assert page.count("polyline") == 1
+
+
+def test_right_answers_are_those_that_greedy_decoding_gives(folder, trained):
+    """Two turns a record, of which the model is right about some: counted from ``generate`` instead."""
+    session, recipe = runs.open_run(trained)
+    lines = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    said = []
+    for line in lines:
+        encode, picture = session.encoder("bare"), session.pixels(torch.from_numpy(load(folder / line["image"], 28))[None])
+        ids, _ = encode([(line["conversations"][0]["value"], None)])
+        out = session.model.generate(torch.tensor([ids]), end=2, max_new_tokens=3, pixel_values=picture)[0].tolist()
+        said.append(session.tokenizer.decode(out[: out.index(2)] if 2 in out else out))
+    share = np.mean([s == line["conversations"][1]["value"] for s, line in zip(said, lines, strict=True)])
+    assert 0 < share < 1, "so that both kinds are counted"
+    told = runs.measure(session, recipe, eval_data=runs.to_measure(recipe, str(folder / "data.jsonl"), None))[0]
+    assert told["answer_accuracy"] == pytest.approx(share)
+    assert told["answers"] == 24
+    logp, count = 0.0, 0
+    for line in lines:
+        ids, labels = encode([(line["conversations"][0]["value"], line["conversations"][1]["value"])])
+        picture = session.pixels(torch.from_numpy(load(folder / line["image"], 28))[None])
+        logits = session.model(torch.tensor([ids]), pixel_values=picture).logits[0].log_softmax(-1)
+        scored = [(at, label) for at, label in enumerate(labels) if label != -100]
+        logp, count = logp + sum(float(logits[at - 1, label]) for at, label in scored), count + len(scored)
+    assert told["loss"] == pytest.approx(-logp / count, rel=1e-5)
+
+
+def test_workers_change_nothing(folder, trained, tmp_path, capsys):
+    argv = ["train", folder / "mine.py", "--out", tmp_path / "w", "--quiet", "--compute.workers", 2, "--steps", 4]
+    code, _, err = call(capsys, *argv)
+    assert code == 0, err
+    assert steps(tmp_path / "w", "step", "loss")[:4] == steps(trained, "step", "loss")[:4]
+
+
+def test_a_picture_that_goes_away_is_one_sentence_from_a_worker_too(folder, tmp_path, capsys, monkeypatch):
+    for path in folder.glob("*.png"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(supervised, "_STATE_BYTES", 0)  # pictures are read with every batch
+    run_stage = supervised.run_stage
+
+    def without(*args, **kwargs):
+        for path in tmp_path.glob("*.png"):
+            path.unlink()
+        return run_stage(*args, **kwargs)
+
+    monkeypatch.setattr(supervised, "run_stage", without)
+    argv = ["train", folder / "mine.py", "--images", tmp_path, "--out", tmp_path / "run", "--quiet", "--compute.workers", 1]
+    code, _, err = call(capsys, *argv)
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if "mmfast:" in line or "Traceback" in line]
+    assert line.startswith("mmfast: image ")
+    assert line.endswith("does not exist")
+
+
+def aligned(folder, run, *more):
+    return [
+        "train", "dpo", "--policy.weights", run, "--data", folder / "pairs.jsonl", "--quiet", "--reference", "adapter_off", "--train", "[]",
+        "--lora", '{"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["v_proj"]}', "--steps", "2", "--optim.batch", "6", "--template", "bare",
+        "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_preview_and_plan_of_a_run_as_the_start_of_another(folder, trained, tmp_path, capsys):
+    code, _, err = call(capsys, *aligned(folder, trained, "--dry-run"))
+    assert code == 0, err
+    assert "dpo, chosen: <bos> [4 image tokens] what colour is this ? «red <eos>»" in err
+    assert "dpo, rejected: <bos> [4 image tokens] what colour is this ? «green <eos>»" in err
+    code, out, err = call(capsys, "plan", "dpo", "--policy.weights", trained, "--template", "bare")
+    assert code == 0, err
+    session, _ = runs.open_run(trained)
+    merged = sum(p.numel() for n, p in session.model.named_parameters() if "lora_" not in n)
+    assert f"{merged:,}" in out or f"{merged / 1e3:.1f}" in out, out
+
+
+def test_a_run_does_not_depend_on_where_it_was_begun(folder, trained, tmp_path, capsys, monkeypatch, recwarn):
+    monkeypatch.chdir(trained.parent)
+    code, _, err = call(capsys, *aligned(folder, trained.name, "--out", tmp_path / "a"))
+    assert code == 0, err
+    assert not [w for w in recwarn if "peft_config" in str(w.message)]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    code, _, err = call(capsys, "eval", "b", "--data", folder / "data.jsonl")
+    assert code == 0, err
+    saved = json.loads((tmp_path / "b" / "recipe.json").read_text())
+    (tmp_path / "b" / "recipe.json").write_text(json.dumps(saved).replace(str(trained), str(trained) + "-gone"))
+    code, _, err = call(capsys, "eval", "b", "--data", folder / "data.jsonl")
+    assert code == 2
+    assert "mine-gone: there is no such folder" in err
+
+
+def test_preview_of_streams_and_of_stages_without_data(folder, capsys):
+    pytest.importorskip("datasets")
+    code, _, err = call(capsys, "train", folder / "mine.py", "--dry-run", "--stages.align.data.streaming", "true")
+    assert code == 0, err
+    assert len([line for line in err.splitlines() if line.startswith("align: <bos> [4 image tokens]")]) == 2
+    code, _, err = call(capsys, "train", folder / "mine.py", "--dry-run", "--stages.align.data.path", "null")
+    assert code == 0, err
+    assert "align: no preview, its data is not built in and was not given" in err
+    assert "answers: <bos>" in err
+    assert "what the policy says" in call(capsys, "train", "dpo", "--tiny", "--dry-run")[2]
+
+
+def test_streamed_records_that_cannot_be_encoded(folder, tmp_path, capsys):
+    pytest.importorskip("datasets")
+    lines = (folder / "data.jsonl").read_text().splitlines()
+    (folder / "long.jsonl").write_text("\n".join([*lines[:3], lines[0].replace("what colour", "what " * 3000), *lines[3:]]))
+    argv = ["train", folder / "mine.py", "--data", folder / "long.jsonl", "--quiet", "--config", folder / "stream.yaml"]
+    (folder / "stream.yaml").write_text("stages: {align: {data.streaming: true}, answers: {data.streaming: true}}")
+    code, _, err = call(capsys, *argv, "--out", tmp_path / "fail")
+    assert code == 1
+    assert "record 3: nothing to learn is left after the cut" in err
+    code, out, err = call(capsys, *argv, "--out", tmp_path / "skip", "--on-bad-record", "skip")
+    assert code == 0, err
+    assert "left out: " in out
+    assert len(steps(tmp_path / "skip", "loss")) == 16
+
+
+def test_images_and_on_bad_record_count_for_the_recipes_own_records(folder, tmp_path, capsys):
+    argv = ["train", folder / "mine.py", "--steps", "1", "--quiet"]
+    code, out, err = call(capsys, *argv, "--images", tmp_path, "--out", tmp_path / "a")
+    assert code == 1
+    assert "24 of 24 records are faulty" in err
+    shutil.copy(folder / "0.png", tmp_path)
+    code, out, err = call(capsys, *argv, "--images", tmp_path, "--on-bad-record", "skip", "--out", tmp_path / "b", "--optim.batch", "1")
+    assert code == 2
+    batch = ["--stages.align.optim.batch", "1", "--stages.answers.optim.batch", "1", "--stages.answers.optim.accumulate", "1"]
+    code, out, err = call(capsys, *argv, *batch, "--images", tmp_path, "--on-bad-record", "skip", "--out", tmp_path / "b")
+    assert code == 0, err
+    assert "left out 23 of 24 records" in out
+    (folder / "skip.yaml").write_text("stages: {align: {data.on_bad_record: skip}, answers: {data.on_bad_record: skip}}")
+    lines = (folder / "data.jsonl").read_text().splitlines()
+    (folder / "worse.jsonl").write_text("\n".join([*lines, '{"image": "gone.png"}']))
+    argv += ["--config", folder / "skip.yaml", "--data", folder / "worse.jsonl", "--out", tmp_path / "c"]
+    code, out, err = call(capsys, *argv)
+    assert code == 0, err
+    assert "left out 1 of 25 records" in out, "a file's skip is not undone by --data"
+
+
+def test_measured_records_have_the_names_of_the_trained_ones(folder, tmp_path, capsys):
+    rows = [{"bild": f"{i}.png", "frage": "what is this ?", "antwort": "red"} for i in range(6)]
+    (folder / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = "{bild: image, frage: question, antwort: answer}"
+    argv = ["train", folder / "mine.py", "--data", folder / "own.jsonl", "--eval-data", folder / "own.jsonl", "--out", tmp_path / "a"]
+    columns = ["--stages.align.data.columns", columns, "--stages.answers.data.columns", columns]
+    code, _, err = call(capsys, *argv, *columns, "--steps", "1", "--quiet")
+    assert code == 0, err
+    assert json.loads((tmp_path / "a" / "eval.json").read_text())["answers"] == 6
+    code, _, err = call(capsys, "eval", tmp_path / "a", "--data", folder / "own.jsonl")
+    assert code == 0, err
+
+
+def test_words_that_the_tokenizer_lacks_are_told(folder, tmp_path, capsys):
+    rows = [
+        {"image": "0.png", "question": "what zebra is this ?", "answer": "red red zebu"},
+        {"image": "1.png", "question": "this ?", "answer": "red"},
+    ]
+    (folder / "zebra.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["train", folder / "mine.py", "--data", folder / "zebra.jsonl", "--steps", "1", "--quiet", "--stages.align", "null"]
+    argv += ["--stages.answers.optim.batch", "2", "--stages.answers.optim.accumulate", "1"]
+    code, out, err = call(capsys, *argv, "--out", tmp_path / "a")
+    assert code == 0, err
+    (line,) = [line for line in out.splitlines() if "warning" in line]
+    assert "2 of 15 tokens (13.3%)" in line, "8 words and marks, 3 answer tokens and 3 more, less pictures, and begin and end of both"
+    assert "<unk>" in line
+    code, out, err = call(capsys, *argv[:2], "--out", tmp_path / "b", "--steps", "1", "--quiet")
+    assert code == 0, err
+    assert "warning" not in out
