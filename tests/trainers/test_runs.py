@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmfast.trainers import runs, supervised
+from mmfast.trainers import evaluate, runs, supervised
 from mmfast.trainers.__main__ import main
 from mmfast.trainers.checkpoint import RunError
 from PIL import Image
@@ -270,6 +270,17 @@ def test_samples_appear_while_it_trains(folder, tmp_path, capsys):
     assert "while it trained" in page.lower()
     assert page.count("<img") == 4
     assert "Right answers" not in page, "nothing was measured"
+
+
+def test_samples_are_asked_about_their_own_pictures(folder, trained, monkeypatch):
+    session, recipe = runs.open_run(trained)
+    seen = []
+    monkeypatch.setattr(session.model, "generate", lambda ids, **given: seen.append(given["pixel_values"]) or torch.tensor([[2]]))
+    asked = session.source(recipe.stages[1].data, "bare").prompts(3)
+    assert evaluate.answer(session, asked) == ["", "", ""]
+    for i, pixels in enumerate(seen):
+        assert torch.equal(pixels, session.pixels(torch.from_numpy(load(folder / f"{i}.png", 28))[None]))
+    assert len(seen) == 3
 
 
 def test_the_page_shows_the_measures_of_own_records(trained):
