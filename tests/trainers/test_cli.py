@@ -55,7 +55,10 @@ WRONG = [
     (["train", "llava", "--tiny", "--eval-data", "gone.json"], "data file gone.json does not exist"),
     (["train", "llava", "--tiny", "--images", "folder"], "--images is about records, and none are given; add --data FILE"),
     (["train", "llava", "--tiny", "--on-bad-record", "skip"], "--on-bad-record is about records, and none are given"),
-    (["train", "llava", "--tiny", "--stages.words.data.path", "x.json"], "stages.words.objective: words needs to know what is true of a picture"),
+    (
+        ["train", "llava", "--tiny", "--stages.words.data.path", "x.json"],
+        "stages.words.objective: words needs to know what is true of a picture",
+    ),
     (["demo", "--steps", "0"], "--steps 0: expected at least 1"),
     (["demo", "--scenes", "0"], "--scenes 0: expected at least 1"),
 ]

@@ -9,11 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-<<<<<<< HEAD
 from mmfast.trainers import evaluate, preference, runs, supervised
-=======
-from mmfast.trainers import evaluate, runs, supervised
->>>>>>> wt-auditb
 from mmfast.trainers.__main__ import main
 from mmfast.trainers.checkpoint import Run, RunError
 from mmfast.trainers.loop import Options
