@@ -471,8 +471,8 @@ def _finite_everywhere(norm: float) -> bool:
 
 def _added(measured: dict[str, list], place: Place, flags: list[float]) -> dict[str, float]:
     """Contributions of all micro-batches and processes, added; ``_i`` holds the i-th flag, added over processes."""
-    flat = [torch.as_tensor(v, dtype=torch.float64, device=place.device).detach() for values in measured.values() for v in values]
-    flat = torch.stack(flat).view(len(measured), -1).sum(1)
+    flat = [torch.as_tensor(v, dtype=torch.float64, device=place.device) for values in measured.values() for v in values]
+    flat = torch.stack(flat).detach().view(len(measured), -1).sum(1)
     flat = place.sum(torch.cat([flat, flat.new_tensor(flags)])).tolist()
     return dict(zip([*measured, *(f"_{i}" for i in range(len(flags)))], flat, strict=True))
 

@@ -41,8 +41,8 @@ class Place:
         return values
 
     def seed(self, seed: int) -> None:
-        """``torch.manual_seed`` for the generators of this place alone. That function also notes a seed, with the caller's stack, for every kind
-        of device that has not been used yet: a millisecond, and memory that is never freed, a step."""
+        """``torch.manual_seed`` for the generators of this place alone. For every kind of device that has not been used yet that function notes
+        the caller's stack, which takes longer than all else around a step."""
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from mmfast.trainers import checkpoint, loop
+from mmfast.trainers import checkpoint, loop, place
 from torch import nn
 
 from mmfast.spec import Compute, Optim
@@ -135,6 +135,15 @@ def test_order_is_a_function_of_the_step():
     assert seen[:2] != seen[2:4], "epochs differ"
     assert seen != [loop.Order(10, 4, seed=4)(step).tolist() for step in range(6)]
     assert sorted(loop.Order(3, 8, seed=0)(5).tolist()) == [0, 1, 2]
+
+
+def test_a_steps_seed_is_torchs():
+    here = place.Place(torch.device("cpu"))
+    for seed in (0, 5, (1 << 63) - 1):
+        here.seed(seed)
+        got = torch.randn(7), torch.dropout(torch.ones(7), 0.5, True)
+        torch.manual_seed(seed)
+        torch.testing.assert_close((torch.randn(7), torch.dropout(torch.ones(7), 0.5, True)), got, rtol=0, atol=0)
 
 
 def test_schedules():
