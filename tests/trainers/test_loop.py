@@ -5,9 +5,11 @@ import json
 import math
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,8 +99,6 @@ def curve(folder):
 @pytest.mark.parametrize("stop_at", [1, 5, 7, 11, 12, 13, 14, 17, 23])
 def test_resume_continues_the_curve_bit_for_bit(tmp_path, stop_at, accumulate):
     """Stopped before the first checkpoint, on one, between two, at the border of the stages and right behind it."""
-    from dataclasses import replace
-
     optim = replace(OPTIM, accumulate=accumulate)
     whole, _ = fit(tmp_path / "whole", optim=optim)
     with pytest.raises(KeyboardInterrupt):
@@ -450,8 +450,10 @@ def test_a_signal_in_a_stage_s_last_step_is_heard_too(tmp_path):
         if record["step"] == 12:
             os.kill(os.getpid(), signal.SIGINT)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may have been told to ignore it
     with pytest.raises(KeyboardInterrupt):
         killed(tmp_path / "b", Numbers(), late)
+    signal.signal(signal.SIGINT, before)
     assert checkpoint.Run(tmp_path / "b", resume=True).last_checkpoint()[0] == 12
 
 
@@ -535,3 +537,45 @@ def test_a_probe_leaves_no_trace(tmp_path):
         curves.append(curve(tmp_path / name))
     assert curves[0] == curves[1]
     assert "seen" in run_steps(tmp_path / "with")[5]
+
+
+BY_HAND = Optim(lr=0.05, steps=8, batch=4, warmup=0, schedule="constant", betas=(0.8, 0.9), weight_decay=0.3, clip=0.05, ema=0.7)
+
+
+def test_steps_are_those_of_a_loop_written_by_hand(tmp_path):
+    """Betas, decay, clipping and average, with two steps that are no number: neither weights nor average move in them."""
+    torch.manual_seed(0)
+    model = Sometimes({3, 6})
+    want = nn.Linear(3, 3)
+    want.load_state_dict(model.state_dict())
+    trained(tmp_path, BY_HAND, model=model)
+    optimizer = torch.optim.AdamW(want.parameters(), lr=0.05, betas=(0.8, 0.9), weight_decay=0.3)
+    order, averages = loop.Order(10, 4, seed=0), [p.detach().clone() for p in want.parameters()]
+    for step in range(8):
+        if step in (2, 5):
+            continue
+        optimizer.zero_grad()
+        (want(DATA[order(step)]) - 1).square().mean().backward()
+        assert nn.utils.clip_grad_norm_(want.parameters(), 0.05) > 0.05
+        optimizer.step()
+        averages = [0.7 * a + 0.3 * p.detach() for a, p in zip(averages, want.parameters(), strict=True)]
+    for got, average in zip(model.parameters(), averages, strict=True):
+        torch.testing.assert_close(got.detach(), average)
+
+
+def test_an_average_and_a_count_of_skipped_steps_go_on(tmp_path):
+    def go(folder, steps, bad, first=0):
+        torch.manual_seed(0)
+        model = Sometimes({at - first for at in bad})
+        loop.train(
+            checkpoint.Run(folder, resume=True), squared(model, 1.0), Numbers(), optim=replace(BY_HAND, steps=steps), stage="s",
+            options=loop.Options(quiet=True, resume=True, save_every=4, compute=Compute(bad_steps=1)),
+        )  # fmt: skip
+        return model
+
+    whole = go(tmp_path / "whole", 8, {2, 4, 6})  # one at a time: never two in a row
+    go(tmp_path / "cut", 8, {2, 4, 6})
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-8")
+    again = go(tmp_path / "cut", 8, {2, 4, 6}, first=4)
+    assert torch.equal(whole.weight, again.weight)
+    assert [row.get("skipped", 0) for row in run_steps(tmp_path / "cut")] == [0, 1, 1, 2, 2, 3, 3, 3]

@@ -502,7 +502,7 @@ def test_a_base_s_steps_are_not_the_tracker_s(tmp_path):
 
 
 def test_terms_add_up_with_their_weights_over_micro_batches(base, tmp_path, monkeypatch):
-    """By hand from the log-probabilities: a smoothed, weighted contrast (cDPO, arXiv:2305.18290, section A) and a likelihood per token."""
+    """By hand from the log-probabilities: a smoothed, weighted contrast and a likelihood per token."""
     session, weights = base
     session.model.load_state_dict(weights)
     monkeypatch.setattr(preference, "own_pairs", few_pairs)
@@ -526,7 +526,7 @@ def test_terms_add_up_with_their_weights_over_micro_batches(base, tmp_path, monk
         [p.add_(0.02 * torch.randn_like(p)) for p in session.model.language.parameters()]
     policy, _ = scores()
     margin = 0.3 * ((policy[0] - start[0]) - (policy[1] - start[1]))
-    # Robust DPO, arXiv:2403.00409, equation 12.
+    # Robust DPO, arXiv:2403.00409.
     pair = (-0.8 * torch.nn.functional.logsigmoid(margin) + 0.2 * torch.nn.functional.logsigmoid(-margin)) / 0.6
     want = 0.5 * pair.mean() + 2 * -policy[0].sum() / tokens[0].sum()
     parts = [source.batch(index) for index in torch.arange(7).split([5, 2])]
