@@ -148,6 +148,8 @@ def test_what_is_read_of_each_system():
     ):
         got = form.read(text, SIZE)
         assert (got.text, [(r.phrase, r.boxes) for r in got.regions], got.faults) == (words, found, ()), text
+    assert QWEN_VL_999.parse("(0,0),(999,333)", SIZE)[0].boxes == (pytest.approx((0, 0, 640, 160)),)
+    assert QWEN_VL.parse("(0,0),(999,333)", SIZE)[0].boxes == (pytest.approx((0, 0, 639.36, 159.84)),)
     got = SHIKRA.read("Answer: [0.0,0.125,0.1,0.2;0.5,0.5,1,0.875] .", SIZE)
     assert got.text == "Answer: ."
     assert got.regions[0].boxes == (pytest.approx((0, 0, 64, 48)), pytest.approx((320, 240, 640, 480)))
@@ -262,7 +264,12 @@ def test_quadrilaterals_round_trip():
         (KOSMOS2, pair(1, 1024), "<patch_index_0001><patch_index_1024>", "1024 is not within 0 .. 1023"),
         (KOSMOS2, pair(33, 32), "<patch_index_0033><patch_index_0032>", "second corner"),
         (KOSMOS2, "<object><patch_index_0001><patch_index_0040>", "<object><patch_index_0001><patch_index_0040>", "form"),
-        (KOSMOS2, f"<object><patch_index_{'9' * 5000}></object>", f"<object><patch_index_{'9' * 5000}></object>", "form"),
+        (
+            KOSMOS2,
+            f"<object><patch_index_0001><patch_index_{'9' * 5000}></object>",
+            f"<object><patch_index_0001><patch_index_{'9' * 5000}></object>",
+            "form",
+        ),
         (SHIKRA, "[0.1,0.2,0.3]", "[0.1,0.2,0.3]", "form"),
         (SHIKRA, "[0.1, 0.2, 0.3, 0.4]", "[0.1, 0.2, 0.3, 0.4]", "form"),  # the published parser allows no blank
         (SHIKRA, "[12,3,40,50]", "[12,3,40,50]", "form"),
