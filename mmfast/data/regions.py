@@ -171,10 +171,10 @@ class Format:
     @cached_property
     def _pattern(self) -> re.Pattern:
         kinds = []
-        for kind, one in reversed(self._ones.items()):  # the longest first, of which another may be the beginning
+        for kind, one in self._ones.items():
             how = getattr(self, kind)
             opening, between, closing = (self._literal(tag) for tag in (how.open, how.between, how.close))
-            if self.bare:  # ... but never the middle of a longer list of numbers, or in another kind's tags
+            if self.bare:  # without tags, but never the beginning or the middle of a longer list, or in another kind's tags
                 opening, between, closing = rf"(?:{opening}|(?<![,>]))", f"(?:{between})?", rf"(?:{closing}|(?!,\(|</))"
             kinds.append(f"{opening}(?P<{kind}>{one}(?:{between}{one})*){closing}")
         before, after = self.phrase.split("#")
