@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmfast.spec import PARTS, Alignment, Contrast, Data, Lora, Mixture, Optim, System, nearest, to_dict
+from mmfast.spec import PARTS, Alignment, Contrast, Data, Lora, Mixture, Optim, System, Vqgan, nearest, to_dict
 
 from . import recipes
 from .checkpoint import RunError
@@ -450,6 +450,16 @@ def check(recipe: Recipe, *, processes: int | None = None) -> list[str]:
     return rules.problems
 
 
+def _check_codes(choice: Vqgan, its: _Rules) -> None:
+    its.within(
+        choice, size="[1, inf)", channels="[1, inf)", blocks="[1, inf)", latent="[1, inf)", width="[1, inf)", codes="[1, inf)",
+        groups="[1, inf)", dropout="[0, 1)", beta="[0, inf)", decay="[0, 1]", dead_below="[0, inf)",
+    )  # fmt: skip
+    its(bool(choice.multipliers) and min(choice.multipliers) > 0, "multipliers", "names no level, or one without channels")
+    if choice.groups > 0:
+        its(choice.channels % choice.groups == 0, "channels", f"{choice.channels} is not a multiple of groups {choice.groups}")
+
+
 def _check_model(system: System, rules: _Rules) -> None:
     encoder, language, image = system.encoder, system.language, system.image
     for name, choice in (("encoder", encoder), ("language", language)):
@@ -457,6 +467,9 @@ def _check_model(system: System, rules: _Rules) -> None:
             rules.below(name),
             dict(context="[1, inf)", kv_heads="[1, inf)") if choice is language else dict(patch="[1, inf)", size="[1, inf)"),
         )
+        if isinstance(choice, Vqgan):
+            _check_codes(choice, its)
+            continue
         its.within(choice, width="[1, inf)", depth="[1, inf)", heads="[1, inf)", ffn="[1, inf)", **rest)
         if choice.heads > 0:
             its(choice.width % choice.heads == 0, "width", f"{choice.width} is not a multiple of {name}.heads {choice.heads}")
@@ -467,7 +480,8 @@ def _check_model(system: System, rules: _Rules) -> None:
         fits = encoder.size % encoder.patch == 0
         rules(fits, "encoder.patch", f"encoder.size {encoder.size} is not a multiple of {encoder.patch}")
     rules(image.size == encoder.size, "image.size", f"{image.size} and encoder.size {encoder.size} must agree")
-    rules.below("encoder").within(encoder, layer=f"[{-encoder.depth - 1}, {encoder.depth}]")
+    if not isinstance(encoder, Vqgan):
+        rules.below("encoder").within(encoder, layer=f"[{-encoder.depth - 1}, {encoder.depth}]")
     rules.below("language").within(language, vocab="[0, inf)", norm_eps="(0, inf)", init="(0, inf)")
     rules.below("image").within(image, std="(0, inf)")
     if hasattr(system.connector, "depth"):
