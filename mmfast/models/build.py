@@ -227,6 +227,8 @@ class MultimodalModel(nn.Module):
     def checkpoint_activations(self) -> None:
         """Recompute activations in backward instead of keeping them: in the language model, and in the tower where it learns."""
         for part in (self.language, self.encoder.vision):
+            if isinstance(part, VQGAN):  # frozen beside a language model it keeps nothing; its own stage says that it cannot
+                continue
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     # -- forward

@@ -18,7 +18,9 @@ CASES = [
 def stock(seed, **options):
     from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 
-    sizes = dict(embed_dim=8, num_embeddings=24, latent_channels=8, resolution=32, base_channels=32, channel_multiplier=[1, 2], num_res_blocks=1)
+    sizes = dict(
+        embed_dim=8, num_embeddings=24, latent_channels=8, resolution=32, base_channels=32, channel_multiplier=[1, 2], num_res_blocks=1
+    )
     torch.manual_seed(seed)
     model = ChameleonVQVAE(ChameleonVQVAEConfig(**{**sizes, **options})).eval()
     for parameter in model.parameters():  # norms and biases start as 1 and 0, which hides them
@@ -80,7 +82,9 @@ def test_whole_chameleon_of_transformers_and_published_file():
     missing, unexpected = ours.load_state_dict(published_state(inside), strict=False)
     assert not unexpected
     assert {name.split(".")[0] for name in missing} == {"decoder"}
-    file = {"state_dict": {**ours.state_dict(), "loss.discriminator.main.0.weight": torch.zeros(1), "loss.perceptual_loss.lin0": torch.zeros(1)}}
+    file = {
+        "state_dict": {**ours.state_dict(), "loss.discriminator.main.0.weight": torch.zeros(1), "loss.perceptual_loss.lin0": torch.zeros(1)}
+    }
     like(theirs).load_state_dict(published_state(file))
 
 
@@ -114,7 +118,9 @@ def test_published_keys():
     ):  # fmt: skip
         assert key in keys, key
     # Level 0 is the full resolution: it has no upsampling, and the level that does not change its channels no shortcut.
-    assert not [k for k in keys if k.startswith(("decoder.up.0.upsample", "encoder.down.4.downsample", "decoder.up.4.block.0.nin_shortcut"))]
+    assert not [
+        k for k in keys if k.startswith(("decoder.up.0.upsample", "encoder.down.4.downsample", "decoder.up.4.block.0.nin_shortcut"))
+    ]
 
 
 def small(**options):
