@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmfast.models import build
 from mmfast.models.build import MultimodalModel
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
-from mmfast.spec import PARTS, Alignment, Compute, LanguageModel, Lora, Stage, System, nearest
+from mmfast.spec import PARTS, Alignment, Compute, LanguageModel, Lora, Stage, System, Vqgan, nearest
 
 from . import config
 from .checkpoint import RunError
@@ -64,6 +64,8 @@ def sized(system: System) -> System:
     """The system without weights, at the sizes of its weights: those the recipe names, or a local folder's own."""
     from transformers import AutoConfig
 
+    if isinstance(system.encoder, Vqgan):
+        raise RunError(f"{system.name}: the plan knows towers of transformers, and the encoder is a Vqgan; its stage has to be tried")
     encoder, language = replace(system.encoder, weights=None), replace(system.language, weights=None)
     if system.encoder.weights and (Path(system.encoder.weights) / "config.json").is_file():
         found = AutoConfig.from_pretrained(system.encoder.weights)

@@ -91,11 +91,22 @@ def tokenizer_stage(session: Session, stage: Stage, options: Options) -> Objecti
 
 def make_probe(session: Session, pictures) -> Callable[[int], dict[str, float]]:
     """``probe(step)``: what the tokenizer makes of held-out scenes of the shapes world, or of the first pictures of other data."""
-    if isinstance(pictures.source, Shapes):
-        shown = torch.from_numpy(session.world.render(session.world.scenes("eval", PROBED)))
-    else:
-        shown = pictures.source.load_pictures(torch.arange(min(PROBED, len(pictures))))
+    shown = _held_out(session, pictures.source, PROBED)
     return lambda step: measure(session, shown)
+
+
+def _held_out(session: Session, source, count: int) -> Tensor:
+    if isinstance(source, Shapes):
+        return torch.from_numpy(session.world.render(session.world.scenes("eval", count)))
+    return source.load_pictures(torch.arange(min(count, source.picture_count)))
+
+
+def measure_all(session: Session, stage: Stage, count: int) -> dict[str, float]:
+    """What is measured of a trained tokenizer, beside the mean picture of what it was trained on."""
+    source = session.source(stage.data, stage.template, stage.max_length)
+    parts = torch.arange(source.picture_count).split(250)
+    mean = sum(source.load_pictures(ids).float().sum(0) for ids in parts) / source.picture_count
+    return measure(session, _held_out(session, source, count), mean=mean)
 
 
 @torch.no_grad()

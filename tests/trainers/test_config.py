@@ -225,7 +225,7 @@ TOLD = [
     (["--encoder.keep_class_token", "2"], "--encoder.keep_class_token: expected true or false, got '2'"),
     (["--stages.align.optim.lr", "nan"], "--stages.align.optim.lr: expected a number, got 'nan'"),
     (["--stages.align.optim.steps", "few"], "--stages.align.optim.steps: expected a whole number or null, got 'few'"),
-    (["--stages.align.objective", "lmm"], "--stages.align.objective: expected one of lm, words, got 'lmm' (did you mean 'lm'?)"),
+    (["--stages.align.objective", "lmm"], "--stages.align.objective: expected one of lm, words, tokenizer, got 'lmm' (did you mean 'lm'?)"),
     (
         ["--stages.align.train", "[conector]"],
         "--stages.align.train: expected one of encoder, connector, language, embeddings, got 'conector'",

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mmfast.trainers import tokenizer
+from mmfast.trainers import plan, runs, tokenizer
 from mmfast.trainers.checkpoint import Run, RunError
 from mmfast.trainers.config import check
 from mmfast.trainers.loop import Options
@@ -112,6 +112,8 @@ def test_critic_waits_and_then_pulls(tmp_path):
     _, without = go(SYSTEM, tmp_path / "without")
     assert [r["critic_weight"] > 0 for r in log] == [False, False, True, True]
     assert [a["loss/reconstruction"] == b["loss/reconstruction"] for a, b in zip(log, without, strict=True)] == [True, True, True, False]
+    for r in log[:2]:  # until then neither player knows of the other
+        assert r["loss"] == pytest.approx(r["loss/reconstruction"] + r["loss/codebook"], rel=1e-6)
     weighed = (
         log[2]["loss/reconstruction"] + log[2]["loss/codebook"] + log[2]["critic_weight"] * log[2]["loss/generator"] + log[2]["loss/critic"]
     )
@@ -178,6 +180,24 @@ def test_measure_against_the_mean_picture():
     assert got["codebook/usage"] == pytest.approx(len(ids.unique()) / 32)
     assert got["reconstruction/l1"] == pytest.approx((vq.draw(ids) - session.pixels(pictures)).abs().mean().item(), rel=1e-5)
     assert all(torch.equal(v, before[k]) for k, v in session.model.state_dict().items())
+
+
+def test_the_command_trains_and_measures_a_tokenizer(tmp_path):
+    """From a recipe to its folder: no exam of a language model that has learnt nothing."""
+    runs.train(SYSTEM, runs.Start(tmp_path / "run", seed=1, quiet=True))
+    measured = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert measured.keys() == {
+        *(f"reconstruction/{k}" for k in ("l1", "l2", "mean_l1", "mean_l2")), "codebook/usage", "codebook/perplexity"
+    }  # fmt: skip
+    again, _ = runs.open_run(tmp_path / "run")
+    pictures = torch.from_numpy(again.world.render(again.world.scenes("eval", 500)))
+    assert tokenizer.measure(again, pictures)["reconstruction/l1"] == pytest.approx(measured["reconstruction/l1"], rel=1e-6)
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+
+
+def test_plan_says_that_it_does_not_know():
+    with pytest.raises(RunError, match="little: the plan knows towers"):
+        plan.sized(SYSTEM)
 
 
 def test_as_a_tower_its_states_are_codes():
