@@ -81,6 +81,44 @@ class Dino:
 
 
 @dataclass(frozen=True)
+class Vqgan:
+    """A VQGAN (arXiv:2012.09841) that makes a picture a grid of codes; as a tower its states are the codes' vectors. The default sizes are those
+    of Chameleon's (arXiv:2405.09818); their training is unpublished.
+
+    ``codebook``: "learned" codes are moved by their loss, "ema" codes follow a moving average of what chose them (VQ-VAE, arXiv:1711.00937),
+    and those with a running count below ``dead_below`` start anew at a row of the batch.
+    """
+
+    size: int = 512
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2
+    attention: tuple[int, ...] = ()  # sides of the grids that attend to themselves, beside the middle
+    latent: int = 256
+    width: int = 256  # of a code
+    codes: int = 8192
+    groups: int = 32
+    dropout: float = 0.0
+    codebook: Literal["learned", "ema"] = "learned"
+    beta: float = 0.25
+    legacy: bool = True  # beta on the codebook's side of the loss, as in VQGAN's code; False: on the commitment, as in the paper
+    gradient: Literal["ste", "rotation"] = "ste"
+    decay: float = 0.99
+    dead_below: float = 0.0
+    weights: None = None  # it starts from nothing
+
+    @property
+    def patch(self) -> int:
+        """Pixels a side that one code stands for."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def tokens(self) -> int:
+        """Codes of one picture."""
+        return (self.size // self.patch) ** 2
+
+
+@dataclass(frozen=True)
 class Linear:
     """One affine map from the tower's width to the language model's."""
 
@@ -203,9 +241,25 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """The terms of objective "tokenizer" (VQGAN, arXiv:2012.09841): the error of what is drawn, the codebook's loss, and a critic's judgement
+    with the adaptive weight times ``adversarial`` (0: no critic; 0.8 in VQGAN's code) after the first ``critic_after`` steps. A perceptual
+    term is a module, which ``Session.perceptual`` holds."""
+
+    error: Literal["l1", "l2"] = "l1"
+    codebook: float = 1.0
+    perceptual: float = 1.0
+    adversarial: float = 0.0
+    critic_after: int = 250_001
+    critic_channels: int = 64
+    critic_layers: int = 3
+
+
+@dataclass(frozen=True)
 class Stage:
     """One run of the loop: which parts train, on what, with which objective.
 
+    tokenizer: pictures through codes and back, for an encoder that is a ``Vqgan``; ``drawing`` has its terms.
     lm: cross-entropy of the answer tokens. words: the bag-of-words warm-up of a tower that starts from nothing (every word that is true of
     the picture must be found among the patches, by the language model's own embeddings); it stands in for CLIP's pre-training.
     """
@@ -214,7 +268,8 @@ class Stage:
     train: tuple[Part, ...]
     data: Data | Mixture
     optim: Optim
-    objective: Literal["lm", "words"] = "lm"
+    objective: Literal["lm", "words", "tokenizer"] = "lm"
+    drawing: Drawing = Drawing()
     lora: Lora | None = None  # adapters that train beside ``train``
     template: str = "vicuna_v1"
     max_length: int = 2048
@@ -227,7 +282,7 @@ class System:
     name: str
     paper: str = ""
     weights: str | None = None
-    encoder: Clip | Siglip | Dino = Clip()
+    encoder: Clip | Siglip | Dino | Vqgan = Clip()
     connector: Linear | Mlp = Linear()
     fusion: Prefix = Prefix()
     language: LanguageModel = LanguageModel()
@@ -329,7 +384,8 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
             out.append(f"{name}: {value} is not a multiple of {of_name} {of}")
 
     # Published weights need not keep these: SigLIP's so400m drops the pixels beyond whole patches, Qwen3's heads are wider than width / heads.
-    if not (system.weights or encoder.weights):
+    tower = not isinstance(encoder, Vqgan)
+    if tower and not (system.weights or encoder.weights):
         multiple("encoder.width", encoder.width, "encoder.heads", encoder.heads)
         multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
         if isinstance(encoder, Dino):
@@ -338,7 +394,7 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         multiple("language.width", language.width, "language.heads", language.heads)
         multiple("language.heads", language.heads, "language.kv_heads", language.kv_heads)
     if read or not (system.weights or encoder.weights):
-        if not -encoder.depth - 1 <= encoder.layer <= encoder.depth:
+        if tower and not -encoder.depth - 1 <= encoder.layer <= encoder.depth:
             out.append(f"encoder.layer: expected at least {-encoder.depth - 1} and at most {encoder.depth}, got {encoder.layer}")
         if system.image.size != encoder.size:
             out.append(f"image.size: {system.image.size} and encoder.size {encoder.size} must agree")

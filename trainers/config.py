@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmfast.spec import PARTS, Alignment, Contrast, Data, Lora, Mixture, Optim, Stage, System, misfits, nearest, to_dict
+from mmfast.spec import PARTS, Alignment, Contrast, Data, Lora, Mixture, Optim, Stage, System, Vqgan, misfits, nearest, to_dict
 
 from . import recipes
 from .checkpoint import RunError
@@ -465,9 +465,22 @@ def _check_stages(system: System, rules: _Rules, processes: int) -> None:
             its(same, "lora", f"the adapters of {first.name} are still there and train on, and these are others; give both stages the same")
 
 
+def _check_codes(choice: Vqgan, its: _Rules) -> None:
+    its.within(
+        choice, size="[1, inf)", channels="[1, inf)", blocks="[1, inf)", latent="[1, inf)", width="[1, inf)", codes="[1, inf)",
+        groups="[1, inf)", dropout="[0, 1)", beta="[0, inf)", decay="[0, 1]", dead_below="[0, inf)",
+    )  # fmt: skip
+    its(bool(choice.multipliers) and min(choice.multipliers) > 0, "multipliers", "names no level, or one without channels")
+    if choice.groups > 0:
+        its(choice.channels % choice.groups == 0, "channels", f"{choice.channels} is not a multiple of groups {choice.groups}")
+
+
 def _check_model(system: System, rules: _Rules) -> None:
     sizes = dict(width="[1, inf)", depth="[1, inf)", heads="[1, inf)", ffn="[1, inf)")
-    rules.below("encoder").within(system.encoder, **sizes, patch="[1, inf)", size="[1, inf)")
+    if isinstance(system.encoder, Vqgan):
+        _check_codes(system.encoder, rules.below("encoder"))
+    else:
+        rules.below("encoder").within(system.encoder, **sizes, patch="[1, inf)", size="[1, inf)")
     rules.below("language").within(
         system.language, **sizes, context="[1, inf)", kv_heads="[1, inf)", vocab="[0, inf)", norm_eps="(0, inf)", init="(0, inf)"
     )

@@ -25,7 +25,7 @@ from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
 from mmfast.models.pretrained import locate
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
-from mmfast.spec import PARTS, Alignment, Compute, LanguageModel, Lora, Stage, System, nearest
+from mmfast.spec import PARTS, Alignment, Compute, LanguageModel, Lora, Stage, System, Vqgan, nearest
 
 from . import config
 from .checkpoint import RunError
@@ -102,6 +102,8 @@ def at_hand(system: System) -> tuple[System, list[str]]:
 
 def sized(system: System) -> System:
     """The system without weights, at the sizes of those of its weights that are at hand, else at the sizes that it declares."""
+    if isinstance(system.encoder, Vqgan):
+        raise RunError(f"{system.name}: the plan knows towers of transformers, and the encoder is a Vqgan; its stage has to be tried")
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
     language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))

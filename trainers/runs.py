@@ -103,7 +103,17 @@ def finish(recipe, session, run: Run, exam=None, before: dict | None = None, eva
         captions = {"before": before["captions"], "after": details["captions"]} if before else {"model": details["captions"]}
         write_samples(run.folder, session, exam, pick_samples(session, exam, before or details, details), captions)
     report.write(run.folder / "report.html", report.run_page(run.folder))
-    shown = ("chair_s", "chair_i", "recall", "pope_adversarial_accuracy", "loss", "answer_accuracy")
+    shown = (
+        "chair_s",
+        "chair_i",
+        "recall",
+        "pope_adversarial_accuracy",
+        "loss",
+        "answer_accuracy",
+        "reconstruction/l1",
+        "reconstruction/mean_l1",
+        "codebook/usage",
+    )
     if any(k in measured for k in shown):
         print({k: round(measured[k], 4) for k in shown if measured.get(k) is not None})
     print(f"open {run.folder / 'report.html'}")
@@ -116,6 +126,10 @@ def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes
 
     from .evaluate import Exam, measure_answers
 
+    if isinstance(recipe, System) and recipe.stages[-1].objective == "tokenizer":
+        from .tokenizer import measure_all
+
+        return measure_all(session, recipe.stages[-1], scenes), None, exam
     template, details, measured = template_of(recipe), None, {}
     encode = session.encoder(template, recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
     if session.knows_the_world:

@@ -49,6 +49,7 @@ class Session:
         # type for frozen and trained weights alike (and is gathered in half precision all the same).
         self.dtype = torch.bfloat16 if precision == "bf16" and not self.place.sharded else torch.float32
         self._sources: dict[str, Any] = {}
+        self.perceptual: nn.Module | None = None  # (drawn, pixels) -> [B], for a tokenizer's stage; set it before training
         self.touched: set[str] = set()  # names of all parameters that some stage has trained, as they are without adapters
         self.adapters: Lora | None = None
         self.world = World(WorldConfig(seed=seed))
@@ -249,6 +250,12 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
     if options.compute.checkpointing:
         model.checkpoint_activations()
     common = dict(optim=stage.optim, stage=stage.name, options=options, first_step=first_step, left_out=session.left_out)
+    if stage.objective == "tokenizer":
+        from .tokenizer import make_probe as tokenizer_probe
+        from .tokenizer import tokenizer_stage
+
+        pictures = _ItemsArePictures(source)
+        return train(run, tokenizer_stage(session, stage, options), pictures, probe=tokenizer_probe(session, pictures), **common)
     if stage.objective == "words":
         objective, source = words_stage(session, source)
         return train(run, objective, source, **common)
@@ -281,19 +288,19 @@ def cached_states(session: Session, source) -> Tensor | None:
 
 
 class _ItemsArePictures:
-    """A source whose items are its pictures, with what is true of them."""
+    """A source whose items are its pictures, with what is true of each."""
 
-    def __init__(self, source, words: Tensor, classes: Tensor):
-        self.source, self.words, self.classes = source, words, classes
+    def __init__(self, source, **truths: Tensor):
+        if not hasattr(source, "picture_count"):
+            raise RunError("this stage draws single pictures, and a stream has none that can be counted; leave streaming off")
+        self.source, self.truths = source, truths
 
     def __len__(self) -> int:
-        return len(self.source.pictures)
+        return self.source.picture_count
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
-        return {
-            "pictures": self.source.pictures[index], "words": self.words[index], "classes": self.classes[index],
-            "counts": torch.tensor([len(index)], dtype=torch.float64),
-        }  # fmt: skip
+        counts = torch.tensor([len(index)], dtype=torch.float64)
+        return {"pictures": self.source.load_pictures(index), **{k: v[index] for k, v in self.truths.items()}, "counts": counts}
 
 
 def words_stage(session: Session, source) -> tuple[Objective, _ItemsArePictures]:
@@ -310,7 +317,7 @@ def words_stage(session: Session, source) -> tuple[Objective, _ItemsArePictures]
         share = totals[0].to(by_word.dtype)  # means over pictures, sums over words and classes
         return (by_class + by_word) / share, {"loss/words": by_word.detach() / share}
 
-    return Objective(step, model, head=head), _ItemsArePictures(source, words, classes)
+    return Objective(step, model, head=head), _ItemsArePictures(source, words=words, classes=classes)
 
 
 def train_system(

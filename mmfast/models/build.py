@@ -20,6 +20,8 @@ from mmfast.models import pretrained
 from mmfast.models.fusion import PrefixFusion, blocks
 from mmfast.models.lora import lora_dropouts, lora_parameters
 from mmfast.nn.projector import Projector
+from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
+from mmfast.nn.vqgan import VQGAN
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Tower(nn.Module):
     def __init__(self, vision: nn.Module, *, layer: int, skip: int):
         super().__init__()
         self.vision, self.layer, self.skip = vision, layer, skip
+        self.width = vision.config.hidden_size
 
     def forward(self, pixels: Tensor) -> Tensor:
         states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer]
@@ -55,6 +58,37 @@ class Tower(nn.Module):
                 yield from getattr(tower, name).parameters()
         if hasattr(tower.embeddings, "mask_token"):  # DINOv2's own training
             yield tower.embeddings.mask_token
+
+
+class CodeTower(nn.Module):
+    """An image tokenizer as a tower: pixels ``[M, 3, size, size]`` -> the vectors of their codes ``[M, N, D]``, row after row."""
+
+    def __init__(self, vision: VQGAN):
+        super().__init__()
+        self.vision, self.width = vision, vision.width
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vision.nearest(self.vision.encode(pixels))[0].flatten(2).transpose(1, 2)
+
+    def unread(self) -> Iterator[nn.Parameter]:
+        """None: the decoder is read when the tokenizer trains."""
+        yield from ()
+
+
+def _code_tower(choice: spec.Vqgan, dtype: torch.dtype | None) -> CodeTower:
+    if choice.codebook == "ema":
+        quantize = VectorQuantize(
+            choice.width, choice.codes, decay=choice.decay, threshold_ema_dead_code=choice.dead_below, accept_image_fmap=True,
+            commitment_weight=choice.beta, rotation_trick=choice.gradient == "rotation",
+        )  # fmt: skip
+    else:
+        quantize = VectorQuantizer2(choice.codes, choice.width, choice.beta, legacy=choice.legacy, gradient=choice.gradient)
+    return CodeTower(
+        VQGAN(
+            size=choice.size, channels=choice.channels, multipliers=choice.multipliers, blocks=choice.blocks, attention=choice.attention,
+            latent=choice.latent, quantize=quantize, groups=choice.groups, dropout=choice.dropout,
+        )
+    )  # fmt: skip
 
 
 def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | None) -> Tower:
@@ -110,7 +144,7 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
 
 
 # What builds each kind of choice; a new kind is a class in mmfast.spec and a line here.
-ENCODERS = dict.fromkeys(pretrained.TOWERS, _tower)
+ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
@@ -205,6 +239,8 @@ class MultimodalModel(nn.Module):
     def checkpoint_activations(self) -> None:
         """Recompute activations in backward instead of keeping them: in the language model, and in the tower where it learns."""
         for part in (self.language, self.encoder.vision):
+            if isinstance(part, VQGAN):  # frozen beside a language model it keeps nothing; its own stage says that it cannot
+                continue
             part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train(self.training)
 
@@ -312,6 +348,6 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         return model
     image_token = system.language.vocab - 1 if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)
-    widths = encoder.vision.config.hidden_size, language.get_input_embeddings().embedding_dim
+    widths = encoder.width, language.get_input_embeddings().embedding_dim
     connector = CONNECTORS[type(system.connector)](system.connector, *widths)
     return MultimodalModel(system, encoder, connector, language, image_token=image_token)

@@ -5,5 +5,8 @@ from mmfast.nn.preference import FusedLinearDPOLoss
 from mmfast.nn.qformer import QFormer
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.resampler import PerceiverResampler
+from mmfast.nn.vqgan import VQGAN, PatchCritic
 
-__all__ = ["FusedLinearDPOLoss", "GatedCrossAttention", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2"]
+__all__ = [
+    "VQGAN", "FusedLinearDPOLoss", "GatedCrossAttention", "PatchCritic", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2",
+]  # fmt: skip

@@ -243,21 +243,27 @@ class VectorQuantizer2(nn.Module):
         beta: weight of one of the two loss terms; ``legacy=True`` (upstream's default) puts it on the codebook term,
             False on the commitment term as the paper has it.
         sane_index_shape: indices ``[B, H, W]`` instead of flat.
+        gradient: how it passes from output to input, as for ``mmfast.vq_quantize``: straight through, or ``"rotation"``.
 
     Returns for ``z [B, D, H, W]``:
         ``(z_q [B, D, H, W], loss, (perplexity, min_encodings, indices))``. Perplexity ``exp(-sum p log p)`` of code usage in this
         batch (upstream returns None); min_encodings, the N x K one-hot, is not made and is None as upstream.
     """
 
-    def __init__(self, n_e: int, e_dim: int, beta: float = 0.25, sane_index_shape: bool = False, legacy: bool = True):
+    def __init__(
+        self, n_e: int, e_dim: int, beta: float = 0.25, sane_index_shape: bool = False, legacy: bool = True, *, gradient: str = "ste"
+    ):
         super().__init__()
+        self.gradient = gradient
         self.n_e, self.e_dim, self.beta = n_e, e_dim, beta
         self.sane_index_shape, self.legacy = sane_index_shape, legacy
         self.embedding = nn.Embedding(n_e, e_dim)
         self.embedding.weight.data.uniform_(-1.0 / n_e, 1.0 / n_e)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, None, Tensor]]:
-        z_q, indices, loss = vq_quantize(z, self.embedding.weight, beta=self.beta, legacy=self.legacy, channel_dim=1)
+        z_q, indices, loss = vq_quantize(
+            z, self.embedding.weight, beta=self.beta, legacy=self.legacy, gradient=self.gradient, channel_dim=1
+        )
         counts = indices.new_zeros(self.n_e).scatter_add_(0, indices.reshape(-1), torch.ones_like(indices).reshape(-1))
         p = counts / max(indices.numel(), 1)
         perplexity = torch.exp(torch.special.entr(p).sum())

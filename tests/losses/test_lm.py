@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmfast.losses import label_logp, token_cross_entropy
+from mmfast.losses import label_logp, token_cross_entropy, z_loss
 
 
 def case(dtype=torch.float64):
@@ -62,3 +62,32 @@ def test_nothing_scored_is_zero_with_zero_gradient():
 def test_shapes_that_differ_are_named():
     with pytest.raises(ValueError, match=r"labels \[2, 3\] like logits \[\.\., V\], got \[3, 2\]"):
         label_logp(torch.zeros(2, 3, 4), torch.zeros(3, 2, dtype=torch.long))
+
+
+def test_z_loss_of_one_token():
+    """log Z of (1, 2, 3) is 3.407606, and 1e-5 of its square 1.161e-4; the label does not matter, only that there is one."""
+    logits = torch.tensor([[[1.0, 2.0, 3.0], [9.0, 9.0, 9.0]]], dtype=torch.float64)
+    for label in (0, 2):
+        assert z_loss(logits, torch.tensor([[0, label]])).item() == pytest.approx(1e-5 * 3.4076059644443804**2, rel=1e-12)
+    assert z_loss(logits, torch.tensor([[0, 1]])).item() == pytest.approx(1.161e-4, rel=1e-3)
+
+
+def test_z_loss_is_over_the_scored_positions():
+    logits, labels = case()
+    logits.requires_grad_()
+    scored = labels[:, 1:] != -100
+    log_z = torch.log(torch.exp(logits[:, :-1]).sum(-1))
+    assert torch.allclose(z_loss(logits, labels), 1e-5 * (log_z[scored] ** 2).mean(), atol=1e-16)
+    grad = torch.autograd.grad(z_loss(logits, labels, weight=1.0), logits)[0]
+    assert torch.equal(grad[:, :-1].abs().sum(-1) > 0, scored)
+    assert not grad[:, -1].any()
+    pieces = sum(z_loss(logits[i : i + 1], labels[i : i + 1], total=scored.sum()) for i in range(3))
+    assert torch.allclose(pieces, z_loss(logits, labels), atol=1e-16)
+
+
+def test_z_loss_of_nothing_is_zero_also_beside_nan():
+    logits = torch.full((1, 3, 4), float("nan"), requires_grad=True)
+    loss = z_loss(logits, torch.full((1, 3), -100))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
