@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmfast.spec import PARTS, Alignment, Contrast, Data, Lora, Mixture, Optim, System, nearest, to_dict
+from mmfast.spec import PARTS, AdapterPrompts, Alignment, Contrast, Data, Lora, Mixture, Optim, Pooled, System, nearest, to_dict
 
 from . import recipes
 from .checkpoint import RunError
@@ -472,6 +472,14 @@ def _check_model(system: System, rules: _Rules) -> None:
     rules.below("image").within(image, std="(0, inf)")
     if hasattr(system.connector, "depth"):
         rules.below("connector").within(system.connector, depth="[1, inf)")
+    if isinstance(system.connector, Pooled):
+        rules.below("connector").within(system.connector, hidden="[1, inf)")
+        whole = system.connector.pool == "mean" or getattr(encoder, "keep_class_token", False)
+        rules(whole, "connector.pool", "class reads the class token; set encoder.keep_class_token true, or pool mean")
+    if isinstance(system.fusion, AdapterPrompts):
+        rules.below("fusion").within(system.fusion, length="[1, inf)", layers=f"[1, {language.depth}]")
+        fits = isinstance(system.connector, Pooled)
+        rules(fits, "connector", "adapter prompts take one vector a picture; set connector Pooled")
     quantized = language.quantize != "none"
     rules(not quantized or bool(language.weights), "language.quantize", "4bit holds pre-trained weights; set language.weights too")
 
@@ -508,6 +516,8 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     trained = {*job.train, *(("embeddings",) if "language" in job.train else ()), *((lora.part,) if lora else ())}
     for part in job.train:
         rules(part in PARTS, "train", f"there is no part {part!r}{nearest(part, PARTS)}, the parts are {', '.join(PARTS)}")
+    prompts = "adapter" not in job.train or isinstance(system.fusion, AdapterPrompts)
+    rules(prompts, "train", "adapter is what AdapterPrompts learn, and the fusion is another; take it out, or set fusion AdapterPrompts")
     rules(bool(trained), "train", f"nothing trains; name some of {', '.join(PARTS)}, or set lora")
     rules(len(set(job.train)) == len(job.train), "train", "a part is named twice")
     _check_optim(job.optim, trained, rules.below("optim"), processes)
@@ -517,11 +527,11 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         "template",
         f"unknown template {job.template!r}{nearest(job.template, chat.TEMPLATES)}, expected one of {', '.join(chat.TEMPLATES)}",
     )
-    least = system.encoder.tokens + 2
+    least = system.image_places + 2
     rules(
         job.max_length >= least,
         "max_length",
-        f"{job.max_length} cannot hold a picture of {system.encoder.tokens} tokens and an answer; at least {least}",
+        f"{job.max_length} cannot hold a picture of {system.image_places} tokens and an answer; at least {least}",
     )
     if lora is not None:
         rules.below("lora").within(lora, rank="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")

@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
-from mmfast.models.fusion import PrefixFusion
+from mmfast.models.fusion import AdapterFusion, PrefixFusion
 from mmfast.models.lora import lora_dropouts, lora_parameters
-from mmfast.nn.projector import Projector
+from mmfast.nn.projector import PooledProjector, Projector
 
 
 @dataclass
@@ -112,8 +112,9 @@ ENCODERS = dict.fromkeys(pretrained.TOWERS, _tower)
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
+    spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
 }
-FUSIONS = {spec.Prefix: PrefixFusion}
+FUSIONS = {spec.Prefix: lambda choice, language: PrefixFusion(), spec.AdapterPrompts: AdapterFusion}
 
 
 class MultimodalModel(nn.Module):
@@ -128,7 +129,7 @@ class MultimodalModel(nn.Module):
         super().__init__()
         self.system, self.image_token = system, image_token
         self.encoder, self.connector, self.language = encoder, connector, language
-        self.fusion = FUSIONS[type(system.fusion)]()
+        self.fusion = FUSIONS[type(system.fusion)](system.fusion, language)
         self._trained: tuple[str, ...] = ()
         self._lora = False
         self.train_only(())
@@ -139,6 +140,7 @@ class MultimodalModel(nn.Module):
         parts = {
             "encoder": self.encoder,
             "connector": self.connector,
+            "adapter": self.fusion,  # what a fusion has to learn: gated prompts
             "language": self.language,
             "embeddings": self.language.get_input_embeddings(),
         }
@@ -288,6 +290,12 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         raise ValueError(
             f"{system.name}: language.quantize needs language.weights of its own; weights {system.weights} are read as they are"
         )
+    if system.weights and not isinstance(system.fusion, spec.Prefix):
+        raise ValueError(
+            f"{system.name}: weights {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
+        )
+    if isinstance(system.connector, spec.Pooled) and system.connector.pool == "class" and not getattr(system.encoder, "keep_class_token", False):
+        raise ValueError(f"{system.name}: connector.pool class reads the class token; set encoder.keep_class_token, or pool mean")
     system = pretrained.resolved(system)
     if tokenizer is not None and (tokenizer.convert_tokens_to_ids("<image>") in (None, tokenizer.unk_token_id)):
         raise ValueError(f"{system.name}: the tokenizer has no <image> token (mmfast.models.tokenizer_for adds it)")

@@ -1,9 +1,12 @@
 """Modules on top of the ops, with the state-dict keys of their upstream implementations."""
 
+from mmfast.nn.adapter import AdapterPrompt
 from mmfast.nn.gated import GatedCrossAttention
 from mmfast.nn.preference import FusedLinearDPOLoss
 from mmfast.nn.qformer import QFormer
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.resampler import PerceiverResampler
 
-__all__ = ["FusedLinearDPOLoss", "GatedCrossAttention", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2"]
+__all__ = [
+    "AdapterPrompt", "FusedLinearDPOLoss", "GatedCrossAttention", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2",
+]  # fmt: skip
