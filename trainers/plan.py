@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmfast.models import build
 from mmfast.models.build import MultimodalModel
+from mmfast.models.fusion import ByRow
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Lora, Stage, System, nearest
 

@@ -40,6 +40,19 @@ TEMPLATES = {
         before="USER: ",
         between=" ASSISTANT: ",
     ),
+    # Stanford Alpaca, and LLaMA-Adapter after it: the answer follows the colon at once. With an input the question is
+    # "{instruction}\n\n### Input:\n{input}".
+    "alpaca": Template(
+        system="Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
+        before="### Instruction:\n",
+        between="\n\n### Response:",
+    ),
+    "alpaca_input": Template(
+        system="Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n",
+        before="### Instruction:\n",
+        between="\n\n### Response:",
+    ),
 }
 
 
