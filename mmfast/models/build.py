@@ -294,7 +294,11 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         raise ValueError(
             f"{system.name}: weights {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
         )
-    if isinstance(system.connector, spec.Pooled) and system.connector.pool == "class" and not getattr(system.encoder, "keep_class_token", False):
+    if (
+        isinstance(system.connector, spec.Pooled)
+        and system.connector.pool == "class"
+        and not getattr(system.encoder, "keep_class_token", False)
+    ):
         raise ValueError(f"{system.name}: connector.pool class reads the class token; set encoder.keep_class_token, or pool mean")
     system = pretrained.resolved(system)
     if tokenizer is not None and (tokenizer.convert_tokens_to_ids("<image>") in (None, tokenizer.unk_token_id)):

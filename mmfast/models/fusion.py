@@ -16,7 +16,6 @@ from mmfast import spec
 from mmfast.nn.adapter import AdapterPrompt
 
 
-
 class PrefixFusion(nn.Module):
     """The i-th placeholder of the batch, read row by row, becomes the i-th image vector; then the language model runs as always."""
 

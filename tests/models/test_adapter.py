@@ -120,7 +120,7 @@ def test_only_the_gates_learn_in_the_first_step():
     assert {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()} == names
 
 
-@pytest.mark.parametrize(("layers", "trained"), [(30, 1_229_760), (20, 819_840 ), (10, 409_920)])
+@pytest.mark.parametrize(("layers", "trained"), [(30, 1_229_760), (20, 819_840), (10, 409_920)])
 def test_published_counts(layers, trained):
     """30 layers: 1.2 M. The figures of 10 and 20 layers have their gates here: 32 a layer."""
     from mmfast.trainers.recipes.architectures.llama_adapter import RECIPE
@@ -255,7 +255,10 @@ def test_left_padding_changes_nothing():
     mask[1, :2] = 0
     both = model.generate(padded, attention_mask=mask, pixel_values=pixels, max_new_tokens=5)
     alone = torch.cat(
-        [model.generate(ids[:1], pixel_values=pixels[:1], max_new_tokens=5), model.generate(short, pixel_values=pixels[1:], max_new_tokens=5)]
+        [
+            model.generate(ids[:1], pixel_values=pixels[:1], max_new_tokens=5),
+            model.generate(short, pixel_values=pixels[1:], max_new_tokens=5),
+        ]
     )
     assert torch.equal(both, alone)
 
