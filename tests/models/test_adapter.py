@@ -206,6 +206,16 @@ def test_images_find_their_rows():
         model(ids, pixel_values=pixels)
 
 
+def test_the_class_token_or_the_mean():
+    states = torch.randn(2, 5, 32)
+    for pool, picked in (("class", states[:, :1]), ("mean", states.mean(1, keepdim=True))):
+        connector = made(connector=spec.Pooled(hidden=8, pool=pool), encoder=replace(SYSTEM.encoder, keep_class_token=True)).connector
+        assert connector.state_dict().keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
+        first, last = connector[0], connector[2]
+        want = torch.nn.functional.gelu(picked @ first.weight.T + first.bias) @ last.weight.T + last.bias
+        torch.testing.assert_close(connector(states), want)
+
+
 def test_one_vector_a_prompt():
     """LLaMA-Adapter V2 adds another vector to each prompt of a layer."""
     model, (ids, _) = made(), shown()
@@ -217,6 +227,7 @@ def test_one_vector_a_prompt():
 
 def test_packed_rows_see_their_own_image():
     model, (ids, pixels) = made(), shown(3)
+    ids[1, :2] = ids[1, :2].flip(0)  # a row may begin with its image
     lengths = [5, 7, 3]
     packed = torch.cat([row[:n] for row, n in zip(ids, lengths, strict=True)])[None]
     places = torch.cat([torch.arange(n) for n in lengths])[None]
