@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # The parts of a model that a stage may train.
-PARTS = ("encoder", "connector", "language", "embeddings")
-Part = Literal["encoder", "connector", "language", "embeddings"]
+PARTS = ("encoder", "connector", "adapter", "language", "embeddings")
+Part = Literal["encoder", "connector", "adapter", "language", "embeddings"]
 
 # ------------------------------------------------------------------------------------------ the six choices, a class a kind
 
@@ -131,8 +131,26 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """One vector a picture: its class token (the tower keeps it) or the mean over patches, through ``hidden`` units with GELU."""
+
+    hidden: int = 108
+    pool: Literal["class", "mean"] = "class"
+
+
+@dataclass(frozen=True)
 class Prefix:
     """Image tokens take the places of the <image> placeholders in the language model's sequence."""
+
+
+@dataclass(frozen=True)
+class AdapterPrompts:
+    """Gated prompts in the last ``layers`` layers, ``length`` each (LLaMA-Adapter, arXiv:2303.16199); a picture's vector is added to them. In
+    the sequence a picture takes one place, the <image> token's own. ``gate``: what is made of the learned gate (the paper: identity)."""
+
+    length: int = 10
+    layers: int = 30
+    gate: Literal["tanh", "identity"] = "tanh"
 
 
 @dataclass(frozen=True)
@@ -283,12 +301,17 @@ class System:
     paper: str = ""
     weights: str | None = None
     encoder: Clip | Siglip | Dino | Vqgan = Clip()
-    connector: Linear | Mlp = Linear()
-    fusion: Prefix = Prefix()
+    connector: Linear | Mlp | Pooled = Linear()
+    fusion: Prefix | AdapterPrompts = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()
     stages: tuple[Stage, ...] = ()
     compute: Compute = Compute()
+
+    @property
+    def image_places(self) -> int:
+        """Positions that one picture takes in the language model's sequence."""
+        return 1 if isinstance(self.fusion, AdapterPrompts) else self.encoder.tokens
 
 
 # ------------------------------------------------------------------------------------------------------------- alignment
@@ -398,6 +421,14 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
             out.append(f"encoder.layer: expected at least {-encoder.depth - 1} and at most {encoder.depth}, got {encoder.layer}")
         if system.image.size != encoder.size:
             out.append(f"image.size: {system.image.size} and encoder.size {encoder.size} must agree")
+    if system.weights and not isinstance(system.fusion, Prefix):
+        out.append(
+            f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
+        )
+    if isinstance(system.connector, Pooled) and system.connector.pool == "class" and not getattr(encoder, "keep_class_token", False):
+        out.append("connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean")
+    if isinstance(system.fusion, AdapterPrompts) and not isinstance(system.connector, Pooled):
+        out.append("connector: adapter prompts take one vector a picture; set connector Pooled")
     if language.quantize != "none":
         if system.weights:
             out.append(

@@ -20,7 +20,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmfast.spec import PARTS, Alignment, Contrast, Data, Lora, Mixture, Optim, Stage, System, Vqgan, misfits, nearest, to_dict
+from mmfast.spec import (
+    PARTS,
+    AdapterPrompts,
+    Alignment,
+    Contrast,
+    Data,
+    Lora,
+    Mixture,
+    Optim,
+    Pooled,
+    Stage,
+    System,
+    Vqgan,
+    misfits,
+    nearest,
+    to_dict,
+)
 
 from . import recipes
 from .checkpoint import RunError
@@ -487,6 +503,10 @@ def _check_model(system: System, rules: _Rules) -> None:
     rules.below("image").within(system.image, std="(0, inf)")
     if hasattr(system.connector, "depth"):
         rules.below("connector").within(system.connector, depth="[1, inf)")
+    if isinstance(system.connector, Pooled):
+        rules.below("connector").within(system.connector, hidden="[1, inf)")
+    if isinstance(system.fusion, AdapterPrompts):
+        rules.below("fusion").within(system.fusion, length="[1, inf)", layers=f"[1, {system.language.depth}]")
     rules.problems += [f"{rules.where}{sentence}" for sentence in misfits(system)]
 
 
@@ -522,6 +542,8 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     trained = {*job.train, *(("embeddings",) if "language" in job.train else ()), *((lora.part,) if lora else ())}
     for part in job.train:
         rules(part in PARTS, "train", f"there is no part {part!r}{nearest(part, PARTS)}, the parts are {', '.join(PARTS)}")
+    prompts = "adapter" not in job.train or isinstance(system.fusion, AdapterPrompts)
+    rules(prompts, "train", "adapter is what AdapterPrompts learn, and the fusion is another; take it out, or set fusion AdapterPrompts")
     rules(bool(trained), "train", f"nothing trains; name some of {', '.join(PARTS)}, or set lora")
     rules(len(set(job.train)) == len(job.train), "train", "a part is named twice")
     _check_optim(job.optim, trained, rules.below("optim"), processes)
@@ -532,7 +554,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         f"unknown template {job.template!r}{nearest(job.template, chat.TEMPLATES)}, expected one of {', '.join(chat.TEMPLATES)}",
     )
     if not (system.weights or system.encoder.weights) and system.encoder.patch > 0:
-        tokens = system.encoder.tokens
+        tokens = system.image_places
         rules(
             job.max_length >= tokens + 2,
             "max_length",

@@ -23,9 +23,10 @@ from mmfast.data.supervised import EasyVQA
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
+from mmfast.models.fusion import ByRow
 from mmfast.models.pretrained import locate
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
-from mmfast.spec import PARTS, Alignment, Compute, LanguageModel, Lora, Stage, System, Vqgan, nearest
+from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Lora, Stage, System, Vqgan, nearest
 
 from . import config
 from .checkpoint import RunError
@@ -338,6 +339,8 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
     small = replace(
         system, encoder=replace(encoder, depth=depth["encoder"], layer=-behind - 1), language=replace(language, depth=depth["language"])
     )
+    if isinstance(system.fusion, AdapterPrompts):
+        small = replace(small, fusion=replace(system.fusion, layers=min(system.fusion.layers, depth["language"])))
     autocast = torch.autocast("cpu", kind) if precision != "fp32" else nullcontext()
     with torch.enable_grad(), torch.device("meta"):
         model = build(small)
@@ -361,9 +364,12 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
             else:
                 ids = torch.zeros(rows, length, dtype=torch.long)
                 seen = seen[torch.zeros(rows, dtype=torch.long)]
-                embeds = model.language.get_input_embeddings()(ids)
-                embeds = embeds.masked_scatter((ids == 0)[..., None], seen.to(embeds.dtype))
-                model.language.get_decoder()(inputs_embeds=embeds, use_cache=False)
+                if isinstance(system.fusion, AdapterPrompts):
+                    model.fusion(model.language, ids, ByRow(seen), 0, use_cache=False)
+                else:
+                    embeds = model.language.get_input_embeddings()(ids)
+                    embeds = embeds.masked_scatter((ids == 0)[..., None], seen.to(embeds.dtype))
+                    model.language.get_decoder()(inputs_embeds=embeds, use_cache=False)
     for name, full in (("encoder", read), ("language", language.depth)):
         for sizes in (saved.blocks, saved.casts):
             traced = sizes[name][: min(full, _TRACED)]
@@ -402,8 +408,8 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     pictures = math.ceil(optim.batch / processes)
     rows = pictures * (len(job.views) if isinstance(job, Alignment) else 1)
     length = length or min(job.max_length, shape.language.context)
-    if length <= shape.encoder.tokens:
-        raise RunError(f"rows of {length} positions cannot hold a picture of {shape.encoder.tokens} tokens; give a longer --length")
+    if length <= shape.image_places:
+        raise RunError(f"rows of {length} positions cannot hold a picture of {shape.image_places} tokens; give a longer --length")
     sharded = compute.parallel == "fsdp" and processes > 1
     counted = count(system, its)
     saved = trace(recipe, job, pictures=pictures, length=length, sharded=sharded)
@@ -431,7 +437,7 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     kept = outside + sum(saved.inputs[name] * len(blocks) for name, blocks in saved.blocks.items())
     widest = max((max(blocks, default=0) for blocks in saved.blocks.values()), default=0)
     activations = {False: plain, True: min(plain, kept + max(casts, widest))}
-    scored = 0 if words else rows * (length - shape.encoder.tokens)
+    scored = 0 if words else rows * (length - shape.image_places)
     memory = {**states, "gathered": gathered, "activations": activations[compute.checkpointing]}
     logits = logits_bytes(scored, shape.language.vocab, shape.language.width, half, cpu=compute.device == "cpu")
     # A reference is asked while the policy waits for its backward: a second workspace.
@@ -513,7 +519,7 @@ def moves(recipe: System | Alignment, job: Stage | Alignment, processes: int) ->
     if system.language.quantize == "none" and system.language.weights:  # `after` drops it where it cannot be
         out.append(Move({**(adapters if "language" in job.train else {}), f"{model}language.quantize": "4bit"}, False))
     half = job.max_length // 2
-    if half >= system.encoder.tokens + 64:
+    if half >= system.image_places + 64:
         out.append(Move({f"{at}max_length": str(half)}, False))
     return out
 
@@ -634,7 +640,7 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
     adapters = [job.name for job in jobs(recipe) if job.lora is not None]
     whole = count(system, Setting()).parts
     rows = [("part", "parameters", "trains in")]
-    rows += [(part, f"{whole[part]:,}", ", ".join(trains[part]) or "-") for part in PARTS]
+    rows += [(part, f"{whole[part]:,}", ", ".join(trains[part]) or "-") for part in PARTS if whole[part]]
     rows.append(("all", f"{sum(whole.values()):,}", f"adapters in {', '.join(adapters)}" if adapters else ""))
     lines += [*columns(rows, right=(1,)), ""]
 

@@ -150,7 +150,7 @@ class Session:
     def encoder(self, template: str, max_length: int = 2048) -> chat.Encoder:
         """``encode(turns)`` for this tokenizer and picture size."""
         t = self.tokenizer
-        return chat.Encoder(t, template, self.system.encoder.tokens, self.image_token, t.pad_token_id, max_length)
+        return chat.Encoder(t, template, self.system.image_places, self.image_token, t.pad_token_id, max_length)
 
     def source(self, data: Data | Mixture, template: str, max_length: int = 2048):
         """The stages of a system mostly read the same data: it is made once."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from mmfast.spec import nearest
 
 IGNORE = -100
+# Between an instruction and its input, in one question (Alpaca).
+INPUT = "\n\n### Input:\n"
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Template:
     """The words around turns. Only answers, and the end token where it follows one, are supervised."""
 
     system: str = ""
+    system_with_input: str = ""  # in its place where the first question has an input
     after_system: str = ""  # behind a record's own system message
     before: str = ""  # a question
     between: str = ""  # question and answer
@@ -39,6 +42,14 @@ TEMPLATES = {
         after_system=" ",
         before="USER: ",
         between=" ASSISTANT: ",
+    ),
+    # Stanford Alpaca, and LLaMA-Adapter after it: the answer follows the colon at once.
+    "alpaca": Template(
+        system="Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n",
+        system_with_input="Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n",
+        before="### Instruction:\n",
+        between="\n\n### Response:",
     ),
 }
 
@@ -62,7 +73,8 @@ def encode(
     """
     check_template(template)
     form, line = TEMPLATES[template], _Line(tokenizer, image_tokens, image_token)
-    line.add(form.system if system is None else system + form.after_system)
+    own = form.system_with_input if form.system_with_input and turns and INPUT in turns[0][0] else form.system
+    line.add(own if system is None else system + form.after_system)
     for i, (question, answer) in enumerate(turns):
         if not form.keep_question:
             question = "<image>" * question.count("<image>")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmfast.data import images
+from mmfast.data.chat import INPUT
 from mmfast.data.images import Picture
 from mmfast.spec import nearest
 
@@ -24,7 +25,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TURN_NAMES = ("from", "value", "role", "content")
 NAMES = (
     "id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "caption",
-    "text", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
+    "instruction", "input", "output", "text", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
 )  # fmt: skip
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
 MAX_CHARACTERS = 1_000_000
@@ -142,6 +143,15 @@ class _Reader:
                 return self.conversation(
                     [*self.said(row[question], question, "user"), *self.said(row[answer], answer, "assistant")], llava=False
                 )
+        if has("instruction") or has("output"):  # Alpaca
+            if not (has("instruction") and has("output")):
+                missing, there = ("output", "instruction") if has("instruction") else ("instruction", "output")
+                raise ValueError(f'has "{there}" but no "{missing}"')
+            asked, given = (self.plain(row.get(name, ""), f'"{name}"') for name in ("instruction", "input"))
+            asked += INPUT + given if given.strip() else ""  # an empty input is none
+            return self.conversation(
+                [*self.said(asked, "instruction", "user"), *self.said(row["output"], "output", "assistant")], llava=False
+            )
         if has("caption"):
             if not (self.listed("image") or self.listed("video")):
                 raise ValueError('has a "caption" but no "image"')

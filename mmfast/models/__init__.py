@@ -1,5 +1,6 @@
 """Multimodal language models, built from a ``System`` or read from a published checkpoint."""
 
+from mmfast.models.adapter import load_adapter, save_adapter
 from mmfast.models.build import MultimodalModel, Output, build
 from mmfast.models.lora import adapters_off, add_lora, load_lora, lora_parameters, merge_lora, save_lora
 from mmfast.models.pretrained import resolved, tokenizer_for
@@ -7,6 +8,6 @@ from mmfast.models.tiny import tiny
 from mmfast.models.weights import from_pretrained
 
 __all__ = [
-    "MultimodalModel", "Output", "adapters_off", "add_lora", "build", "from_pretrained", "load_lora", "lora_parameters", "merge_lora", "resolved",
-    "save_lora", "tiny", "tokenizer_for",
+    "MultimodalModel", "Output", "adapters_off", "add_lora", "build", "from_pretrained", "load_adapter", "load_lora", "lora_parameters", "merge_lora",
+    "resolved", "save_adapter", "save_lora", "tiny", "tokenizer_for",
 ]  # fmt: skip

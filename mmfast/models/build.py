@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
-from mmfast.models.fusion import PrefixFusion, blocks
+from mmfast.models.fusion import AdapterFusion, PrefixFusion, blocks
 from mmfast.models.lora import lora_dropouts, lora_parameters
-from mmfast.nn.projector import Projector
+from mmfast.nn.projector import PooledProjector, Projector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.vqgan import VQGAN
 
@@ -148,8 +148,9 @@ ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
+    spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
 }
-FUSIONS = {spec.Prefix: PrefixFusion}
+FUSIONS = {spec.Prefix: lambda choice, language: PrefixFusion(), spec.AdapterPrompts: AdapterFusion}
 
 
 class MultimodalModel(nn.Module):
@@ -164,7 +165,7 @@ class MultimodalModel(nn.Module):
         super().__init__()
         self.system, self.image_token = system, image_token
         self.encoder, self.connector, self.language = encoder, connector, language
-        self.fusion = FUSIONS[type(system.fusion)]()
+        self.fusion = FUSIONS[type(system.fusion)](system.fusion, language)
         self._trained: tuple[str, ...] = ()
         self._lora = False
         self.train_only(())
@@ -175,6 +176,7 @@ class MultimodalModel(nn.Module):
         parts = {
             "encoder": self.encoder,
             "connector": self.connector,
+            "adapter": self.fusion,  # what a fusion has to learn: gated prompts
             "language": self.language,
             "embeddings": self.language.get_input_embeddings(),
         }

@@ -59,7 +59,7 @@ def steps(
         yield token
         if done.all():
             break
-        step, embeds = token[:, None], None
+        step, embeds = token[:, None], model.fusion.carry(step, embeds, model.image_token)
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(token), 1)], 1)
             positions = positions[:, -1:] + 1

@@ -8,7 +8,7 @@ some 1,200 steps of the last stage are where captions settle.
 
 from dataclasses import replace
 
-from mmfast.spec import Alignment, Compute, Data, Optim, Stage, System
+from mmfast.spec import AdapterPrompts, Alignment, Compute, Data, Optim, Stage, System
 
 _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
 _DATA = Data("shapes")
@@ -22,6 +22,15 @@ _WORDS = Stage(
     optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
 )
 
+# What a language model is before prompts are put into it, their gates still at 0: one that cannot see.
+_TEXT = Stage(
+    "text",
+    train=("language", "embeddings"),
+    data=_DATA,
+    template="bare",
+    optim=Optim(lr=4e-3, steps=500, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST),
+)
+
 
 def tiny(recipe: System | Alignment) -> System | Alignment:
     """The tiny form of a recipe."""
@@ -33,6 +42,9 @@ def tiny_system(system: System) -> System:
     if not (system.weights or encoder.weights or language.weights):
         return system  # it starts from nothing already
     *before, last = system.stages
+    # Prompts are for a language model that stays as it is, so it learns before them; all others learn it with the pictures.
+    prompts = isinstance(system.fusion, AdapterPrompts)
+    whole = last.train if prompts else tuple(dict.fromkeys((*last.train, "language", "embeddings")))
     return replace(
         system,
         weights=None,
@@ -43,15 +55,17 @@ def tiny_system(system: System) -> System:
         language=replace(
             language, weights=None, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05
         ),
+        fusion=replace(system.fusion, layers=2) if prompts else system.fusion,
         # The shapes world's background becomes 0.
         image=replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
         stages=(
             _WORDS,
             *(replace(stage, data=_DATA, template="bare", optim=_SHORT) for stage in before[:1]),
+            *((_TEXT,) if prompts else ()),
             # There is no language to lay adapters beside: it learns with them.
             replace(
                 last,
-                train=tuple(dict.fromkeys((*last.train, "language", "embeddings"))),
+                train=whole,
                 lora=None,
                 data=_DATA,
                 template="bare",

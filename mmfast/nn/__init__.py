@@ -1,5 +1,6 @@
 """Modules on top of the ops, with the state-dict keys of their upstream implementations."""
 
+from mmfast.nn.adapter import AdapterPrompt
 from mmfast.nn.gated import GatedCrossAttention
 from mmfast.nn.preference import FusedLinearDPOLoss
 from mmfast.nn.qformer import QFormer
@@ -8,5 +9,5 @@ from mmfast.nn.resampler import PerceiverResampler
 from mmfast.nn.vqgan import VQGAN, PatchCritic
 
 __all__ = [
-    "VQGAN", "FusedLinearDPOLoss", "GatedCrossAttention", "PatchCritic", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2",
+    "VQGAN", "AdapterPrompt", "FusedLinearDPOLoss", "GatedCrossAttention", "PatchCritic", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """Affine connectors between an encoder's width and a language model's."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Projector(nn.Sequential):
@@ -17,3 +17,22 @@ class Projector(nn.Sequential):
         for _ in range(depth - 1):
             layers += [nn.GELU(), nn.Linear(width_out, width_out)]
         super().__init__(*layers)
+
+
+class PooledProjector(nn.Sequential):
+    """One vector a picture: ``[M, N, width_in] -> [M, 1, width_out]`` through ``hidden`` units with exact GELU.
+
+    LLaMA-Adapter's visual global feature (arXiv:2303.16199, section 3.3: a projection of CLIP's global features, whose layout is not published).
+
+    Args:
+        pool: "class" takes the first position, "mean" the mean over all.
+    """
+
+    def __init__(self, width_in: int, width_out: int, hidden: int, pool: str = "class"):
+        super().__init__(nn.Linear(width_in, hidden), nn.GELU(), nn.Linear(hidden, width_out))
+        if pool not in ("class", "mean"):
+            raise ValueError(f"PooledProjector: unknown pool {pool!r}, expected 'class' or 'mean'")
+        self.pool = pool
+
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states[:, :1] if self.pool == "class" else states.mean(1, keepdim=True))

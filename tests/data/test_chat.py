@@ -41,6 +41,23 @@ def test_vicuna_v1_as_published():
     assert scored(ids, labels) == "Hello</s>Me.</s>"
 
 
+def test_alpaca_as_published():
+    """Two preambles, by whether the record has an input; the answer follows the colon with nothing between."""
+    ids, labels = encode("alpaca", [("Add.", "3")])
+    assert read(ids) == (
+        "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Response:3</s>"
+    )
+    assert scored(ids, labels) == "3</s>"
+    ids, labels = encode("alpaca", [("Add.\n\n### Input:\n1 2", "3")])
+    assert read(ids) == (
+        "<s>Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
+        "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:3</s>"
+    )
+    assert scored(ids, labels) == "3</s>"
+    assert read(encode("alpaca", [("Add.", "3")], system="S")[0]).startswith("<s>S### Inst")
+
+
 def test_plain_drops_the_question_and_scores_caption_and_newline():
     ids, labels = encode("plain", [("Describe it. <image>", "A cat.")], tokens=3)
     assert read(ids) == "<s>@@@A cat.\n"

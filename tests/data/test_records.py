@@ -134,6 +134,14 @@ FORMS = {
         {"question": "what?", "answer": "a cat", "image": "c.jpg"},
         Record(7, "#7", (("<image>\nwhat?", "a cat"),), pictures=shown("c.jpg")),
     ),
+    "alpaca": (
+        {"instruction": "q", "input": "", "output": "a"},
+        Record(7, "#7", (("q", "a"),)),
+    ),
+    "alpaca with an input and a picture": (
+        {"instruction": "q", "input": "i", "output": "a", "image": "c.jpg"},
+        Record(7, "#7", (("<image>\nq\n\n### Input:\ni", "a"),), pictures=shown("c.jpg")),
+    ),
     "prompt and completion": (
         {"prompt": [{"role": "system", "content": "s"}, ask], "completion": [say("a")]},
         Record(7, "#7", (("q", "a"),), "s"),
@@ -221,9 +229,9 @@ def test_documented_examples_are_records(tmp_path):
     examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
     animated(tmp_path / "clip.gif")
     records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
-    assert len(records) == 14
-    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 10, 8]
-    assert [r.chosen for r in records] == [None] * 11 + ["A cat."] * 2 + [None]
+    assert len(records) == 15
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 4, 0, *[1] * 6, 8]
+    assert [r.chosen for r in records] == [None] * 12 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():

@@ -228,7 +228,7 @@ TOLD = [
     (["--stages.align.objective", "lmm"], "--stages.align.objective: expected one of lm, words, tokenizer, got 'lmm' (did you mean 'lm'?)"),
     (
         ["--stages.align.train", "[conector]"],
-        "--stages.align.train: expected one of encoder, connector, language, embeddings, got 'conector'",
+        "--stages.align.train: expected one of encoder, connector, adapter, language, embeddings, got 'conector'",
     ),
     (["--stages.align.optim.betas", "[0.9]"], "--stages.align.optim.betas: expected 2 values, got [0.9]"),
     (["--stages.align.optim.betas.2", "0.9"], "--stages.align.optim.betas.2: nothing is called '2' there"),
@@ -239,7 +239,7 @@ TOLD = [
     (["--encoder.kind", "Clipp"], "--encoder.kind: unknown kind 'Clipp' (did you mean 'Clip'?), expected one of Clip, Siglip, Dino, Vqgan"),
     (["--connector", "{depth: 3}"], "--connector.depth: Linear has no field 'depth'"),
     (["--stages.align.data", "{kind: Mixture, name: m, parts: 3}"], "--stages.align.data.parts: expected a list such as [a, b], got 3"),
-    (["--connector", "3"], "--connector: is a group of fields; expected the name of a kind (Linear, Mlp), got '3'"),
+    (["--connector", "3"], "--connector: is a group of fields; expected the name of a kind (Linear, Mlp, Pooled), got '3'"),
     (["--connector.depth", "3"], "--connector.depth: Linear has no field 'depth'; it has none"),
     (
         ["--encoder", "Klip"],
@@ -348,6 +348,10 @@ RULES = [
         ["--reference", "adapter_off", "--lora.rank", "4", "--train", "embeddings"],
         "reference: adapter_off leaves embeddings as trained; set train [] or another reference",
     ),
+    ("llama_adapter", ["--fusion.layers", "4"], "fusion.layers: expected at least 1 and at most 3, got 4"),
+    ("llama_adapter", ["--connector.kind", "Linear"], "connector: adapter prompts take one vector a picture; set connector Pooled"),
+    ("llama_adapter", ["--encoder.keep_class_token", "false"], "connector.pool: class reads the class token"),
+    ("llama_adapter", ["--fusion.kind", "Prefix"], "stages.answers.train: adapter is what AdapterPrompts learn, and the fusion is another"),
     ("dpo", ["--policy.image.size", "32"], "policy.image.size: 32 and encoder.size 64 must agree"),
     ("dpo", ["--data.scenes", "1"], "data.scenes: expected at least 2, got 1"),
 ]

@@ -105,6 +105,7 @@ def test_published_counts():
     assert plan.count(llava, plan.Setting()).parts == {
         "encoder": 303_179_776,
         "connector": 4_198_400,
+        "adapter": 0,
         "language": 6_738_415_616 - 32_000 * 4096,
         "embeddings": 32_000 * 4096,
     }
