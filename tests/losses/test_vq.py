@@ -54,7 +54,7 @@ def test_adaptive_weight():
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_worked_codebook(legacy, dtype):
-    """Section 0.7(2) of the worked values: the same number on both sides of beta, and other gradients."""
+    """Four rows and three codes worked by hand: the same number on both sides of beta, and other gradients."""
     book = VectorQuantizer2(3, 2, legacy=legacy).to(dtype)
     book.embedding.weight.data = torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=dtype)
     z = torch.tensor([[0.9, 0.1], [0.8, 0], [0.1, 0.2], [0.5, 0.5]], dtype=dtype).T.reshape(1, 2, 2, 2).requires_grad_()
@@ -71,7 +71,7 @@ def test_worked_codebook(legacy, dtype):
 
 
 def test_worked_moving_average(dtype):
-    """Section 0.7(2): decay .9, counts (2, 2, 0)."""
+    """The same rows: decay .9, counts (2, 2, 0)."""
     codes = torch.tensor([[0, 0], [1, 0], [0, 1]], dtype=dtype)
     size, average = torch.ones(3, dtype=dtype), codes.clone()
     sums = torch.tensor([[0.6, 0.7], [1.7, 0.1], [0, 0]], dtype=dtype)
@@ -82,7 +82,7 @@ def test_worked_moving_average(dtype):
 
 
 def test_worked_rotation():
-    """Section 0.7(7): the row (3, 4) becomes the code (0, 2) exactly."""
+    """The row (3, 4) becomes the code (0, 2) exactly."""
     out, _, _ = vq_quantize(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 2.0], [9.0, 9.0]]), gradient="rotation")
     assert out.tolist() == [[0.0, 2.0]]
 
