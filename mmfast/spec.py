@@ -351,7 +351,8 @@ PairLoss = Literal[
 @dataclass(frozen=True)
 class Contrast:
     """-log sigmoid(beta (logratio(better) - logratio(worse))) over sequence log-probabilities (DPO, arXiv:2305.18290), or another pair loss
-    of ``mmfast.preference_loss``."""
+    of ``mmfast.preference_loss``. Those that compare pairs with each other (aot, aot_unpaired, bco_pair) see the pairs of one micro-batch on
+    one process; all others do not depend on how a step's pairs are cut."""
 
     better: str
     worse: str

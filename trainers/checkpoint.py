@@ -84,6 +84,8 @@ class Run:
                 torch.save(state, partial / "state.pt")
                 files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if p.is_file())
                 (partial / "hashes.json").write_text(json.dumps({name: _sha256(partial / name) for name in files}))
+                for name in [*files, "hashes.json"]:  # on the disk before it counts: a power cut must not leave a name without its bytes
+                    _to_disk(partial / name)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial, final)
         except (OSError, SafetensorError, RuntimeError) as error:  # a full disk, as Python, safetensors and torch report it
@@ -155,6 +157,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise RunError(f"{path} could not be written: {error.strerror or error}; what was there before is intact") from error
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -170,7 +170,9 @@ class Scorer:
     """
 
     def __init__(self, alignment: Alignment, session: Session, source: PairSource | PreferencePairs, states: Tensor | None, folder: Path):
-        self.kind, self.session, self.states = alignment.reference, session, states
+        # SimPO and the like ask for no reference: none is computed, and zeros stand for it.
+        asked = any(isinstance(term, Contrast) and LOSSES[term.loss_type].reference for term in alignment.terms)
+        self.kind, self.session, self.states = alignment.reference if asked else "none", session, states
         if self.kind == "cached":
             self.logps = cached_reference(alignment, session, source, states, folder)
         elif self.kind == "frozen":
@@ -182,6 +184,9 @@ class Scorer:
             self.start.model.eval()
 
     def __call__(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if self.kind == "none":
+            logps = view_logps(self.session, batch, self.states)
+            return logps, torch.zeros_like(logps)
         if self.kind == "cached":
             index = batch["index"]
             return view_logps(self.session, batch, self.states), self.logps[:, index.to(self.logps.device)].flatten().to(index.device)

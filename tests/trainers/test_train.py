@@ -284,6 +284,14 @@ def test_three_references_are_one(base, tmp_path):
     torch.testing.assert_close(torch.tensor(curves["cached"]), torch.tensor(curves["frozen"]), atol=1e-6, rtol=0)
 
 
+def test_losses_without_a_reference_compute_none(base, tmp_path, monkeypatch):
+    session, weights = base
+    session.model.load_state_dict(weights)
+    monkeypatch.setattr(preference, "cached_reference", lambda *a: pytest.fail("a reference was computed"))
+    alignment = replace(ALIGN, terms=(replace(ALIGN.terms[0], loss_type="simpo"),), optim=replace(ALIGN.optim, steps=2))
+    preference.train_alignment(alignment, session, Run(tmp_path), quiet=True)
+
+
 def test_a_stale_reference_is_not_used(base, tmp_path, capsys):
     session, weights = base
     session.model.load_state_dict(weights)
