@@ -311,7 +311,7 @@ def test_what_cannot_be_built_says_so(tmp_path):
         made(fusion=spec.AdapterPrompts(layers=4))
     with pytest.raises(ValueError, match=r"connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean"):
         made(connector=spec.Pooled())
-    with pytest.raises(ValueError, match="weights elsewhere are those of a prefix model; with AdapterPrompts give the parts' own weights"):
+    with pytest.raises(ValueError, match="weights: elsewhere are those of a prefix model; with AdapterPrompts give the parts' own weights"):
         made(weights="elsewhere")
     with pytest.raises(ValueError, match=r"expected condition \[2, 1 or K=3, D=24\], got \[2, 4, 24\]"):
         made(connector=spec.Linear())(*shown()[:1], pixel_values=shown()[1])
