@@ -26,7 +26,8 @@ from .loop import Options
 from .preference import train_alignment
 from .recipes.align.dpo import RECIPE as DPO
 from .recipes.architectures.llava import RECIPE as LLAVA
-from .supervised import Session, base_model, cache_folder, train_system
+from .session import Session
+from .supervised import base_model, cache_folder, train_system
 
 _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
 

@@ -19,7 +19,7 @@ from .checkpoint import Run
 
 if TYPE_CHECKING:
     from .loop import Options
-    from .supervised import Session
+    from .session import Session
 
 
 class Exam:

@@ -32,7 +32,8 @@ from . import config
 from .checkpoint import RunError
 from .describe import columns
 from .runs import is_run, read_recipe, system_of
-from .supervised import WordHead, parts_of
+from .session import parts_of
+from .supervised import WordHead
 
 GIB = 2**30
 BUILT_IN = (*config.BUILT_IN, "shapes_own")
@@ -112,7 +113,7 @@ def sized(system: System) -> System:
 
 
 def _vocabulary(system: System) -> int:
-    """Words of the built-in data, which a model without weights speaks, as in ``supervised.Session``."""
+    """Words of the built-in data, which a model without weights speaks, as in ``session.Session``."""
     if system.weights and is_run(system.weights):
         return _vocabulary(system_of(read_recipe(Path(system.weights))[0]))
     names = {part.name for stage in system.stages for part in parts_of(stage.data)}
@@ -161,7 +162,7 @@ def _in_half(recipe: System | Alignment, stages: list) -> frozenset[str]:
 
 
 def _prepare(model: MultimodalModel, its: Setting) -> list[nn.Parameter]:
-    """Sets what learns, as ``supervised.Session.let_train`` does; returns it."""
+    """Sets what learns, as ``session.Session.let_train`` does; returns it."""
     if its.lora is not None:
         add_lora(model, its.lora)
     learnt = model.train_only(its.train, lora=its.lora is not None and its.adapts)

@@ -28,7 +28,8 @@ from .checkpoint import Run, RunError, write_atomically
 from .evaluate import caption_all, make_probe
 from .loop import Objective, Options, train
 from .place import autocast
-from .supervised import Session, cached_states, hidden_states, restore, token_logps
+from .session import Session
+from .supervised import cached_states, hidden_states, restore, token_logps
 
 PAIR_SPLIT = "pairs"
 

@@ -45,7 +45,7 @@ def prepare(recipe: System | Alignment, start: Start) -> partial:
     """The run, ready to be called: model built, settings checked, folder claimed."""
     from .loop import Options
     from .plan import out_of_memory_hint
-    from .supervised import Session
+    from .session import Session
     from .trackers import open_trackers
 
     for name, least in (("save_every", 1), ("keep", 1), ("eval_every", 0)):
@@ -147,7 +147,7 @@ def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> 
     from mmfast.data.sources import PreferencePairs
 
     from .preference import Records
-    from .supervised import Session, parts_of
+    from .session import Session, parts_of
 
     if isinstance(recipe, Alignment) and recipe.data.path is None and recipe.data.name == "shapes_own":
         return "no preview: these pairs are made of what the policy says once it is trained"
@@ -202,14 +202,14 @@ def template_of(recipe: System | Alignment) -> str:
 
 def data_of(recipe: System | Alignment) -> list:
     """The data sets of a recipe's stages, mixtures taken apart."""
-    from .supervised import parts_of
+    from .session import parts_of
 
     return [recipe.data] if isinstance(recipe, Alignment) else [d for stage in recipe.stages for d in parts_of(stage.data)]
 
 
 def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
     """The recipe reading other records, in every stage that reads text; without ``path`` its own records, read otherwise."""
-    from .supervised import parts_of
+    from .session import parts_of
 
     if isinstance(recipe, Alignment):
         return replace(recipe, data=replace(recipe.data, **given))
@@ -292,7 +292,8 @@ def open_run(folder: Path, *, place: Place | None = None) -> tuple[Any, System |
     Raises:
         RunError: no run folder, or none of its checkpoints is intact.
     """
-    from .supervised import Session, restore
+    from .session import Session
+    from .supervised import restore
 
     recipe, seed = read_recipe(folder)
     last = Run(folder, resume=True).last_checkpoint()

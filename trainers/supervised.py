@@ -12,181 +12,22 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmfast.data import chat, images, supervised
-from mmfast.data.records import Records, Stream
-from mmfast.data.sources import Conversations, Streamed
-from mmfast.data.synthetic import World, WorldConfig
-from mmfast.models import build
-from mmfast.models.lora import add_lora, lora_parameters, merge_lora
-from mmfast.models.pretrained import resolved, tokenizer_for
-from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops import linear_logp
-from mmfast.spec import Alignment, Compute, Data, Lora, Mixture, Stage, System, to_dict
+from mmfast.spec import Alignment, Compute, Stage, System, to_dict
 
 from .checkpoint import Run, RunError, load_model, load_state
 from .evaluate import make_probe
 from .loop import Objective, Options, train
-from .place import Place
-from .runs import is_run
+from .session import Session
 
 # Part of a cached base model's name: raise it when training changes what the same recipe and seed give.
 BASE_VERSION = 4
 _STATE_BYTES = 2 << 30
-
-
-class Session:
-    """A system made concrete: its model, tokenizer and, for built-in data, its world."""
-
-    def __init__(self, system: System, *, seed: int, place: Place | None = None, precision: str = "fp32", with_model: bool = True):
-        self.seed, self.place = seed, place or Place(torch.device("cpu"))
-        # What is read from published weights and does not train may be held in half precision; not in FSDP2's shards, each of which has one
-        # type for frozen and trained weights alike (and is gathered in half precision all the same).
-        self.dtype = torch.bfloat16 if precision == "bf16" and not self.place.sharded else torch.float32
-        self._sources: dict[str, Any] = {}
-        self.perceptual: nn.Module | None = None  # (drawn, pixels) -> [B], for a tokenizer's stage; set it before training
-        self.touched: set[str] = set()  # names of all parameters that some stage has trained, as they are without adapters
-        self.adapters: Lora | None = None
-        self.world = World(WorldConfig(seed=seed))
-        self.origin = Path(system.weights) if system.weights and is_run(system.weights) else None
-        origin = self._open_origin()
-        self.system = origin.adopted(system) if origin else system
-        self.tokenizer = origin.tokenizer if origin else self._tokenizer()
-        self.image_token = self.tokenizer.convert_tokens_to_ids("<image>")
-        if with_model:
-            self.rebuild(origin)
-        elif not self.origin:  # a run has told its sizes
-            self.system = resolved(self.system)
-
-    def _open_origin(self) -> Session | None:
-        """The run that the system's weights are those of, if they are a run's."""
-        from .runs import open_run
-
-        return open_run(self.origin, place=self.place)[0] if self.origin else None
-
-    def adopted(self, system: System) -> System:
-        """``system`` with this session's model in place of its own choices."""
-        own = self.system
-        return replace(
-            system, encoder=own.encoder, connector=own.connector, fusion=own.fusion, language=own.language, image=own.image
-        )  # fmt: skip
-
-    def _tokenizer(self):
-        if self.system.weights or self.system.language.weights:
-            return tokenizer_for(self.system)
-        names = {part.name for stage in self.system.stages for part in parts_of(stage.data)}
-        return word_tokenizer(supervised.EasyVQA.vocabulary() if "easy_vqa" in names else self.world.vocabulary)
-
-    @property
-    def is_untrained(self) -> bool:
-        """Whether nothing of the language model comes from anywhere but this session's random numbers."""
-        return not (self.origin or self.system.weights or self.system.language.weights)
-
-    @property
-    def knows_the_world(self) -> bool:
-        """Whether the model speaks the shapes world's words, so that its claims can be judged."""
-        return self.tokenizer.get_vocab().keys() == set(self.world.vocabulary)
-
-    def rebuild(self, origin: Session | None = None) -> None:
-        """The model as it was before any training of this session."""
-        torch.manual_seed(self.seed)
-        if self.origin:
-            self.model = merge_lora((origin or self._open_origin()).model)
-            self.model.train_only(())
-        else:
-            self.model = build(self.system, tokenizer=self.tokenizer, dtype=self.dtype).to(self.place.device)
-            self.system = self.model.system
-
-    def add_adapters(self, choice: Lora | None) -> None:
-        """A stage's adapters, unless an earlier stage has added them."""
-        if choice is None or (lora_parameters(self.model) and choice == self.adapters):
-            return
-        if lora_parameters(self.model):
-            raise RunError(
-                f"{self.system.name}: an earlier stage added {self.adapters}, another asks for {choice}; give all stages the same lora"
-            )
-        torch.manual_seed(self.seed)  # the same on every process
-        add_lora(self.model, choice)
-        self.adapters = choice
-        self.model.to(self.place.device)
-
-    def merge_adapters(self) -> None:
-        """Folds the adapters into the weights, which count as trained from then on."""
-        self.touched |= {_plain(n) for n, _ in self.model.named_parameters() if ".base_layer." in n}
-        merge_lora(self.model)
-
-    def let_train(self, parts: Sequence[str], lora: Lora | None) -> list[str]:
-        """Lets exactly these parts and adapters learn; returns the parameters' names and makes sure that they are what was asked for."""
-        self.add_adapters(lora)
-        self.model.train_only(parts, lora=lora is not None)
-        modules = [self.model.part(name) for name in parts] + ([] if lora is None else [self.model.part(lora.part)])
-        asked, names = {id(p) for module in modules for p in module.parameters()}, self.model.trained
-        strange = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in asked]
-        if strange or not names:
-            raise RunError(f"{self.system.name}: {', '.join(parts)} should train, and {strange[:3] or 'nothing'} would")
-        self.touched |= {_plain(n) for n in names}
-        return names
-
-    def left_out(self) -> set[str]:
-        """Weights that checkpoints need not hold: read from where the recipe says, and never trained."""
-        system = self.system
-        given = [
-            name
-            for name, choice in (("encoder", system.encoder), ("language", system.language))
-            if choice.weights or (system.weights and not self.origin)
-        ]
-        given += ["connector"] if system.weights and not self.origin else []
-        own = dict(self.model.named_parameters(remove_duplicate=False))
-        touched = {id(p) for n, p in own.items() if _plain(n) in self.touched}
-        return {
-            n for n, p in own.items() if n.startswith(tuple(f"{part}." for part in given)) and id(p) not in touched and ".lora_" not in n
-        }
-
-    def encoder(self, template: str, max_length: int = 2048) -> chat.Encoder:
-        """``encode(turns)`` for this tokenizer and picture size."""
-        t = self.tokenizer
-        return chat.Encoder(t, template, self.system.image_places, self.image_token, t.pad_token_id, max_length)
-
-    def source(self, data: Data | Mixture, template: str, max_length: int = 2048):
-        """The stages of a system mostly read the same data: it is made once."""
-        key = repr((data, template, max_length))
-        if key not in self._sources:
-            self._sources[key] = self._make_source(data, template, max_length)
-        return self._sources[key]
-
-    def _make_source(self, data: Data | Mixture, template: str, max_length: int):
-        encode, size = self.encoder(template, max_length), self.system.image.size
-        parts = parts_of(data)
-        if all(part.path is not None for part in parts):
-            if any(part.streaming for part in parts):
-                if len(parts) > 1:
-                    raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
-                return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, size=size)
-            return Conversations([Records(part) for part in parts], encode, size=size, seed=self.seed)
-        if len(parts) == 1 and data.name == "shapes":
-            return supervised.Shapes(self.world, encode, encode.pad_token)
-        if len(parts) == 1 and data.name == "easy_vqa":
-            return supervised.EasyVQA(encode, encode.pad_token)
-        name = next(part.name for part in parts if part.path is None)
-        raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
-
-    def pixels(self, pictures: Tensor) -> Tensor:
-        return images.normalise(pictures.to(self.place.device), self.system.image)
-
-    @torch.no_grad()
-    def states(self, pictures: Tensor, batch: int = 250) -> Tensor:
-        """Tower states of uint8 pictures, ``[M, N, D]``."""
-        self.model.eval()
-        return torch.cat([self.model.encoder(self.pixels(part)) for part in pictures.split(batch)])
-
-    def states_of(self, source, batch: int = 250) -> Tensor:
-        """Tower states of all pictures of a source, ``[M, N, D]``, read a batch at a time."""
-        return torch.cat([self.states(source.load_pictures(ids)) for ids in torch.arange(source.picture_count).split(batch)])
 
 
 class WordHead(nn.Module):
@@ -345,15 +186,6 @@ def restore(session: Session, stages: Sequence[Stage | Alignment], path: Path) -
     for stage in stages[: names.index(at) + 1] if at in names else ():
         session.let_train(stage.train, stage.lora)
     load_model(session.model, path)
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without the adapters that may have been put around it since."""
-    return name.replace(".base_layer.", ".")
-
-
-def parts_of(data: Data | Mixture) -> tuple[Data, ...]:
-    return data.parts if isinstance(data, Mixture) else (data,)
 
 
 def summarise(names: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from .loop import Objective
 
 if TYPE_CHECKING:
     from .loop import Options
-    from .supervised import Session
+    from .session import Session
 
 PROBED = 256  # pictures that are measured now and then
 
