@@ -428,8 +428,6 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         )
     if isinstance(system.connector, Pooled) and system.connector.pool == "class" and not getattr(encoder, "keep_class_token", False):
         out.append("connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean")
-    if isinstance(system.fusion, AdapterPrompts) and not isinstance(system.connector, Pooled):
-        out.append("connector: adapter prompts take one vector a picture; set connector Pooled")
     if language.quantize != "none":
         if system.weights:
             out.append(

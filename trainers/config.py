@@ -507,6 +507,8 @@ def _check_model(system: System, rules: _Rules) -> None:
         rules.below("connector").within(system.connector, hidden="[1, inf)")
     if isinstance(system.fusion, AdapterPrompts):
         rules.below("fusion").within(system.fusion, length="[1, inf)", layers=f"[1, {system.language.depth}]")
+        pooled = isinstance(system.connector, Pooled)
+        rules(pooled, "connector", "adapter prompts take one vector a picture; set connector Pooled")
     rules.problems += [f"{rules.where}{sentence}" for sentence in misfits(system)]
 
 
