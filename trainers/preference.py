@@ -18,6 +18,7 @@ from torch import Tensor
 from mmfast.data import chat
 from mmfast.data.records import Records
 from mmfast.data.sources import PreferencePairs
+from mmfast.data.supervised import Source
 from mmfast.losses import preference_loss, segment_logp
 from mmfast.models.lora import adapters_off
 from mmfast.ops import linear_logp_pair
@@ -34,38 +35,19 @@ from .supervised import cached_states, hidden_states, restore, token_logps
 PAIR_SPLIT = "pairs"
 
 
-class PairSource:
+class PairSource(Source):
     """Pictures and, for each text of the pairs, its encoded conversation. A batch holds every view of its pairs, view after view."""
 
     def __init__(self, pictures: Tensor, texts: dict[str, chat.Rows], picture_of: Tensor, pad_token: int):
-        self.pictures, self.texts, self.picture_of, self.pad_token = pictures, texts, picture_of, pad_token
+        super().__init__(pictures, list(texts.values()), pad_token, picture_of)
+        self.texts = texts
         self.views: dict[str, View] = {name: View(name) for name in texts}
-        self.packing, self.pad_to, self.with_pictures = False, 1, True
-
-    def __len__(self) -> int:
-        return len(self.picture_of)
-
-    @property
-    def picture_count(self) -> int:
-        return len(self.pictures)
-
-    def load_pictures(self, ids: Tensor) -> Tensor:
-        """uint8 ``[M, H, W, 3]``."""
-        return self.pictures[ids]
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """As of ``mmfast.data.supervised.Source.batch``; ``counts`` are the pairs, then the scored tokens of each view."""
-        ids, labels, lengths = chat.stack([self.texts[view.text].batch(index) for view in self.views.values()], self.pad_token)
-        scored, pictures = (labels[:, 1:] != chat.IGNORE).sum(1), self.picture_of[index]
-        return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.pad_token),
-            "index": index,
-            "scored": scored,
-            "counts": torch.cat([torch.tensor([len(index)]), scored.view(len(self.views), -1).sum(1)]).double(),
-            "picture_ids": pictures,
-            "image_rows": torch.arange(len(index)).repeat(len(self.views)),
-            **({"pictures": self.load_pictures(pictures)} if self.with_pictures else {}),
-        }
+        batch, scored = self.lay_out(index, [self.texts[view.text] for view in self.views.values()])
+        counts = torch.cat([torch.tensor([len(index)]), scored.view(len(self.views), -1).sum(1)]).double()
+        return {**batch, "index": index, "scored": scored, "counts": counts}
 
 
 def own_pairs(session: Session, alignment: Alignment) -> tuple[Tensor, list[tuple[int, str, str, str]]]:

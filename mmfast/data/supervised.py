@@ -24,10 +24,12 @@ class Source:
     ``counts`` of a batch are the answer tokens by column, and a row's tokens weigh one over the step's total of its column.
     """
 
-    def __init__(self, pictures: np.ndarray, columns: Sequence[chat.Rows], pad_token: int, picture_of: Sequence[int] | None = None):
-        self.pictures = torch.from_numpy(pictures)  # uint8 [M, H, W, 3]
+    def __init__(
+        self, pictures: np.ndarray | Tensor, columns: Sequence[chat.Rows], pad_token: int, picture_of: Sequence[int] | None = None
+    ):
+        self.pictures = torch.as_tensor(pictures)  # uint8 [M, H, W, 3]
         self.columns, self.pad_token = columns, pad_token
-        self.picture_of = torch.arange(len(pictures)) if picture_of is None else torch.tensor(picture_of)
+        self.picture_of = torch.arange(len(pictures)) if picture_of is None else torch.as_tensor(picture_of)
         self.packing, self.pad_to, self.with_pictures = False, 1, True
 
     def __len__(self) -> int:
@@ -48,17 +50,20 @@ class Source:
         pictures (unless ``with_pictures`` is off, for whoever has their states) with their ``picture_ids``, and ``image_rows``: which of
         them stands at each row's placeholders.
         """
-        ids, labels, lengths = chat.stack([column.batch(index) for column in self.columns], self.pad_token)
-        scored = (labels[:, 1:] != chat.IGNORE).view(len(self.columns), -1).sum(1)
+        batch, scored = self.lay_out(index, self.columns)
+        groups = torch.arange(len(self.columns)).repeat_interleave(len(index))
+        return {**batch, "groups": groups, "counts": scored.view(len(self.columns), -1).sum(1).double()}
+
+    def lay_out(self, index: Tensor, columns: Sequence[chat.Rows]) -> tuple[dict[str, Tensor], Tensor]:
+        """The items' rows of some columns with their pictures, and the scored tokens of each row."""
+        ids, labels, lengths = chat.stack([column.batch(index) for column in columns], self.pad_token)
         pictures = self.picture_of[index]
         return {
             **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.pad_token),
-            "groups": torch.arange(len(self.columns)).repeat_interleave(len(index)),
-            "counts": scored.double(),
             "picture_ids": pictures,
-            "image_rows": torch.arange(len(index)).repeat(len(self.columns)),
+            "image_rows": torch.arange(len(index)).repeat(len(columns)),
             **({"pictures": self.load_pictures(pictures)} if self.with_pictures else {}),
-        }
+        }, (labels[:, 1:] != chat.IGNORE).sum(1)
 
 
 class Shapes(Source):
