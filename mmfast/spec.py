@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # The parts of a model that a stage may train.
-PARTS = ("encoder", "connector", "adapter", "language", "embeddings")
-Part = Literal["encoder", "connector", "adapter", "language", "embeddings"]
+PARTS = ("encoder", "connector", "adapter", "language", "embeddings", "new_tokens")
+Part = Literal["encoder", "connector", "adapter", "language", "embeddings", "new_tokens"]
 
 # ------------------------------------------------------------------------------------------ the six choices, a class a kind
 
@@ -34,11 +34,55 @@ class Clip:
     size: int = 224
     layer: int = -2
     keep_class_token: bool = False
+    post_norm: bool = False  # the tower's last norm, over every state that is passed on
+    unit: bool = False  # states of length 1, after that norm (Kosmos-2)
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of a tower without weights
 
     @property
     def tokens(self) -> int:
-        """Sequence positions that one picture takes."""
+        """States of one picture."""
         return (self.size // self.patch) ** 2 + self.keep_class_token
+
+
+@dataclass(frozen=True)
+class Eva:
+    """BLIP-2's EVA-CLIP tower (arXiv:2211.07636), all its states with the class token's; the norm behind it is the connector's."""
+
+    weights: str | None = "Salesforce/blip2-opt-2.7b"
+    width: int = 1408
+    depth: int = 39
+    heads: int = 16
+    ffn: int = 6144
+    patch: int = 14
+    size: int = 224
+    layer: int = -1
+
+    @property
+    def tokens(self) -> int:
+        """States of one picture."""
+        return (self.size // self.patch) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class NfResnet:
+    """A residual network without normalisation layers (arXiv:2101.08692): no statistics that pictures of a batch could leak into each other
+    through. ``width``: channels of its last stage, ``blocks``: residual blocks of each stage."""
+
+    size: int = 224
+    stem: int = 64
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 2048
+    weights: None = None  # it starts from nothing
+
+    @property
+    def patch(self) -> int:
+        """Pixels a side that one state stands for."""
+        return 2 ** (len(self.blocks) + 1)
+
+    @property
+    def tokens(self) -> int:
+        """States of one picture, before they are pooled."""
+        return (self.size // self.patch) ** 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +100,7 @@ class Siglip:
 
     @property
     def tokens(self) -> int:
-        """Sequence positions that one picture takes."""
+        """States of one picture."""
         return (self.size // self.patch) ** 2
 
 
@@ -76,7 +120,7 @@ class Dino:
 
     @property
     def tokens(self) -> int:
-        """Sequence positions that one picture takes."""
+        """States of one picture."""
         return (self.size // self.patch) ** 2 + self.keep_class_token
 
 
@@ -139,6 +183,57 @@ class Pooled:
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """One affine map from a picture's pooled state to ``tokens`` vectors of the language model's width (Frozen, FROMAGe). ``class``: the class
+    token's state (the tower keeps it), ``mean``: the mean over states."""
+
+    tokens: int = 2
+    pool: Literal["class", "mean"] = "mean"
+
+
+@dataclass(frozen=True)
+class Resampler:
+    """Perceiver resampler (Flamingo, arXiv:2204.14198): a picture's states become ``tokens`` latents of the tower's width."""
+
+    tokens: int = 64
+    depth: int = 6
+    heads: int = 8
+    head_width: int = 64
+    activation: Literal["gelu", "relu", "squared_relu"] = "gelu"
+    frames: int = 0  # learned embeddings of so many frames; 0: none
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionPool:
+    """``tokens`` learned queries read the projected states and themselves, once (Kosmos-2, arXiv:2306.14824)."""
+
+    tokens: int = 64
+    heads: int = 32
+
+
+@dataclass(frozen=True)
+class QFormer:
+    """BLIP-2's querying transformer (arXiv:2301.12597) with the norm before it and, in ``fusion``'s width, the projection behind it.
+
+    ``vocab``: words of its own text side, 0: the language model's tokenizer; ``text``: whether it has one. ``shared``: width of the space in
+    which pictures and texts are compared."""
+
+    tokens: int = 32
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    ffn: int = 3072
+    every: int = 2  # layers with cross-attention
+    text: bool = True
+    vocab: int = 30523
+    positions: int = 512
+    shared: int = 256
+    dropout: float = 0.1
+    weights: str | None = None  # of a BERT whose layers it starts from
+
+
+@dataclass(frozen=True)
 class Prefix:
     """Image tokens take the places of the <image> placeholders in the language model's sequence."""
 
@@ -151,6 +246,63 @@ class AdapterPrompts:
     length: int = 10
     layers: int = 30
     gate: Literal["tanh", "identity"] = "tanh"
+
+
+@dataclass(frozen=True)
+class GatedCrossAttention:
+    """Gated cross-attention blocks before some of a frozen language model's layers (Flamingo, arXiv:2204.14198). In the sequence a picture
+    takes one place. Layer i of the language model has one before it where ``(i + offset) % every == 0``: 0 in the paper and Idefics, 1 in
+    OpenFlamingo. ``block``: whose block it is."""
+
+    every: int = 4
+    offset: int = 0
+    heads: int = 8
+    head_width: int = 64
+    block: Literal["flamingo", "idefics"] = "flamingo"
+    activation: Literal["gelu", "squared_relu"] = "gelu"
+    immediate: bool = True  # text sees the latest picture before it, or all of them
+    qk_norm: bool = False  # idefics
+    gates: Literal["scalar", "vector"] = "scalar"  # idefics
+    end: str = "<|endofchunk|>"  # token at the end of what is said of a picture; "": none
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """A prefix, and a token whose last hidden state is compared with pictures in a space of ``shared`` dimensions (FROMAGe, arXiv:2301.13823)."""
+
+    shared: int = 256
+    token: str = "[RET]"
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """A picture is the codes of its tokenizer, tokens like any other, read and written (Chameleon, arXiv:2405.09818)."""
+
+    begin: str = "<racm3:break>"
+    end: str = "<eoss>"
+
+    @staticmethod
+    def code(number: int) -> str:
+        """The token of a code, as Chameleon's vocabulary spells it: IMGIMGBCZ is 12."""
+        return f"IMGIMG{''.join('ABCDEFGHIJ'[int(digit)] for digit in str(number))}Z"
+
+
+@dataclass(frozen=True)
+class NoRegions:
+    """Places in pictures are not spoken of."""
+
+
+@dataclass(frozen=True)
+class BoxTokens:
+    """Boxes as tokens of a grid of ``bins`` x ``bins`` places, behind the phrase they belong to (Kosmos-2, arXiv:2306.14824)."""
+
+    bins: int = 32
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """In the order of Kosmos-2's vocabulary."""
+        tags = ("<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>")
+        return (*tags, *(f"<patch_index_{place:04}>" for place in range(self.bins**2)))
 
 
 @dataclass(frozen=True)
@@ -183,10 +335,13 @@ class Fixed:
 
 # ----------------------------------------------------------------------------------------------------------- training
 
+# Data sets that need no path; mmfast.data.supervised makes them.
+BUILT_IN = ("shapes", "easy_vqa")
+
 
 @dataclass(frozen=True)
 class Data:
-    """What a stage reads. ``name`` is a built-in set ("shapes", "easy_vqa"), or a published one, whose records the user supplies.
+    """What a stage reads. ``name`` is a built-in set (``BUILT_IN``), or a published one, whose records the user supplies.
 
     ``path``: JSON, JSONL, parquet or webdataset tar files (a file, a folder or a pattern), or ``hub:NAME``. ``images``: the folder that
     picture names are relative to (default: beside the file). ``columns`` maps their names to ours, so nothing has to be converted.
@@ -199,6 +354,7 @@ class Data:
     split: str = "train"
     columns: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
+    blind: bool = False  # every picture black: the control of what the words alone give away
     frames: int = 8  # pictures that a video is read as
     weight: float | None = None
     on_bad_record: Literal["fail", "skip"] = "fail"
@@ -229,6 +385,8 @@ class Optim:
     lr_of: dict[str, float] = field(default_factory=dict)  # parts that learn at another rate than ``lr``
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
+    weight_decay_of: dict[str, float] = field(default_factory=dict)  # parts that decay otherwise; new_tokens never do
+    decay_vectors: bool = True  # whether weight decay also applies to biases, norms and gates
     clip: float = 1.0
     ema: float = 0.0  # decay of a moving average of the weights, kept and saved beside them; 0: none
 
@@ -278,7 +436,8 @@ class Stage:
     """One run of the loop: which parts train, on what, with which objective.
 
     tokenizer: pictures through codes and back, for an encoder that is a ``Vqgan``; ``drawing`` has its terms.
-    lm: cross-entropy of the answer tokens. words: the bag-of-words warm-up of a tower that starts from nothing (every word that is true of
+    retrieval: captions, and each caption's [RET] beside its picture among the batch's (FROMAGe). queries: contrast, matching and captioning
+    of the Q-Former alone (BLIP-2's first stage). lm: cross-entropy of the answer tokens. words: the bag-of-words warm-up of a tower that starts from nothing (every word that is true of
     the picture must be found among the patches, by the language model's own embeddings); it stands in for CLIP's pre-training.
     """
 
@@ -286,8 +445,9 @@ class Stage:
     train: tuple[Part, ...]
     data: Data | Mixture
     optim: Optim
-    objective: Literal["lm", "words", "tokenizer"] = "lm"
+    objective: Literal["lm", "words", "tokenizer", "retrieval", "queries"] = "lm"
     drawing: Drawing = Drawing()
+    z_loss: float = 0.0  # weight of the squared log of the softmax's denominator, beside lm (arXiv:2204.02311)
     lora: Lora | None = None  # adapters that train beside ``train``
     template: str = "vicuna_v1"
     max_length: int = 2048
@@ -300,18 +460,38 @@ class System:
     name: str
     paper: str = ""
     weights: str | None = None
-    encoder: Clip | Siglip | Dino | Vqgan = Clip()
-    connector: Linear | Mlp | Pooled = Linear()
-    fusion: Prefix | AdapterPrompts = Prefix()
+    encoder: Clip | Siglip | Dino | Eva | NfResnet | Vqgan = Clip()
+    connector: Linear | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer = Linear()
+    fusion: Prefix | AdapterPrompts | GatedCrossAttention | Retrieval | SharedTokens = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()
+    regions: NoRegions | BoxTokens = NoRegions()
     stages: tuple[Stage, ...] = ()
     compute: Compute = Compute()
 
     @property
     def image_places(self) -> int:
         """Positions that one picture takes in the language model's sequence."""
-        return 1 if isinstance(self.fusion, AdapterPrompts) else self.encoder.tokens
+        return 1 if isinstance(self.fusion, AdapterPrompts | GatedCrossAttention) else self.image_tokens
+
+    @property
+    def image_tokens(self) -> int:
+        """Vectors that the connector makes of one picture."""
+        return getattr(self.connector, "tokens", None) or self.encoder.tokens
+
+    @property
+    def added_tokens(self) -> tuple[str, ...]:
+        """Tokens that the choices need and a tokenizer of text does not have, ``<image>`` aside; the part ``new_tokens`` is their rows."""
+        added: list[str] = []
+        if isinstance(self.fusion, GatedCrossAttention) and self.fusion.end:
+            added.append(self.fusion.end)
+        if isinstance(self.fusion, Retrieval):
+            added.append(self.fusion.token)
+        if isinstance(self.fusion, SharedTokens) and isinstance(self.encoder, Vqgan):
+            added += [self.fusion.begin, self.fusion.end, *map(self.fusion.code, range(self.encoder.codes))]
+        if isinstance(self.regions, BoxTokens):
+            added += self.regions.tokens
+        return tuple(added)
 
 
 # ------------------------------------------------------------------------------------------------------------- alignment
@@ -408,7 +588,7 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
             out.append(f"{name}: {value} is not a multiple of {of_name} {of}")
 
     # Published weights need not keep these: SigLIP's so400m drops the pixels beyond whole patches, Qwen3's heads are wider than width / heads.
-    tower = not isinstance(encoder, Vqgan)
+    tower = not isinstance(encoder, Vqgan | NfResnet)
     if tower and not (system.weights or encoder.weights):
         multiple("encoder.width", encoder.width, "encoder.heads", encoder.heads)
         multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
@@ -426,7 +606,11 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
         )
-    if isinstance(system.connector, Pooled) and system.connector.pool == "class" and not getattr(encoder, "keep_class_token", False):
+    if (
+        isinstance(system.connector, Pooled | Tokens)
+        and system.connector.pool == "class"
+        and not getattr(encoder, "keep_class_token", False)
+    ):
         out.append("connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean")
     if language.quantize != "none":
         if system.weights:

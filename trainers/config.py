@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfast.spec import (
+    BUILT_IN,
     PARTS,
     AdapterPrompts,
     Alignment,
@@ -28,8 +29,11 @@ from mmfast.spec import (
     Data,
     Lora,
     Mixture,
+    NfResnet,
     Optim,
     Pooled,
+    Prefix,
+    SharedTokens,
     Stage,
     System,
     Vqgan,
@@ -43,7 +47,6 @@ from .checkpoint import RunError
 
 Recipe = System | Alignment
 MISSING = dataclasses.MISSING
-BUILT_IN = ("shapes", "easy_vqa")  # data sets of a stage that need no path
 _NULL = ("null", "None", "~")
 _EXPECTED = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
@@ -456,6 +459,8 @@ def check(recipe: Recipe, *, processes: int | None = None) -> list[str]:
     system = recipe.policy if isinstance(recipe, Alignment) else recipe
     _check_model(system, rules.below("policy") if isinstance(recipe, Alignment) else rules)
     _check_compute(recipe.compute, rules.below("compute"))
+    if recipe.compute.parallel == "fsdp" and any("new_tokens" in job.train for job in (*system.stages, recipe) if hasattr(job, "train")):
+        rules.problems.append("compute.parallel: fsdp cannot train single rows of a weight; take new_tokens out of train, or choose ddp")
     if isinstance(recipe, Alignment):
         _check_alignment(recipe, rules)
         _check_training(recipe, system, rules, processes)
@@ -495,16 +500,16 @@ def _check_model(system: System, rules: _Rules) -> None:
     sizes = dict(width="[1, inf)", depth="[1, inf)", heads="[1, inf)", ffn="[1, inf)")
     if isinstance(system.encoder, Vqgan):
         _check_codes(system.encoder, rules.below("encoder"))
+    elif isinstance(system.encoder, NfResnet):
+        rules.below("encoder").within(system.encoder, size="[1, inf)", stem="[1, inf)", width="[1, inf)")
     else:
         rules.below("encoder").within(system.encoder, **sizes, patch="[1, inf)", size="[1, inf)")
     rules.below("language").within(
         system.language, **sizes, context="[1, inf)", kv_heads="[1, inf)", vocab="[0, inf)", norm_eps="(0, inf)", init="(0, inf)"
     )
     rules.below("image").within(system.image, std="(0, inf)")
-    if hasattr(system.connector, "depth"):
-        rules.below("connector").within(system.connector, depth="[1, inf)")
-    if isinstance(system.connector, Pooled):
-        rules.below("connector").within(system.connector, hidden="[1, inf)")
+    ranges = dict.fromkeys(("depth", "hidden", "tokens", "heads", "head_width", "width", "ffn", "every"), "[1, inf)")
+    rules.below("connector").within(system.connector, **{k: v for k, v in ranges.items() if hasattr(system.connector, k)})
     if isinstance(system.fusion, AdapterPrompts):
         rules.below("fusion").within(system.fusion, length="[1, inf)", layers=f"[1, {system.language.depth}]")
         pooled = isinstance(system.connector, Pooled)
@@ -525,15 +530,15 @@ def _check_optim(optim: Optim, trained: set[str], rules: _Rules, processes: int)
     rules(optim.steps is not None or optim.epochs is not None, "steps", "a stage needs steps or epochs, and has neither")
     fits = optim.batch % processes == 0
     rules(fits, "batch", f"{optim.batch} rows do not divide among {processes} processes; choose a multiple of {processes}")
-    for part, rate in optim.lr_of.items():
-        rules(rate > 0, f"lr_of.{part}", f"expected more than 0, got {rate}; a part that shall not learn is left out of train")
-        known = part in PARTS
-        rules(known, f"lr_of.{part}", f"there is no part {part!r}{nearest(part, PARTS)}, the parts are {', '.join(PARTS)}")
-        rules(
-            not known or part in trained,
-            f"lr_of.{part}",
-            f"{part} does not train there; what trains is {', '.join(sorted(trained)) or 'nothing'}",
-        )
+    for name, least in (("lr_of", "more than 0"), ("weight_decay_of", "at least 0")):
+        for part, value in getattr(optim, name).items():
+            where = f"{name}.{part}"
+            left_out = "; a part that shall not learn is left out of train" if name == "lr_of" else ""
+            rules(value > 0 or (value == 0 and name != "lr_of"), where, f"expected {least}, got {value}{left_out}")
+            known = part in PARTS
+            rules(known, where, f"there is no part {part!r}{nearest(part, PARTS)}, the parts are {', '.join(PARTS)}")
+            told = ", ".join(sorted(trained)) or "nothing"
+            rules(not known or part in trained, where, f"{part} does not train there; what trains is {told}")
 
 
 def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> None:
@@ -544,8 +549,14 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     trained = {*job.train, *(("embeddings",) if "language" in job.train else ()), *((lora.part,) if lora else ())}
     for part in job.train:
         rules(part in PARTS, "train", f"there is no part {part!r}{nearest(part, PARTS)}, the parts are {', '.join(PARTS)}")
-    prompts = "adapter" not in job.train or isinstance(system.fusion, AdapterPrompts)
-    rules(prompts, "train", "adapter is what AdapterPrompts learn, and the fusion is another; take it out, or set fusion AdapterPrompts")
+    kind = type(system.fusion).__name__
+    learns = not isinstance(system.fusion, Prefix | SharedTokens)
+    rules(learns or "adapter" not in job.train, "train", f"adapter is what the fusion has to learn, and {kind} has nothing; take it out")
+    rules(
+        bool(system.added_tokens) or "new_tokens" not in job.train,
+        "train",
+        "new_tokens are the tokens that the choices add, and these add none; take it out",
+    )
     rules(bool(trained), "train", f"nothing trains; name some of {', '.join(PARTS)}, or set lora")
     rules(len(set(job.train)) == len(job.train), "train", "a part is named twice")
     _check_optim(job.optim, trained, rules.below("optim"), processes)
@@ -580,8 +591,8 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
             built_in = data.path is None and data.name in BUILT_IN
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
     if isinstance(job, Stage) and job.objective == "words":
-        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in BUILT_IN
-        rules(told, "objective", f"words needs to know what is true of a picture, as the built-in {' and '.join(BUILT_IN)} do; choose lm")
+        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in ("shapes", "easy_vqa")
+        rules(told, "objective", "words needs to know what is true of a picture, as the built-in shapes and easy_vqa do; choose lm")
 
 
 def _check_mixture(mixture: Mixture, rules: _Rules) -> None:

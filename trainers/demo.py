@@ -66,13 +66,13 @@ def easy_vqa_accuracy(session: Session, batch: int = 500) -> tuple[float, list[t
     for length in asked.unique().tolist():
         rows = (asked == length).nonzero().squeeze(1)
         for part in rows.split(batch):
-            hidden = session.model.hidden(ids[part, :length], image_states=states[test.picture_of[part]])
+            hidden = session.model.hidden(ids[part, :length], image_states=states[[test.shown[i][0] for i in part.tolist()]])
             said[part] = session.model.language.get_output_embeddings()(hidden[:, -1]).argmax(-1)
             hits += int((said[part] == ids[part, length]).sum())
             total += len(part)
     words = session.tokenizer.convert_ids_to_tokens(said.tolist())
     examples = [
-        (test.pictures[test.picture_of[i]].numpy(), test.records[i][0], test.records[i][1], words[i])
+        (test.pictures[test.shown[i][0]].numpy(), test.records[i][0], test.records[i][1], words[i])
         for i in range(0, len(test), len(test) // 6)
     ]
     return hits / total, examples[:6]

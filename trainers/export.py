@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mmfast.data import chat
-from mmfast.models.weights import save_pretrained
+from mmfast.models.published import save_pretrained
 from mmfast.spec import Alignment, Fixed, Prefix, System, to_dict
 
 from .chat import joint

@@ -405,16 +405,23 @@ def _average_into(parameters: list[nn.Parameter], ema: list[Tensor]) -> None:
 
 
 def _groups(objective: Objective, optim: Optim) -> list[dict[str, Any]]:
-    """Parameters by learning rate: a part's own where the recipe gives one, the narrowest part first."""
-    part_of: dict[int, str] = {}
-    for name in sorted(optim.lr_of, key=lambda name: name == "language"):  # embeddings lie within language
-        for p in objective.model.part(name).parameters():
-            part_of.setdefault(id(p), name)
-    groups: dict[str, dict[str, Any]] = {}
+    """Parameters by learning rate and weight decay: a part's own where the recipe gives one, the narrowest part first."""
+
+    def by_part(values: dict[str, float]) -> dict[int, float]:
+        own: dict[int, float] = {}
+        for name in sorted(values, key=lambda name: name == "language"):  # embeddings lie within language
+            for p in objective.model.part(name).parameters():
+                own.setdefault(id(p), values[name])
+        return own
+
+    rates, decays = by_part(optim.lr_of), by_part(optim.weight_decay_of)
+    decays |= {id(p): 0.0 for p in objective.model.partly_trained()}  # what is frozen in them must not shrink
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for p in objective.parameters():
         if p.requires_grad:
-            name = part_of.get(id(p), "")
-            groups.setdefault(name, {"params": [], "peak": optim.lr_of.get(name, optim.lr)})["params"].append(p)
+            peak = rates.get(id(p), optim.lr)
+            decay = decays.get(id(p), optim.weight_decay) if p.ndim > 1 or optim.decay_vectors else 0.0
+            groups.setdefault((peak, decay), {"params": [], "peak": peak, "weight_decay": decay})["params"].append(p)
     return list(groups.values())
 
 

@@ -23,10 +23,11 @@ from mmfast.data.supervised import EasyVQA
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
-from mmfast.models.fusion import ByRow
+from mmfast.models.fusions import ByRow
 from mmfast.models.pretrained import locate
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
-from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Lora, Stage, System, Vqgan, nearest
+from mmfast.spec import BUILT_IN as SETS
+from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Linear, Lora, Mlp, Stage, System, Vqgan, nearest
 
 from . import config
 from .checkpoint import RunError
@@ -35,8 +36,9 @@ from .runs import is_run, read_recipe, system_of
 from .session import parts_of
 from .supervised import WordHead
 
+GROUPS = tuple(part for part in PARTS if part != "new_tokens")  # every parameter is in one of these
 GIB = 2**30
-BUILT_IN = (*config.BUILT_IN, "shapes_own")
+BUILT_IN = (*SETS, "shapes_own")
 _TRACED = 3  # blocks of a stack: the first, one in the middle, the last
 _USABLE = 0.92  # of a device's memory; the rest is its context and what the allocator cannot fill
 _NF4_BITS = 4.127  # 4 bits and a doubly quantised scale per 64 weights (arXiv:2305.14314, section 3)
@@ -154,7 +156,7 @@ def _in_half(recipe: System | Alignment, stages: list) -> frozenset[str]:
     elif recipe.compute.precision != "bf16":
         return frozenset()
     elif system.weights:
-        read = set(PARTS)
+        read = set(GROUPS)
     else:
         read = {"encoder"} if system.encoder.weights else set()
         read |= {"language", "embeddings"} if system.language.weights else set()
@@ -173,7 +175,7 @@ def _prepare(model: MultimodalModel, its: Setting) -> list[nn.Parameter]:
 def _groups(model: MultimodalModel) -> dict[str, list[nn.Parameter]]:
     """Parameters by part, each in one: the language model's are without its embeddings."""
     embeddings = {id(p) for p in model.part("embeddings").parameters()}
-    return {name: [p for p in model.part(name).parameters() if name != "language" or id(p) not in embeddings] for name in PARTS}
+    return {name: [p for p in model.part(name).parameters() if name != "language" or id(p) not in embeddings] for name in GROUPS}
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,10 @@ def count(system: System, its: Setting) -> Count:
 
 
 def _word_head(system: System, its: Setting) -> WordHead | None:
-    return WordHead(sized(system).encoder.width, *its.head) if its.head else None
+    if its.head is None:
+        return None
+    projects = isinstance(system.connector, Linear | Mlp)
+    return WordHead(sized(system).encoder.width, *its.head, None if projects else sized(system).language.width)
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace
@@ -357,7 +362,7 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
         with saved_bytes(model, stacks) as saved, autocast:
             if model.encoder_learns:
                 states = model.encoder(torch.zeros(pictures, 3, encoder.size, encoder.size))
-            seen = model.connector(states)
+            seen = model.connector(states) if head is None or head.project is None else None
             if head is not None:
                 table = model.language.get_input_embeddings().weight[torch.zeros(len(head.bias), dtype=torch.long)]
                 for logits in head(states, seen, table):
@@ -637,11 +642,11 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
     lines = [f"{recipe.name}: {compute.precision}, {shared}, checkpointing {'on' if compute.checkpointing else 'off'}"]
     lines += [*at_hand(system)[1], ""]
 
-    trains = {part: [job.name for job in jobs(recipe) if _trains(job, part)] for part in PARTS}
+    trains = {part: [job.name for job in jobs(recipe) if _trains(job, part)] for part in GROUPS}
     adapters = [job.name for job in jobs(recipe) if job.lora is not None]
     whole = count(system, Setting()).parts
     rows = [("part", "parameters", "trains in")]
-    rows += [(part, f"{whole[part]:,}", ", ".join(trains[part]) or "-") for part in PARTS if whole[part]]
+    rows += [(part, f"{whole[part]:,}", ", ".join(trains[part]) or "-") for part in GROUPS if whole[part]]
     rows.append(("all", f"{sum(whole.values()):,}", f"adapters in {', '.join(adapters)}" if adapters else ""))
     lines += [*columns(rows, right=(1,)), ""]
 

@@ -39,7 +39,7 @@ class PairSource(Source):
     """Pictures and, for each text of the pairs, its encoded conversation. A batch holds every view of its pairs, view after view."""
 
     def __init__(self, pictures: Tensor, texts: dict[str, chat.Rows], picture_of: Tensor, pad_token: int):
-        super().__init__(pictures, list(texts.values()), pad_token, picture_of)
+        super().__init__(pictures, list(texts.values()), pad_token, picture_of.unsqueeze(1).tolist())
         self.texts = texts
         self.views: dict[str, View] = {name: View(name) for name in texts}
 

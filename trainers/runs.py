@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mmfast.spec import Alignment, Data, Mixture, Stage, System, to_dict
+from mmfast.spec import BUILT_IN, Alignment, Data, Mixture, Stage, System, to_dict
 
 from . import config
 from .checkpoint import Run, RunError
@@ -110,21 +110,19 @@ def finish(recipe, session, run: Run, exam=None, before: dict | None = None, eva
         "pope_adversarial_accuracy",
         "loss",
         "answer_accuracy",
-        "reconstruction/l1",
-        "reconstruction/mean_l1",
-        "codebook/usage",
     )
-    if any(k in measured for k in shown):
-        print({k: round(measured[k], 4) for k in shown if measured.get(k) is not None})
+    if found := [k for k in measured if (k in shown or "/" in k) and measured[k] is not None]:
+        print({k: round(measured[k], 4) for k in found})
     print(f"open {run.folder / 'report.html'}")
 
 
 def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes: int = 500) -> tuple[dict[str, float], dict | None, Any]:
-    """What can be measured of a model: the shapes world's exam where it speaks its words; loss and right answers on ``eval_data``, or on the
+    """What can be measured of a model: the exams of its built-in data, else the shapes world's where it speaks its words; loss and right answers on ``eval_data``, or on the
     test part of easy-vqa where it was trained on that. Returns the measures, the exam's details and the exam, where there was one."""
     from mmfast.data.supervised import EasyVQA
 
     from .evaluate import Exam, measure_answers
+    from .exams import EXAMS
 
     if isinstance(recipe, System) and recipe.stages[-1].objective == "tokenizer":
         from .tokenizer import measure_all
@@ -132,7 +130,11 @@ def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes
         return measure_all(session, recipe.stages[-1], scenes), None, exam
     template, details, measured = template_of(recipe), None, {}
     encode = session.encoder(template, recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
-    if session.knows_the_world:
+    own = {data.name: EXAMS[data.name] for data in data_of(system_of(recipe)) if data.path is None and data.name in EXAMS}
+    if own:
+        for take in own.values():
+            measured |= take(session, system_of(recipe))
+    elif session.knows_the_world:
         exam = exam or Exam(session, scenes=scenes)
         measured, details = exam(session, template=template)
     elif any(data.name == "easy_vqa" and data.path is None for data in data_of(recipe)):
@@ -152,7 +154,7 @@ def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> 
     if isinstance(recipe, Alignment) and recipe.data.path is None and recipe.data.name == "shapes_own":
         return "no preview: these pairs are made of what the policy says once it is trained"
     stages = [] if isinstance(recipe, Alignment) else [s for s in recipe.stages if s.objective == "lm"]
-    readable = [s for s in stages if all(data.path is not None or data.name in config.BUILT_IN for data in parts_of(s.data))]
+    readable = [s for s in stages if all(data.path is not None or data.name in BUILT_IN for data in parts_of(s.data))]
     if not (readable or (isinstance(recipe, Alignment) and recipe.data.path is not None)):
         return "no preview: the data of this recipe is not built in, and none was given (--data FILE)"
     session, shown = Session(system_of(recipe), seed=0, with_model=False), []

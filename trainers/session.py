@@ -18,7 +18,7 @@ from mmfast.models import build
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
 from mmfast.models.pretrained import resolved, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import Data, Lora, Mixture, System
+from mmfast.spec import BUILT_IN, Data, Lora, Mixture, System
 
 from .checkpoint import RunError
 from .place import Place
@@ -62,14 +62,16 @@ class Session:
         """``system`` with this session's model in place of its own choices."""
         own = self.system
         return replace(
-            system, encoder=own.encoder, connector=own.connector, fusion=own.fusion, language=own.language, image=own.image
+            system, encoder=own.encoder, connector=own.connector, fusion=own.fusion, language=own.language, image=own.image,
+            regions=own.regions,
         )  # fmt: skip
 
     def _tokenizer(self):
         if self.system.weights or self.system.language.weights:
             return tokenizer_for(self.system)
         names = {part.name for stage in self.system.stages for part in parts_of(stage.data)}
-        return word_tokenizer(supervised.EasyVQA.vocabulary() if "easy_vqa" in names else self.world.vocabulary)
+        words = supervised.EasyVQA.vocabulary() if "easy_vqa" in names else self.world.vocabulary
+        return word_tokenizer(words, self.system.added_tokens)
 
     @property
     def is_untrained(self) -> bool:
@@ -79,7 +81,7 @@ class Session:
     @property
     def knows_the_world(self) -> bool:
         """Whether the model speaks the shapes world's words, so that its claims can be judged."""
-        return self.tokenizer.get_vocab().keys() == set(self.world.vocabulary)
+        return self.tokenizer.get_vocab().keys() == {*self.world.vocabulary, *self.system.added_tokens}
 
     def rebuild(self, origin: Session | None = None) -> None:
         """The model as it was before any training of this session."""
@@ -157,10 +159,8 @@ class Session:
                     raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
                 return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, size=size)
             return Conversations([Records(part) for part in parts], encode, size=size, seed=self.seed)
-        if len(parts) == 1 and data.name == "shapes":
-            return supervised.Shapes(self.world, encode, encode.pad_token)
-        if len(parts) == 1 and data.name == "easy_vqa":
-            return supervised.EasyVQA(encode, encode.pad_token)
+        if len(parts) == 1 and data.name in BUILT_IN:
+            return supervised.make(parts[0], self.world, encode)
         name = next(part.name for part in parts if part.path is None)
         raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
 

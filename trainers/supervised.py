@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfast.ops import linear_logp
-from mmfast.spec import Alignment, Compute, Stage, System, to_dict
+from mmfast.spec import Alignment, Compute, Linear, Mlp, Stage, System, to_dict
 
 from .checkpoint import Run, RunError, load_model, load_state
 from .evaluate import make_probe
@@ -32,16 +32,20 @@ _STATE_BYTES = 2 << 30
 
 class WordHead(nn.Module):
     """Readers of the bag-of-words warm-up: per patch, classes from the tower and words from the projected state through the language model's
-    own embeddings; log-sum-exp over patches says whether any patch shows it."""
+    own embeddings; log-sum-exp over patches says whether any patch shows it. ``embedding``: the language model's width, where the connector
+    does not project state by state and the head does it in its place."""
 
-    def __init__(self, width: int, classes: int, words: int):
+    def __init__(self, width: int, classes: int, words: int, embedding: int | None = None):
         super().__init__()
         self.classes = nn.Linear(width, classes)
+        self.project = None if embedding is None else nn.Linear(width, embedding)
         nn.init.constant_(self.classes.bias, -4.0)
         self.bias = nn.Parameter(torch.full((words,), -3.0))
 
-    def forward(self, states: Tensor, projected: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """states [M, N, D], projected [M, N, W], table [words, W] -> logits [M, classes], [M, words]."""
+    def forward(self, states: Tensor, projected: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor]:
+        """states [M, N, D], projected [M, N, W] or None, table [words, W] -> logits [M, classes], [M, words]."""
+        projected = states if projected is None else projected
+        projected = projected if self.project is None else self.project(projected)
         classes = self.classes(F.layer_norm(states, states.shape[-1:]))
         return torch.logsumexp(classes, 1), torch.logsumexp(4 * projected @ table.T + self.bias, 1)
 
@@ -90,21 +94,17 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
         )
     if options.compute.checkpointing:
         model.checkpoint_activations()
-    common = dict(optim=stage.optim, stage=stage.name, options=options, first_step=first_step, left_out=session.left_out)
-    if stage.objective == "tokenizer":
-        from .tokenizer import make_probe as tokenizer_probe
-        from .tokenizer import tokenizer_stage
+    objective, items, probe = OBJECTIVES[stage.objective](session, stage, source, run, options)
+    return train(
+        run, objective, items, probe=probe, optim=stage.optim, stage=stage.name, options=options, first_step=first_step,
+        left_out=session.left_out,
+    )  # fmt: skip
 
-        pictures = _ItemsArePictures(source)
-        return train(run, tokenizer_stage(session, stage, options), pictures, probe=tokenizer_probe(session, pictures), **common)
-    if stage.objective == "words":
-        objective, source = words_stage(session, source)
-        return train(run, objective, source, **common)
+
+def lm_stage(session: Session, stage: Stage, source, run: Run, options: Options):
     states = cached_states(session, source)
     source.with_pictures = states is None
-
-    objective = answer_objective(session, states)
-    return train(run, objective, source, probe=make_probe(session, source, stage.template, run, options), **common)
+    return answer_objective(session, states), source, make_probe(session, source, stage.template, run, options)
 
 
 def answer_objective(session: Session, states: Tensor | None) -> Objective:
@@ -144,21 +144,36 @@ class _ItemsArePictures:
         return {"pictures": self.source.load_pictures(index), **{k: v[index] for k, v in self.truths.items()}, "counts": counts}
 
 
-def words_stage(session: Session, source) -> tuple[Objective, _ItemsArePictures]:
+def words_stage(session: Session, stage: Stage, source, run: Run, options: Options):
     names, words, classes = source.words()
     ids = torch.tensor(session.tokenizer.convert_tokens_to_ids(names), device=session.place.device)
     torch.manual_seed(session.seed)
-    model, head = session.model, WordHead(session.system.encoder.width, classes.shape[1], len(names)).to(session.place.device)
+    model, system = session.model, session.system
+    projects = isinstance(system.connector, Linear | Mlp)
+    own = None if projects else model.language.get_input_embeddings().embedding_dim
+    head = WordHead(system.encoder.width, classes.shape[1], len(names), own).to(session.place.device)
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         states = model.encode(session.pixels(batch["pictures"]))
-        class_logits, word_logits = head(states, model.connector(states), model.language.get_input_embeddings().weight[ids])
+        seen = model.connector(states) if projects else None
+        class_logits, word_logits = head(states, seen, model.language.get_input_embeddings().weight[ids])
         by_class = F.binary_cross_entropy_with_logits(class_logits, batch["classes"], reduction="sum")
         by_word = F.binary_cross_entropy_with_logits(word_logits, batch["words"], reduction="sum")
         share = totals[0].to(by_word.dtype)  # means over pictures, sums over words and classes
         return (by_class + by_word) / share, {"loss/words": by_word.detach() / share}
 
-    return Objective(step, model, head=head), _ItemsArePictures(source, words=words, classes=classes)
+    return Objective(step, model, head=head), _ItemsArePictures(source, words=words, classes=classes), None
+
+
+def tokenizer_stage(session: Session, stage: Stage, source, run: Run, options: Options):
+    from . import tokenizer
+
+    pictures = _ItemsArePictures(source)
+    return tokenizer.tokenizer_stage(session, stage, options), pictures, tokenizer.make_probe(session, pictures)
+
+
+# An objective's name, to what minimises it: (session, stage, source, run, options) -> objective, what it draws from, what it measures meanwhile.
+OBJECTIVES = {"lm": lm_stage, "words": words_stage, "tokenizer": tokenizer_stage}
 
 
 def train_system(

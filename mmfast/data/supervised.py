@@ -12,28 +12,30 @@ from torch import Tensor
 
 from mmfast.data import chat, images
 from mmfast.data.synthetic import COLOURS, PROMPT, SHAPES, World
+from mmfast.spec import Data
 
 # encode(turns) -> ids, labels: chat.encode with the tokenizer, template and picture size filled in.
 Encode = Callable[[Sequence[tuple[str, str | None]]], tuple[list[int], list[int]]]
 
 
 class Source:
-    """Items, each a picture and one row of every column of conversations, all in memory.
+    """Items, each one row of every column of conversations and the pictures that all these rows show, in their order; all in memory.
 
     Each column's loss is a mean over its own answer tokens and the columns' losses add up, so that long captions do not drown short answers:
     ``counts`` of a batch are the answer tokens by column, and a row's tokens weigh one over the step's total of its column.
     """
 
     def __init__(
-        self, pictures: np.ndarray | Tensor, columns: Sequence[chat.Rows], pad_token: int, picture_of: Sequence[int] | None = None
+        self, pictures: np.ndarray | Tensor, columns: Sequence[chat.Rows], pad_token: int, shown: Sequence[Sequence[int]] | None = None
     ):
+        """``shown``: the numbers of each item's pictures; None: item i shows picture i."""
         self.pictures = torch.as_tensor(pictures)  # uint8 [M, H, W, 3]
         self.columns, self.pad_token = columns, pad_token
-        self.picture_of = torch.arange(len(pictures)) if picture_of is None else torch.as_tensor(picture_of)
+        self.shown = [[i] for i in range(len(self.pictures))] if shown is None else shown
         self.packing, self.pad_to, self.with_pictures = False, 1, True
 
     def __len__(self) -> int:
-        return len(self.picture_of)
+        return len(self.shown)
 
     @property
     def picture_count(self) -> int:
@@ -57,11 +59,12 @@ class Source:
     def lay_out(self, index: Tensor, columns: Sequence[chat.Rows]) -> tuple[dict[str, Tensor], Tensor]:
         """The items' rows of some columns with their pictures, and the scored tokens of each row."""
         ids, labels, lengths = chat.stack([column.batch(index) for column in columns], self.pad_token)
-        pictures = self.picture_of[index]
+        shown = torch.tensor([picture for i in index.tolist() for picture in self.shown[i]], dtype=torch.long)
+        pictures, rows = shown.unique(return_inverse=True)  # one that several rows show is read once
         return {
             **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.pad_token),
             "picture_ids": pictures,
-            "image_rows": torch.arange(len(index)).repeat(len(columns)),
+            "image_rows": rows.repeat(len(columns)),
             **({"pictures": self.load_pictures(pictures)} if self.with_pictures else {}),
         }, (labels[:, 1:] != chat.IGNORE).sum(1)
 
@@ -105,7 +108,7 @@ class EasyVQA(Source):
         count = 1 + max(picture for _, _, picture in self.records)
         pictures = np.stack([images.load(root / part / "images" / f"{i}.png", 64) for i in range(count)])
         rows = chat.Rows([encode([(f"<image> {question}", answer)]) for question, answer, _ in self.records], pad_token)
-        super().__init__(pictures, [rows], pad_token, [picture for _, _, picture in self.records])
+        super().__init__(pictures, [rows], pad_token, [[picture] for _, _, picture in self.records])
 
     @staticmethod
     def vocabulary() -> tuple[str, ...]:
@@ -141,3 +144,14 @@ def easy_vqa_folder() -> Path:
     except ImportError:
         raise ValueError("the easy-vqa data is a package of its own: pip install easy-vqa") from None
     return Path(easy_vqa.__file__).parent / "data"
+
+
+def make(data: Data, world: World, encode: chat.Encoder) -> Source:
+    """The source of a built-in data set (``mmfast.spec.BUILT_IN``)."""
+    source = {
+        "shapes": lambda: Shapes(world, encode, encode.pad_token),
+        "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),
+    }[data.name]()
+    if data.blind:
+        source.pictures = torch.zeros_like(source.pictures)
+    return source

@@ -4,8 +4,8 @@ from mmfast.models.adapter import load_adapter, save_adapter
 from mmfast.models.build import MultimodalModel, Output, build
 from mmfast.models.lora import adapters_off, add_lora, load_lora, lora_parameters, merge_lora, save_lora
 from mmfast.models.pretrained import resolved, tokenizer_for
+from mmfast.models.published import from_pretrained
 from mmfast.models.tiny import tiny
-from mmfast.models.weights import from_pretrained
 
 __all__ = [
     "MultimodalModel", "Output", "adapters_off", "add_lora", "build", "from_pretrained", "load_adapter", "load_lora", "lora_parameters", "merge_lora",

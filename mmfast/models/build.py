@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
-from mmfast.models.fusion import AdapterFusion, PrefixFusion, blocks
+from mmfast.models.fusions import AdapterFusion, PrefixFusion, blocks
 from mmfast.models.lora import lora_dropouts, lora_parameters
-from mmfast.nn.projector import PooledProjector, Projector
+from mmfast.nn.projector import PooledProjector, Projector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.vqgan import VQGAN
 
@@ -148,6 +148,7 @@ ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
+    spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
 }
 FUSIONS = {spec.Prefix: lambda choice, language: PrefixFusion(), spec.AdapterPrompts: AdapterFusion}
@@ -161,13 +162,18 @@ class MultimodalModel(nn.Module):
     (``image_embeds``): both are worth computing once. Rows that show the same image share it through ``image_rows``.
     """
 
-    def __init__(self, system: spec.System, encoder: nn.Module, connector: nn.Module, language: nn.Module, *, image_token: int):
+    def __init__(
+        self, system: spec.System, encoder: nn.Module, connector: nn.Module, language: nn.Module, *, image_token: int,
+        new_tokens: Sequence[int] = (),
+    ):  # fmt: skip
+        """``new_tokens``: ids of ``system.added_tokens``, the rows that the part of this name trains."""
         super().__init__()
-        self.system, self.image_token = system, image_token
+        self.system, self.image_token, self.new_tokens = system, image_token, tuple(new_tokens)
         self.encoder, self.connector, self.language = encoder, connector, language
         self.fusion = FUSIONS[type(system.fusion)](system.fusion, language)
         self._trained: tuple[str, ...] = ()
         self._lora = False
+        self._masks: list = []  # handles of the hooks on partly trained weights
         self.train_only(())
 
     # -- which parts learn
@@ -179,6 +185,8 @@ class MultimodalModel(nn.Module):
             "adapter": self.fusion,  # what a fusion has to learn: gated prompts
             "language": self.language,
             "embeddings": self.language.get_input_embeddings(),
+            # Their rows of the embeddings and of the head, which may be the same.
+            "new_tokens": nn.ModuleList([self.language.get_input_embeddings(), self.language.get_output_embeddings()]),
         }
         if name not in parts:
             raise ValueError(f"{self.system.name}: unknown part {name!r}{spec.nearest(name, parts)}, expected some of {', '.join(parts)}")
@@ -206,8 +214,29 @@ class MultimodalModel(nn.Module):
         for parameter in self.encoder.unread():
             parameter.requires_grad_(False)
         self._trained, self._lora = tuple(parts), lora
+        self._mask_old_rows()
         self.train(self.training)
         return [p for p in self.parameters() if p.requires_grad]
+
+    def partly_trained(self) -> list[nn.Parameter]:
+        """Weights of which only the rows of ``new_tokens`` learn."""
+        if "new_tokens" not in self._trained or {"language", "embeddings"} & set(self._trained):
+            return []
+        return list(self.part("new_tokens").parameters())
+
+    def _mask_old_rows(self) -> None:
+        while self._masks:
+            self._masks.pop().remove()
+        for parameter in self.partly_trained():
+            if not self.new_tokens:
+                raise ValueError(f"{self.system.name}: new_tokens are to train, and its choices add no token")
+            rows = torch.tensor(self.new_tokens)
+
+            def new_rows_alone(gradient: Tensor) -> Tensor:
+                at = rows.to(gradient.device)
+                return torch.zeros_like(gradient).index_copy(0, at, gradient[at])
+
+            self._masks.append(parameter.register_hook(new_rows_alone))
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -313,7 +342,7 @@ class MultimodalModel(nn.Module):
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` as the published class of transformers names them."""
-        from mmfast.models.weights import save_pretrained
+        from mmfast.models.published import save_pretrained
 
         save_pretrained(self, path)
 
@@ -340,7 +369,7 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
     if tokenizer is not None and (tokenizer.convert_tokens_to_ids("<image>") in (None, tokenizer.unk_token_id)):
         raise ValueError(f"{system.name}: the tokenizer has no <image> token (mmfast.models.tokenizer_for adds it)")
     if system.weights:
-        from mmfast.models.weights import from_pretrained
+        from mmfast.models.published import from_pretrained
 
         model = from_pretrained(system.weights, dtype=dtype)
         model.system = system
@@ -348,8 +377,12 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
             pretrained.resize_embeddings(model.language, len(tokenizer))
             model.image_token = tokenizer.convert_tokens_to_ids("<image>")
         return model
-    image_token = system.language.vocab - 1 if tokenizer is None else tokenizer.convert_tokens_to_ids("<image>")
+    if tokenizer is None:  # the added tokens come last, and the placeholder before them
+        vocab, count = system.language.vocab, len(system.added_tokens)
+        image_token, new_tokens = vocab - count - 1, list(range(vocab - count, vocab))
+    else:
+        image_token, new_tokens = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", list(system.added_tokens)))
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)
     widths = encoder.width, language.get_input_embeddings().embedding_dim
     connector = CONNECTORS[type(system.connector)](system.connector, *widths)
-    return MultimodalModel(system, encoder, connector, language, image_token=image_token)
+    return MultimodalModel(system, encoder, connector, language, image_token=image_token, new_tokens=new_tokens)

@@ -147,7 +147,7 @@ def resolved(system: spec.System) -> spec.System:
     The picture's size follows the tower, and its mean and deviation the tower's own ``preprocessor_config.json`` where there is one.
     """
     if system.weights:
-        from mmfast.models.weights import system_of
+        from mmfast.models.published import system_of
 
         stock = system_of(config_of(system.weights, "weights"), system.weights)
         system = replace(
@@ -214,7 +214,7 @@ def _normalisation(weights: str) -> dict[str, tuple[float, ...]]:
 
 
 def tokenizer_for(system: spec.System):
-    """The tokenizer of a system's language model, with ``<image>`` as one token and a padding token.
+    """The tokenizer of a system's language model, with ``<image>``, each of ``added_tokens`` and a padding token as one token.
 
     A token for padding that is missing is the end token: padding is masked, so nothing is learnt from it. ``bos_token`` may be None
     (Qwen2): a conversation then starts without one.
@@ -228,10 +228,11 @@ def tokenizer_for(system: spec.System):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # the tokenizer libraries raise whatever they like
         raise ValueError(f"{where} {weights}: no tokenizer can be read: {_first_line(error)}") from error
-    if IMAGE not in tokenizer.get_vocab():
+    known = tokenizer.get_vocab()
+    if missing := [token for token in (IMAGE, *system.added_tokens) if token not in known]:
         from transformers import AddedToken
 
-        tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{where} {weights}: the tokenizer has no end token, so no answer could end")
     if tokenizer.pad_token_id is None:
@@ -243,7 +244,7 @@ def load_tower(choice, dtype: torch.dtype | None = None) -> nn.Module:
     """The vision tower of some weights, fp32 unless said otherwise."""
     tower_config(choice)
     if config_of(choice.weights, "encoder.weights").model_type == "llava":
-        from mmfast.models.weights import from_pretrained
+        from mmfast.models.published import from_pretrained
 
         return from_pretrained(choice.weights, dtype=dtype).encoder.vision
     return load_weights(TOWERS[type(choice)][0], choice.weights, "encoder.weights", dtype or torch.float32)
@@ -299,3 +300,8 @@ def resize_embeddings(language: nn.Module, vocab: int) -> None:
     with torch.no_grad():
         for weight in weights.values():  # once where they are tied
             weight[old:] = weight[:old].float().mean(0).to(weight.dtype)
+
+
+def set_decoder(language: nn.Module, decoder: nn.Module) -> None:
+    """Puts the headless model of a causal language model in its place; `AutoModel` and `base_model_prefix` name it in every family."""
+    setattr(language, language.base_model_prefix, decoder)

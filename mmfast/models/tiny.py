@@ -1,18 +1,42 @@
 """``tiny(recipe)``: the same system at a size that two CPU cores train in minutes, on the shapes world.
 
 Widths, depths, batch sizes and step counts shrink and the data becomes the shapes world; every structural choice stays. Because nothing
-pre-trained exists at that size, the stages are preceded by one that gives the tower its words, and the stage that trains the language model
-starts it from random weights. Numbers: AdamW with a high learning rate and beta2 .98 suits a model of a quarter million parameters;
-some 1,200 steps of the last stage are where captions settle.
+pre-trained exists at that size, the stages are preceded by those that stand in for it: one gives the tower its words, and where no stage
+trains the language model, one teaches it text. Numbers: AdamW with a high learning rate and beta2 .98 suits a model of a quarter million
+parameters; some 1,200 steps of the last stage are where captions settle.
 """
 
 from dataclasses import replace
 
-from mmfast.spec import AdapterPrompts, Alignment, Compute, Data, Optim, Stage, System
+from mmfast.spec import (
+    AdapterPrompts,
+    Alignment,
+    Clip,
+    Compute,
+    Data,
+    Dino,
+    Eva,
+    Linear,
+    Mlp,
+    NfResnet,
+    Optim,
+    Siglip,
+    Stage,
+    System,
+    Vqgan,
+)
 
 _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
-_DATA = Data("shapes")
 _SHORT = Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST)
+_LONG = Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST)
+_DATA = Data("shapes")
+
+# What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
+STAND_INS: dict[str, tuple[Data, Optim]] = {
+    "llava_cc3m_595k": (_DATA, _SHORT),
+}
+_STAND_IN = (_DATA, _LONG)
+
 _WORDS = Stage(
     "words",
     train=("encoder", "connector", "embeddings"),
@@ -21,14 +45,13 @@ _WORDS = Stage(
     template="bare",
     optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
 )
-
-# What a language model is before prompts are put into it, their gates still at 0: one that cannot see.
+# What a language model is before anything is put into it that lets it see.
 _TEXT = Stage(
     "text",
     train=("language", "embeddings"),
     data=_DATA,
     template="bare",
-    optim=Optim(lr=4e-3, steps=500, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST),
+    optim=replace(_LONG, steps=500),
 )
 
 
@@ -38,42 +61,49 @@ def tiny(recipe: System | Alignment) -> System | Alignment:
 
 
 def tiny_system(system: System) -> System:
-    encoder, language = system.encoder, system.language
-    if not (system.weights or encoder.weights or language.weights):
+    if not (system.weights or system.encoder.weights or system.language.weights):
         return system  # it starts from nothing already
-    *before, last = system.stages
-    # Prompts are for a language model that stays as it is, so it learns before them; all others learn it with the pictures.
-    prompts = isinstance(system.fusion, AdapterPrompts)
-    whole = last.train if prompts else tuple(dict.fromkeys((*last.train, "language", "embeddings")))
     return replace(
         system,
         weights=None,
-        # Two layers below the hidden state that the recipe reads.
-        encoder=replace(
-            encoder, weights=None, width=64, depth=1 - encoder.layer if encoder.layer < -1 else 2, heads=4, ffn=128, patch=16, size=64
-        ),
+        encoder=_small(system.encoder),
+        connector=_small(system.connector),
+        fusion=_small(system.fusion),
         language=replace(
-            language, weights=None, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05
+            system.language, weights=None, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05
         ),
-        fusion=replace(system.fusion, layers=2) if prompts else system.fusion,
         # The shapes world's background becomes 0.
         image=replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
-        stages=(
-            _WORDS,
-            *(replace(stage, data=_DATA, template="bare", optim=_SHORT) for stage in before[:1]),
-            *((_TEXT,) if prompts else ()),
-            # There is no language to lay adapters beside: it learns with them.
-            replace(
-                last,
-                train=whole,
-                lora=None,
-                data=_DATA,
-                template="bare",
-                optim=Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST),
-            ),
-        ),
+        stages=_stages(system),
         compute=Compute(device="cpu"),
     )
+
+
+def _small(choice):
+    """A choice at tiny size, its structure as it was."""
+    match choice:
+        case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads
+            depth = 1 - choice.layer if choice.layer < -1 else 2
+            return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
+        case AdapterPrompts():
+            return replace(choice, layers=2)
+    return choice
+
+
+def _stages(system: System) -> tuple[Stage, ...]:
+    # A language model that is to stay as it is learns before; any other learns with the pictures, as there is none to start from.
+    trained = any("language" in stage.train or stage.lora is not None for stage in system.stages)
+    projected = isinstance(system.connector, Linear | Mlp)
+    words = replace(_WORDS, train=("encoder", "connector", "embeddings") if projected else ("encoder", "embeddings"))
+    seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
+    return (*seen, *(() if trained else (_TEXT,)), *(_stage(stage) for stage in system.stages))
+
+
+def _stage(stage: Stage) -> Stage:
+    data, optim = STAND_INS.get(stage.data.name, _STAND_IN)
+    whole = stage.lora is not None or "language" in stage.train
+    train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
+    return replace(stage, train=train, lora=None, data=data, template="bare", optim=optim)
 
 
 def tiny_alignment(alignment: Alignment) -> Alignment:

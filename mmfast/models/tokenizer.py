@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def word_tokenizer(words: Sequence[str]):
-    """A transformers tokenizer over these words, whose ids are their places; the first five are <pad> <bos> <eos> <unk> <image>."""
+def word_tokenizer(words: Sequence[str], added: Sequence[str] = ()):
+    """A transformers tokenizer over these words, whose ids are their places; the first five are <pad> <bos> <eos> <unk> <image>. ``added``
+    tokens come behind them, and are found wherever they stand in a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     specials = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>")
     if tuple(words[:5]) != specials:
         raise ValueError(f"word_tokenizer: the vocabulary must start with {' '.join(specials)}")
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*words, *added))}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        additional_special_tokens=["<image>"],
+        additional_special_tokens=["<image>", *added],
     )  # fmt: skip
 
 

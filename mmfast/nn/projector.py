@@ -36,3 +36,20 @@ class PooledProjector(nn.Sequential):
 
     def forward(self, states: Tensor) -> Tensor:
         return super().forward(states[:, :1] if self.pool == "class" else states.mean(1, keepdim=True))
+
+
+class TokenProjector(nn.Module):
+    """``tokens`` vectors a picture from its pooled state by one affine map: ``[M, N, width_in] -> [M, tokens, width_out]``.
+
+    Source: Frozen (arXiv:2106.13884, section 3.1) and FROMAGe (arXiv:2301.13823, section 3.1). Keys: ``linear``.
+    """
+
+    def __init__(self, width_in: int, width_out: int, tokens: int, pool: str = "mean"):
+        super().__init__()
+        if pool not in ("class", "mean"):
+            raise ValueError(f"TokenProjector: unknown pool {pool!r}, expected 'class' or 'mean'")
+        self.tokens, self.pool = tokens, pool
+        self.linear = nn.Linear(width_in, tokens * width_out)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.linear(states[:, 0] if self.pool == "class" else states.mean(1)).unflatten(-1, (self.tokens, -1))

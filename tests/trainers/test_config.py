@@ -204,7 +204,7 @@ def test_everything_wrong_at_once(tmp_path, capsys):
     assert err.splitlines() == [
         "mmfast: 11 errors in the configuration",
         f"  {tmp_path}/a.yaml: encoder.wdith: Clip has no field 'wdith' (did you mean 'width'?); it has weights, width, depth, heads, ffn, "
-        "patch, size, layer, keep_class_token",
+        "patch, size, layer, keep_class_token, post_norm, unit, activation, post_norm, unit, activation",
         f"  {tmp_path}/a.yaml: encoder.heads: expected a whole number, got 'many'",
         f"  {tmp_path}/a.yaml: stages.instrct: nothing is called 'instrct' there (did you mean 'instruct'?); there are words, align, instruct",
         "  config file gone.yaml does not exist",
@@ -225,10 +225,13 @@ TOLD = [
     (["--encoder.keep_class_token", "2"], "--encoder.keep_class_token: expected true or false, got '2'"),
     (["--stages.align.optim.lr", "nan"], "--stages.align.optim.lr: expected a number, got 'nan'"),
     (["--stages.align.optim.steps", "few"], "--stages.align.optim.steps: expected a whole number or null, got 'few'"),
-    (["--stages.align.objective", "lmm"], "--stages.align.objective: expected one of lm, words, tokenizer, got 'lmm' (did you mean 'lm'?)"),
+    (
+        ["--stages.align.objective", "lmm"],
+        "--stages.align.objective: expected one of lm, words, tokenizer, retrieval, queries, got 'lmm' (did you mean 'lm'?)",
+    ),
     (
         ["--stages.align.train", "[conector]"],
-        "--stages.align.train: expected one of encoder, connector, adapter, language, embeddings, got 'conector'",
+        "--stages.align.train: expected one of encoder, connector, adapter, language, embeddings, new_tokens, got 'conector'",
     ),
     (["--stages.align.optim.betas", "[0.9]"], "--stages.align.optim.betas: expected 2 values, got [0.9]"),
     (["--stages.align.optim.betas.2", "0.9"], "--stages.align.optim.betas.2: nothing is called '2' there"),
@@ -236,14 +239,17 @@ TOLD = [
     (["--stages.align.optim.lr_of.connector", "x"], "--stages.align.optim.lr_of.connector: expected a number, got 'x'"),
     (["--stages.align.optim.lr_of.connector", "null"], "there is no entry 'connector' to take out"),
     (["--connector.kind", "Mpl"], "--connector.kind: unknown kind 'Mpl' (did you mean 'Mlp'?), expected one of Linear, Mlp"),
-    (["--encoder.kind", "Clipp"], "--encoder.kind: unknown kind 'Clipp' (did you mean 'Clip'?), expected one of Clip, Siglip, Dino, Vqgan"),
+    (["--encoder.kind", "Clipp"], "--encoder.kind: unknown kind 'Clipp' (did you mean 'Clip'?), expected one of Clip, Siglip, Dino, Eva,"),
     (["--connector", "{depth: 3}"], "--connector.depth: Linear has no field 'depth'"),
     (["--stages.align.data", "{kind: Mixture, name: m, parts: 3}"], "--stages.align.data.parts: expected a list such as [a, b], got 3"),
-    (["--connector", "3"], "--connector: is a group of fields; expected the name of a kind (Linear, Mlp, Pooled), got '3'"),
+    (
+        ["--connector", "3"],
+        "--connector: is a group of fields; expected the name of a kind (Linear, Mlp, Pooled, Tokens, Resampler, AttentionPool, QFormer), got '3'",
+    ),
     (["--connector.depth", "3"], "--connector.depth: Linear has no field 'depth'; it has none"),
     (
         ["--encoder", "Klip"],
-        "--encoder: is a group of fields; expected the name of a kind (Clip, Siglip, Dino, Vqgan), got 'Klip' (did you mean 'Clip'?)",
+        "--encoder: is a group of fields; expected the name of a kind (Clip, Siglip, Dino, Eva, NfResnet, Vqgan), got 'Klip' (did you mean 'Clip'?)",
     ),
     (["--compute", "fast"], "--compute: is a group of fields; expected fields, say --compute.device, got 'fast'"),
     (["--stages", "[{name: a}]"], "--stages.a: Stage is missing train, data, optim"),
@@ -351,7 +357,7 @@ RULES = [
     ("llama_adapter", ["--fusion.layers", "4"], "fusion.layers: expected at least 1 and at most 3, got 4"),
     ("llama_adapter", ["--connector.kind", "Linear"], "connector: adapter prompts take one vector a picture; set connector Pooled"),
     ("llama_adapter", ["--encoder.keep_class_token", "false"], "connector.pool: class reads the class token"),
-    ("llama_adapter", ["--fusion.kind", "Prefix"], "stages.answers.train: adapter is what AdapterPrompts learn, and the fusion is another"),
+    ("llama_adapter", ["--fusion.kind", "Prefix"], "stages.answers.train: adapter is what the fusion has to learn, and Prefix has nothing"),
     ("dpo", ["--policy.image.size", "32"], "policy.image.size: 32 and encoder.size 64 must agree"),
     ("dpo", ["--data.scenes", "1"], "data.scenes: expected at least 2, got 1"),
 ]

@@ -183,10 +183,10 @@ def test_it_is_a_start_for_another_run(tmp_path):
 
 
 def test_large_models_are_cut_into_shards(tmp_path, monkeypatch):
-    from mmfast.models import weights
+    from mmfast.models import published
 
     session = Session(tmp_path)
-    monkeypatch.setattr(weights, "SHARD", "50KB")
+    monkeypatch.setattr(published, "SHARD", "50KB")
     out = export(session, recipe(session), tmp_path / "out")
     assert len(list(out.glob("model-*.safetensors"))) > 2
     ids = torch.tensor([[1, 9, 10]])

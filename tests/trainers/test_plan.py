@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmfast.trainers import config, plan
 from mmfast.trainers.__main__ import main
+from mmfast.trainers.plan import GROUPS
 from mmfast.trainers.supervised import Session
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,7 @@ from mmfast.data.synthetic import World
 from mmfast.models import add_lora, build
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops import linear_logp
-from mmfast.spec import PARTS, Clip, Dino, Fixed, LanguageModel, Lora, Mlp, Siglip, to_dict
+from mmfast.spec import Clip, Dino, Fixed, LanguageModel, Lora, Mlp, Siglip, to_dict
 
 NAMES = list(config.recipe_names())
 TINY = config.load_recipe("llava", tiny=True)
@@ -82,7 +83,7 @@ def test_counts_are_those_of_the_built_tiny_model(name):
     model = Session(system, seed=0).model
     for job in plan.jobs(recipe):
         predicted = plan.predict(recipe, job, length=64)
-        sizes = {part: sum(p.numel() for p in model.part(part).parameters()) for part in PARTS}
+        sizes = {part: sum(p.numel() for p in model.part(part).parameters()) for part in GROUPS}
         sizes["language"] -= sizes["embeddings"]
         head = predicted.parameters.pop("word head", 0)
         assert predicted.parameters == sizes

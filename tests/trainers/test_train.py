@@ -224,7 +224,7 @@ def test_log_probabilities_are_those_of_one_row_at_a_time(base):
         for text, got in (("chosen", chosen), ("rejected", rejected)):
             for at, value in zip(index.tolist(), got.tolist(), strict=True):
                 ids, labels, _ = source.texts[text].batch(torch.tensor([at]))
-                logits = session.model(ids, image_states=states[source.picture_of[at]][None]).logits.double()
+                logits = session.model(ids, image_states=states[source.shown[at][0]][None]).logits.double()
                 want = sum(
                     torch.log_softmax(logits[0, t], -1)[labels[0, t + 1]] for t in range(ids.shape[1] - 1) if labels[0, t + 1] != -100
                 )

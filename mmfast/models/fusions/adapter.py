@@ -1,7 +1,5 @@
-"""How image tokens reach the language model.
-
-A fusion turns token ids and image embeddings into the language model's last hidden states. Letters: B batch, T tokens, M images,
-N tokens an image, D width, S sequences (rows, or more where they are laid end to end), L adapted layers.
+"""Gated prompts in the last layers. Letters: B batch, T tokens, M images, N vectors an image, D width, S sequences (rows, or more where they
+are laid end to end), L adapted layers.
 """
 
 import copy
@@ -13,51 +11,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmfast import spec
+from mmfast.models.fusions.prefix import blocks, run_decoder
 from mmfast.nn.adapter import AdapterPrompt
-
-
-def blocks(language: nn.Module) -> nn.ModuleList:
-    """A language model's layers, whatever its family calls them."""
-    return next(m for m in language.get_decoder().modules() if isinstance(m, nn.ModuleList))
-
-
-def run_decoder(language: nn.Module, embeds: Tensor, **kwargs) -> tuple[Tensor, object]:
-    """The decoder on input embeddings: last hidden states in the head's type, and the key/value cache. Embeddings (and a head that is tied to
-    them) learn in fp32 over layers that may be held in half precision."""
-    for half in {p.dtype for p in blocks(language)[0].parameters()} & {torch.bfloat16, torch.float16}:
-        embeds = embeds.to(half)
-    out, head = language.get_decoder()(inputs_embeds=embeds, **kwargs), language.get_output_embeddings().weight
-    hidden = out.last_hidden_state
-    return hidden.to(head.dtype) if head.is_floating_point() else hidden, out.past_key_values
-
-
-class PrefixFusion(nn.Module):
-    """The i-th placeholder of the batch, read row by row, becomes the i-th image vector; then the language model runs as always."""
-
-    def forward(
-        self, language: nn.Module, input_ids: Tensor, image_embeds: Tensor | None, image_token: int, **kwargs
-    ) -> tuple[Tensor, object]:
-        """input_ids [B, T], image_embeds [M, N, D] or None -> (hidden [B, T, D], key/value cache or None).
-
-        ``kwargs`` go to the decoder: attention_mask, position_ids, past_key_values, use_cache.
-        """
-        embeds = language.get_input_embeddings()(input_ids)
-        if image_embeds is not None:
-            slots = input_ids == image_token
-            found, given = int(slots.sum()), image_embeds.shape[0] * image_embeds.shape[1]
-            if found != given:
-                raise ValueError(
-                    f"the batch has {found} image placeholders, but its {image_embeds.shape[0]} images have {given} tokens "
-                    f"({image_embeds.shape[1]} each)"
-                )
-            embeds = embeds.masked_scatter(slots[..., None], image_embeds.to(embeds.dtype))
-        return run_decoder(language, embeds, **kwargs)
-
-    def carry(self, input_ids: Tensor, image_embeds: Tensor | None, image_token: int) -> None:
-        """What steps after this one need of the images: nothing, they are in the key/value cache."""
-
-
-# -------------------------------------------------------------------------------------------------------- adapter prompts
 
 
 @dataclass

@@ -1,12 +1,10 @@
-"""Published checkpoints in and out.
-
-The stock class of transformers is the map between names: parts are taken out of it when reading and put back into it when writing, so that
-whatever layouts it understands (old key names, shards, half precision) we understand too, and what we write it loads.
-"""
+"""LLaVA: ``LlavaForConditionalGeneration`` and a prefix behind a projection, with a CLIP, SigLIP or DINOv2 tower and any language model."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,28 +14,14 @@ from transformers import AutoModelForCausalLM, LlavaConfig, LlavaForConditionalG
 from mmfast import spec
 from mmfast.models.build import MultimodalModel, Tower
 from mmfast.models.lora import merged
-from mmfast.models.pretrained import TOWERS, check_head, config_of, language_sizes, load_weights, tower_sizes
+from mmfast.models.pretrained import TOWERS, check_head, language_sizes, set_decoder, tower_sizes
 from mmfast.nn.projector import Projector
 
-SHARD = "5GB"  # files of larger models are cut to this
-
-
-def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None) -> MultimodalModel:
-    """Read a Hugging Face folder (or hub name) of a known ``model_type``; frozen and in evaluation mode.
-
-    Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model. Anything else raises ``ValueError`` with what was found.
-    """
-    config = config_of(str(path))
-    if config.model_type == "llava":
-        system_of(config, str(path))  # what cannot be read is told before gigabytes are
-        return from_stock(load_weights(LlavaForConditionalGeneration, str(path), "weights", dtype or torch.float32), Path(path).name)
-    raise ValueError(f"{path}: model_type is {config.model_type!r}; from_pretrained knows 'llava'")
+STOCK = LlavaForConditionalGeneration
 
 
 def system_of(config: LlavaConfig, name: str) -> spec.System:
     """The choices that a stock LLaVA's configuration stands for."""
-    if config.model_type != "llava":
-        raise ValueError(f"{name}: model_type is {config.model_type!r}; from_pretrained knows 'llava'")
     vision, text = config.vision_config, config.text_config
     kinds = [kind for kind, (_, types) in TOWERS.items() if vision.model_type in types]
     if not kinds or not isinstance(config.vision_feature_layer, int):
@@ -84,13 +68,9 @@ def from_stock(stock: LlavaForConditionalGeneration, name: str = "llava") -> Mul
     return MultimodalModel(system, tower, connector, language, image_token=config.image_token_id).eval()
 
 
-def set_decoder(language: nn.Module, decoder: nn.Module) -> None:
-    """Puts the headless model of a causal language model in its place; `AutoModel` and `base_model_prefix` name it in every family."""
-    setattr(language, language.base_model_prefix, decoder)
-
-
-def save_pretrained(model: MultimodalModel, path: str | Path) -> None:
-    """Write a folder that ``LlavaForConditionalGeneration.from_pretrained`` loads, with the same logits; adapters are folded in.
+@contextmanager
+def as_stock(model: MultimodalModel) -> Iterator[LlavaForConditionalGeneration]:
+    """The model's parts in a stock LLaVA that gives the same logits; adapters are folded in meanwhile.
 
     A single affine connector is written as ``linear_1`` with the identity behind it, the stock class having no other form for it.
     """
@@ -128,4 +108,4 @@ def save_pretrained(model: MultimodalModel, path: str | Path) -> None:
         stock.model.vision_tower, stock.model.language_model = model.encoder.vision, model.language.base_model
         stock.model.multi_modal_projector.linear_1, stock.model.multi_modal_projector.linear_2 = maps
         stock.lm_head = head
-        stock.save_pretrained(path, max_shard_size=SHARD)
+        yield stock
