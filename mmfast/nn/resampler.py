@@ -9,16 +9,20 @@ from torch import Tensor, nn
 
 from mmfast.ops import cross_attention
 
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 
-def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
-    """LayerNorm and a two-layer network of ``mult`` times the width, exact GELU, no biases. Keys: ``0``, ``1``, ``3``."""
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim * mult, bias=False), nn.GELU(), nn.Linear(dim * mult, dim, bias=False))
+
+def feed_forward(dim: int, mult: int = 4, activation: str = "gelu") -> nn.Sequential:
+    """LayerNorm and a two-layer network of ``mult`` times the width, no biases. Keys: ``0``, ``1``, ``3``."""
+    first, second = nn.Linear(dim, dim * mult, bias=False), nn.Linear(dim * mult, dim, bias=False)
+    return nn.Sequential(nn.LayerNorm(dim), first, ACTIVATIONS[activation](), second)
 
 
 class PerceiverAttention(nn.Module):
-    """Latents read media and themselves: ``[B, N, D], [B, L, D] -> [B, L, D]``. Keys: ``norm_media, norm_latents, to_q, to_kv, to_out``."""
+    """Latents read media and themselves: ``[B, N, D], [B, L, D] -> [B, L, D]``. Keys: ``norm_media, norm_latents, to_q, to_kv, to_out``,
+    and ``norm_q, norm_k`` with ``qk_norm``: LayerNorm of every head's queries and keys (Idefics)."""
 
-    def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8):
+    def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8, qk_norm: bool = False):
         super().__init__()
         self.heads = heads
         self.norm_media = nn.LayerNorm(dim)
@@ -26,6 +30,8 @@ class PerceiverAttention(nn.Module):
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, heads * dim_head * 2, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.norm_q = nn.LayerNorm(dim_head) if qk_norm else None
+        self.norm_k = nn.LayerNorm(dim_head) if qk_norm else None
 
     def forward(self, media: Tensor, latents: Tensor) -> Tensor:
         latents = self.norm_latents(latents)
@@ -33,6 +39,8 @@ class PerceiverAttention(nn.Module):
         # Media and latents are two segments of keys: neither the inputs nor the keys and values are concatenated.
         k, v = self.to_kv(self.norm_media(media)).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         k2, v2 = self.to_kv(latents).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        if self.norm_q is not None:
+            q, k, k2 = self.norm_q(q), self.norm_k(k), self.norm_k(k2)
         return self.to_out(cross_attention(q, k, v, k2, v2).flatten(-2))
 
 
@@ -52,6 +60,8 @@ class PerceiverResampler(nn.Module):
         max_num_media: learned embeddings of the place among the media, added to all their tokens; None (the released weights): none.
         max_num_frames: learned embeddings of the frame within its medium; None: none.
         ff_mult: width of the feed-forward over D.
+        activation: gelu, or relu (Idefics).
+        qk_norm: LayerNorm of every head's queries and keys (Idefics).
 
     Raises:
         ValueError: x is not ``[B, T, F, N, D]``, or holds more media or frames than there are embeddings.
@@ -68,13 +78,21 @@ class PerceiverResampler(nn.Module):
         max_num_media: int | None = None,
         max_num_frames: int | None = None,
         ff_mult: int = 4,
+        activation: str = "gelu",
+        qk_norm: bool = False,
     ):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
         self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads), feed_forward(dim, ff_mult)]) for _ in range(depth)
+            nn.ModuleList(
+                [
+                    PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads, qk_norm=qk_norm),
+                    feed_forward(dim, ff_mult, activation),
+                ]
+            )
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
 
