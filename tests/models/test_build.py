@@ -105,3 +105,55 @@ def test_what_cannot_be_built_says_so():
         build(replace(SYSTEM, connector=spec.Prefix()))
     with pytest.raises(ValueError, match=r"unknown part 'langauge' \(did you mean 'language'\?\)"):
         build(SYSTEM).train_only(("langauge",))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_the_rows_of_new_tokens_learn(tied):
+    """Whatever the loss, the old rows of embeddings and head get no gradient; with the whole table in training they do."""
+    system = replace(SYSTEM, fusion=spec.GatedCrossAttention(), language=replace(SYSTEM.language, tied=tied))
+    assert system.added_tokens == ("<|endofchunk|>",)
+    model = build(replace(SYSTEM, language=system.language))
+    model.system, model.new_tokens = system, (48,)
+    ids = torch.tensor([[1, 5, 48, 6, 48, 7]])
+    for parts, new in ((("new_tokens",), True), (("embeddings",), False), (("new_tokens",), True)):
+        model.zero_grad(set_to_none=True)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad} if model.train_only(parts) else set()
+        model(ids, labels=ids).loss.backward()
+        table = model.language.get_input_embeddings().weight
+        others = torch.arange(50) != 48
+        assert table.grad[48].any()
+        assert bool(table.grad[others].any()) != new
+        if new and not tied:
+            head = model.language.get_output_embeddings().weight
+            assert head.grad[48].any()
+            assert not head.grad[others].any()
+        assert all("embed_tokens" in name or "lm_head" in name for name in trained)
+    assert [p.shape[0] for p in model.partly_trained()] == [50] * (1 if tied else 2)
+    model.train_only(("connector",))
+    assert model.partly_trained() == []
+
+
+def test_new_tokens_without_added_tokens_are_refused():
+    with pytest.raises(ValueError, match="new_tokens are to train, and its choices add no token"):
+        build(SYSTEM).train_only(("new_tokens",))
+
+
+def test_tokens_that_choices_add_have_ids_of_their_own():
+    from mmfast.data.synthetic import World
+    from mmfast.models.tokenizer import word_tokenizer
+
+    system = replace(SYSTEM, encoder=spec.Vqgan(codes=14), fusion=spec.SharedTokens(), regions=spec.BoxTokens(bins=2))
+    added = system.added_tokens
+    assert added[:3] == ("<racm3:break>", "<eoss>", "IMGIMGAZ")
+    assert added[2 + 12] == "IMGIMGBCZ"
+    assert added[16:] == (
+        "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>", "<patch_index_0000>",
+        "<patch_index_0001>", "<patch_index_0002>", "<patch_index_0003>",
+    )  # fmt: skip
+    words = World().vocabulary
+    tokenizer = word_tokenizer(words, added)
+    assert tokenizer.convert_tokens_to_ids(list(added)) == list(range(len(words), len(words) + len(added)))
+    text = "a<phrase> red circle</phrase><object><patch_index_0003></object>IMGIMGBDZ"
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]) == [
+        "a", "<phrase>", "red", "circle", "</phrase>", "<object>", "<patch_index_0003>", "</object>", "IMGIMGBDZ",
+    ]  # fmt: skip
