@@ -168,6 +168,11 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class NoConnector:
+    """The tower's states as they are, for a fusion that reads the tower's width (Idefics without a resampler)."""
+
+
+@dataclass(frozen=True)
 class Mlp:
     """``depth`` affine maps with GELU between."""
 
@@ -461,7 +466,7 @@ class System:
     paper: str = ""
     weights: str | None = None
     encoder: Clip | Siglip | Dino | Eva | NfResnet | Vqgan = Clip()
-    connector: Linear | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer = Linear()
+    connector: Linear | NoConnector | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer = Linear()
     fusion: Prefix | AdapterPrompts | GatedCrossAttention | Retrieval | SharedTokens = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()
