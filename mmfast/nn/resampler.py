@@ -100,7 +100,9 @@ class PerceiverResampler(nn.Module):
         self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
         self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads, qk_norm=qk_norm), feed_forward(dim, ff_mult, activation)])
+            nn.ModuleList(
+                [PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads, qk_norm=qk_norm), feed_forward(dim, ff_mult, activation)]
+            )
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
