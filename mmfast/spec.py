@@ -336,7 +336,7 @@ class Fixed:
 # ----------------------------------------------------------------------------------------------------------- training
 
 # Data sets that need no path; mmfast.data.supervised makes them.
-BUILT_IN = ("shapes", "easy_vqa")
+BUILT_IN = ("shapes", "shapes_captions", "easy_vqa")
 
 
 @dataclass(frozen=True)
