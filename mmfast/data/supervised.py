@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data import chat, images
+from mmfast.data.formats import Record
 from mmfast.data.synthetic import COLOURS, PROMPT, SHAPES, World
 from mmfast.spec import Data
 
@@ -100,6 +101,16 @@ class Shapes(Source):
         return names, true, classes
 
 
+class Told(Source):
+    """Captions of the shapes world as text alone, two of every scene: what a language model has read before it sees."""
+
+    def __init__(self, world: World, encode: chat.Encoder, *, split: str = "train", count: int = 10_000):
+        texts = [" ".join(world.caption(s, variant=v).text for v in (0, 1)) for s in world.scenes(split, count)]
+        rows = chat.Rows([encode.record(Record(i, f"#{i}", document=text)) for i, text in enumerate(texts)], encode.pad_token)
+        none = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
+        super().__init__(none, [rows], encode.pad_token, [[]] * count)
+
+
 class EasyVQA(Source):
     """The ``easy-vqa`` package (MIT): 64 x 64 pictures of one coloured shape, with questions and one-word answers; an item is a question."""
 
@@ -152,6 +163,7 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
     source = {
         "shapes": lambda: Shapes(world, encode, encode.pad_token),
         "shapes_captions": lambda: Shapes(world, encode, encode.pad_token, turns=0, planted=False),
+        "shapes_text": lambda: Told(world, encode),
         "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),
     }[data.name]()
     if data.blind:
