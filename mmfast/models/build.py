@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
-from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, blocks
+from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, blocks
 from mmfast.models.lora import lora_dropouts, lora_parameters
 from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
@@ -136,8 +136,10 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         model = pretrained.load_language(choice, dtype)
         pretrained.resize_embeddings(model, vocab)
         return model
+    own = {"ffn_dim": choice.ffn, "init_std": choice.init, "dropout": 0.0} if choice.family == "opt" else {}
     config = AutoConfig.for_model(
         choice.family,
+        **own,
         vocab_size=vocab,
         hidden_size=choice.width,
         num_hidden_layers=choice.depth,
@@ -172,6 +174,7 @@ FUSIONS = {
     spec.Prefix: lambda choice, language, width: PrefixFusion(),
     spec.AdapterPrompts: lambda choice, language, width: AdapterFusion(choice, language),
     spec.GatedCrossAttention: GatedFusion,
+    spec.Retrieval: RetrievalFusion,
 }
 
 
@@ -244,6 +247,14 @@ class MultimodalModel(nn.Module):
         if "new_tokens" not in self._trained or {"language", "embeddings"} & set(self._trained):
             return []
         return list(self.part("new_tokens").parameters())
+
+    @torch.no_grad()
+    def level_new_rows(self) -> None:
+        """Gives the input embeddings of ``new_tokens`` the mean norm of the rows before them (FROMAGe, arXiv:2301.13823, its released code)."""
+        table = self.language.get_input_embeddings().weight
+        mean = table[: min(self.new_tokens)].norm(dim=1).mean()
+        for row in self.new_tokens:
+            table[row] *= mean / table[row].norm()
 
     def _mask_old_rows(self) -> None:
         while self._masks:
