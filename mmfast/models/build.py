@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +18,10 @@ from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
 from mmfast.models.fusions import AdapterFusion, PrefixFusion, blocks
+from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
 from mmfast.nn.projector import PooledProjector, Projector, TokenProjector
+from mmfast.nn.query_connector import QueryConnector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.vqgan import VQGAN
 
@@ -91,7 +93,7 @@ def _code_tower(choice: spec.Vqgan, dtype: torch.dtype | None) -> CodeTower:
     )  # fmt: skip
 
 
-def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | None) -> Tower:
+def _tower(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva, dtype: torch.dtype | None) -> Tower:
     if choice.weights:
         vision = pretrained.load_tower(choice, dtype)
     else:
@@ -103,6 +105,7 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
             image_size=choice.size,
         )
         sizes |= {"mlp_ratio": choice.ffn // choice.width} if isinstance(choice, spec.Dino) else {"intermediate_size": choice.ffn}
+        sizes |= {"initializer_range": 0.02} if isinstance(choice, spec.Eva) else {}  # transformers' own is 1e-10
         kind = pretrained.TOWERS[type(choice)][0]
         vision = kind(kind.config_class(**sizes))
         # A random tower's position embeddings start at a tenth of its patches' size, and it takes long to learn where things are.
@@ -111,11 +114,24 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
                 nn.init.normal_(module.weight, std=0.5)
         if isinstance(choice, spec.Dino):
             nn.init.normal_(vision.embeddings.position_embeddings, std=0.5)
+        if isinstance(choice, spec.Eva):
+            nn.init.normal_(vision.embeddings.position_embedding, std=0.5)
     return Tower(vision, layer=choice.layer, skip=_skip(choice))
 
 
-def _skip(choice: spec.Clip | spec.Siglip | spec.Dino) -> int:
-    return 0 if isinstance(choice, spec.Siglip) else int(not choice.keep_class_token)
+def _skip(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva) -> int:
+    return 0 if isinstance(choice, spec.Siglip | spec.Eva) else int(not choice.keep_class_token)
+
+
+def _queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnector:
+    connector = QueryConnector(
+        width_in, width_out, tokens=choice.tokens, width=choice.width, depth=choice.depth, heads=choice.heads, ffn=choice.ffn,
+        every=choice.every, vocab=choice.vocab if choice.text else None, positions=choice.positions, shared=choice.shared,
+        dropout=choice.dropout, norm_eps=choice.norm_eps,
+    )  # fmt: skip
+    if choice.weights:
+        load_bert(connector, choice.weights)
+    return connector
 
 
 def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) -> nn.Module:
@@ -149,6 +165,7 @@ CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
+    spec.QFormer: _queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
 }
 FUSIONS = {spec.Prefix: lambda choice, language: PrefixFusion(), spec.AdapterPrompts: AdapterFusion}
@@ -182,6 +199,7 @@ class MultimodalModel(nn.Module):
         parts = {
             "encoder": self.encoder,
             "connector": self.connector,
+            **({"queries": self.connector} if isinstance(self.connector, QueryConnector) else {}),  # what of it, train_only says
             "adapter": self.fusion,  # what a fusion has to learn: gated prompts
             "language": self.language,
             "embeddings": self.language.get_input_embeddings(),
@@ -195,8 +213,9 @@ class MultimodalModel(nn.Module):
     def train_only(self, parts: Sequence[str], *, lora: bool = False) -> list[nn.Parameter]:
         """Let exactly these parts learn, and the adapters with ``lora``; returns their parameters. All else is frozen, in evaluation mode.
 
-        ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them. What learns is
-        held in fp32, whatever the precision of the rest.
+        ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them; nor can any reach a
+        Q-Former's text side from a language model, or its projection from ``queries``. What learns is held in fp32, whatever the precision of
+        the rest.
         """
         modules = [self.part(name) for name in parts]
         if "language" in parts and getattr(self.language, "is_quantized", False):
@@ -213,6 +232,9 @@ class MultimodalModel(nn.Module):
             parameter.requires_grad_(lora)
         for parameter in self.encoder.unread():
             parameter.requires_grad_(False)
+        if isinstance(self.connector, QueryConnector):
+            for parameter in self.connector.unread(compared="queries" in parts):
+                parameter.requires_grad_(False)
         self._trained, self._lora = tuple(parts), lora
         self._mask_old_rows()
         self.train(self.training)
@@ -383,6 +405,8 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
     else:
         image_token, new_tokens = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", list(system.added_tokens)))
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)
-    widths = encoder.width, language.get_input_embeddings().embedding_dim
-    connector = CONNECTORS[type(system.connector)](system.connector, *widths)
+    table, choice = language.get_input_embeddings(), system.connector
+    if isinstance(choice, spec.QFormer) and not choice.vocab:  # its words are the language model's
+        choice = replace(choice, vocab=table.num_embeddings)
+    connector = CONNECTORS[type(choice)](choice, encoder.width, table.embedding_dim)
     return MultimodalModel(system, encoder, connector, language, image_token=image_token, new_tokens=new_tokens)
