@@ -65,6 +65,29 @@ def test_images_in_any_form():
     torch.testing.assert_close(one, both, atol=1e-6, rtol=0)
 
 
+def test_the_norm_behind_the_tower():
+    """Of every state, as CLIP norms its class token alone (FROMAGe's pooled state); with ``unit`` of length 1 (Kosmos-2)."""
+    last = replace(SYSTEM.encoder, layer=-1, keep_class_token=True)
+    model, pixels = build(replace(SYSTEM, encoder=replace(last, post_norm=True))), inputs()["pixel_values"]
+    tower, norm = model.encoder.vision, model.encoder.vision.post_layernorm
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    whole, states = tower.eval()(pixels), model.encode(pixels)
+    torch.testing.assert_close(states[:, 0], whole.pooler_output)
+    torch.testing.assert_close(states, norm(whole.last_hidden_state))
+    model.encoder.unit = True
+    torch.testing.assert_close(model.encode(pixels), states / states.norm(dim=-1, keepdim=True))
+    learns = {id(p) for p in model.train_only(("encoder",))}
+    assert {id(p) for p in norm.parameters()} <= learns, "read, so it trains with the tower"
+    bare = build(replace(SYSTEM, encoder=last))
+    assert not {id(p) for p in bare.encoder.vision.post_layernorm.parameters()} & {id(p) for p in bare.train_only(("encoder",))}
+
+
+@pytest.mark.parametrize("name", ["quick_gelu", "gelu"])
+def test_the_activation_of_a_tower_without_weights(name):
+    assert build(replace(SYSTEM, encoder=replace(SYSTEM.encoder, activation=name))).encoder.vision.config.hidden_act == name
+
+
 def test_connectors():
     for connector, keys in [
         (spec.Linear(), ["0.weight", "0.bias"]),
