@@ -243,7 +243,7 @@ def tokenizer_for(system: spec.System):
     return tokenizer
 
 
-def text_side(system: spec.System, tokenizer, max_length: int) -> chat.TextSide:
+def text_side(system: spec.System, tokenizer) -> chat.TextSide:
     """How texts come to a Q-Former: by its BERT's tokenizer, or where it has no words of its own by the language model's ``tokenizer``."""
     choice = system.connector
     if not isinstance(choice, spec.QFormer) or not choice.text:
@@ -252,7 +252,7 @@ def text_side(system: spec.System, tokenizer, max_length: int) -> chat.TextSide:
         ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(spec.DECODE), tokenizer.pad_token_id
         if ids[0] is None:  # Qwen2
             ids = ids[1], *ids[1:]
-        return chat.TextSide(tokenizer, *ids, max_length)
+        return chat.TextSide(tokenizer, *ids)
     if not choice.weights:
         raise ValueError(
             f"{system.name}: connector.vocab is {choice.vocab}, and the tokenizer of these words comes with connector.weights, a BERT; set it, or "
@@ -266,7 +266,7 @@ def text_side(system: spec.System, tokenizer, max_length: int) -> chat.TextSide:
     own.add_special_tokens({"bos_token": spec.DECODE})
     if len(own) > choice.vocab:
         raise ValueError(f"connector.weights {choice.weights}: its tokenizer has {len(own)} words with {spec.DECODE}, connector.vocab {choice.vocab}")
-    return chat.TextSide(own, own.cls_token_id, own.sep_token_id, own.bos_token_id, own.pad_token_id, max_length)
+    return chat.TextSide(own, own.cls_token_id, own.sep_token_id, own.bos_token_id, own.pad_token_id)
 
 
 def load_tower(choice, dtype: torch.dtype | None = None) -> nn.Module:
