@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 # The parts of a model that a stage may train.
 # "queries": of a Q-Former what compares pictures with texts; "connector": what the language model reads pictures through.
@@ -276,7 +276,7 @@ class Retrieval:
     """A prefix, and a token whose last hidden state is compared with pictures in a space of ``shared`` dimensions (FROMAGe, arXiv:2301.13823)."""
 
     shared: int = 256
-    token: str = "[RET]"
+    token: ClassVar[str] = "[RET]"  # the template "fromage" ends texts with it
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ class Fixed:
 # ----------------------------------------------------------------------------------------------------------- training
 
 # Data sets that need no path; mmfast.data.supervised makes them.
-BUILT_IN = ("shapes", "easy_vqa")
+BUILT_IN = ("shapes", "shapes_captions", "shapes_text", "easy_vqa")
 
 
 @dataclass(frozen=True)
@@ -394,6 +394,7 @@ class Optim:
     decay_vectors: bool = True  # whether weight decay also applies to biases, norms and gates
     clip: float = 1.0
     ema: float = 0.0  # decay of a moving average of the weights, kept and saved beside them; 0: none
+    level_new: bool = False  # after each step the input rows of new_tokens get the mean norm of the rows before them (FROMAGe)
 
 
 @dataclass(frozen=True)
@@ -452,6 +453,7 @@ class Stage:
     optim: Optim
     objective: Literal["lm", "words", "tokenizer", "retrieval", "queries"] = "lm"
     drawing: Drawing = Drawing()
+    contrast: float = 1.0  # weight of the contrastive loss of retrieval
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator, beside lm (arXiv:2204.02311)
     lora: Lora | None = None  # adapters that train beside ``train``
     template: str = "vicuna_v1"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data import chat, images
+from mmfast.data.formats import Record
 from mmfast.data.synthetic import COLOURS, PROMPT, SHAPES, World
 from mmfast.spec import Data
 
@@ -70,16 +71,17 @@ class Source:
 
 
 class Shapes(Source):
-    """The shapes world: a planted caption and four packed yes/no turns a scene."""
+    """The shapes world: a caption and four packed yes/no turns a scene, planted errors among them, or clean captions alone (``turns`` 0)."""
 
-    def __init__(self, world: World, encode: Encode, pad_token: int, *, split: str = "train", count: int = 10_000, turns: int = 4):
+    def __init__(
+        self, world: World, encode: Encode, pad_token: int, *, split: str = "train", count: int = 10_000, turns: int = 4, planted: bool = True
+    ):  # fmt: skip
         self.world, self.scenes = world, world.scenes(split, count)
-        captions = [encode([(f"<image> {PROMPT}", world.caption(s, planted=True).text)]) for s in self.scenes]
-        questions = []
-        for scene in self.scenes:
-            asked = world.turns(scene, turns, planted=True)
-            questions.append(encode([(f"<image> {asked[0][0]}", asked[0][1]), *asked[1:]]))
-        super().__init__(world.render(self.scenes), [chat.Rows(captions, pad_token), chat.Rows(questions, pad_token)], pad_token)
+        columns = [[encode([(f"<image> {PROMPT}", world.caption(s, planted=planted).text)]) for s in self.scenes]]
+        if turns:
+            asked = [world.turns(scene, turns, planted=planted) for scene in self.scenes]
+            columns.append([encode([(f"<image> {first}", answer), *rest]) for (first, answer), *rest in asked])
+        super().__init__(world.render(self.scenes), [chat.Rows(column, pad_token) for column in columns], pad_token)
 
     def words(self) -> tuple[list[str], Tensor, Tensor]:
         """Colour, shape and position words, whether each is true of a picture ``[M, W]``, and the classes in it ``[M, C]``."""
@@ -97,6 +99,16 @@ class Shapes(Source):
                 true[i, hit] = 1
             classes[i, self.world.class_ids(scene)] = 1
         return names, true, classes
+
+
+class Told(Source):
+    """Captions of the shapes world as text alone, two of every scene: what a language model has read before it sees."""
+
+    def __init__(self, world: World, encode: chat.Encoder, *, split: str = "train", count: int = 10_000):
+        texts = [" ".join(world.caption(s, variant=v).text for v in (0, 1)) for s in world.scenes(split, count)]
+        rows = chat.Rows([encode.record(Record(i, f"#{i}", document=text)) for i, text in enumerate(texts)], encode.pad_token)
+        none = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
+        super().__init__(none, [rows], encode.pad_token, [[]] * count)
 
 
 class EasyVQA(Source):
@@ -150,6 +162,8 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
     """The source of a built-in data set (``mmfast.spec.BUILT_IN``)."""
     source = {
         "shapes": lambda: Shapes(world, encode, encode.pad_token),
+        "shapes_captions": lambda: Shapes(world, encode, encode.pad_token, turns=0, planted=False),
+        "shapes_text": lambda: Told(world, encode),
         "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),
     }[data.name]()
     if data.blind:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
-from mmfast.models.fusions import AdapterFusion, PrefixFusion, blocks
+from mmfast.models.fusions import AdapterFusion, PrefixFusion, RetrievalFusion, blocks
 from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
 from mmfast.nn.projector import PooledProjector, Projector, TokenProjector
@@ -152,8 +152,10 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         model = pretrained.load_language(choice, dtype)
         pretrained.resize_embeddings(model, vocab)
         return model
+    own = {"ffn_dim": choice.ffn, "init_std": choice.init, "dropout": 0.0} if choice.family == "opt" else {}
     config = AutoConfig.for_model(
         choice.family,
+        **own,
         vocab_size=vocab,
         hidden_size=choice.width,
         num_hidden_layers=choice.depth,
@@ -180,7 +182,11 @@ CONNECTORS = {
     spec.QFormer: _queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
 }
-FUSIONS = {spec.Prefix: lambda choice, language: PrefixFusion(), spec.AdapterPrompts: AdapterFusion}
+FUSIONS = {
+    spec.Prefix: lambda choice, language, width: PrefixFusion(),
+    spec.AdapterPrompts: lambda choice, language, width: AdapterFusion(choice, language),
+    spec.Retrieval: RetrievalFusion,
+}
 
 
 class MultimodalModel(nn.Module):
@@ -199,7 +205,7 @@ class MultimodalModel(nn.Module):
         super().__init__()
         self.system, self.image_token, self.new_tokens = system, image_token, tuple(new_tokens)
         self.encoder, self.connector, self.language = encoder, connector, language
-        self.fusion = FUSIONS[type(system.fusion)](system.fusion, language)
+        self.fusion = FUSIONS[type(system.fusion)](system.fusion, language, encoder.width)
         self._trained: tuple[str, ...] = ()
         self._lora = False
         self._masks: list = []  # handles of the hooks on partly trained weights
@@ -257,6 +263,14 @@ class MultimodalModel(nn.Module):
         if "new_tokens" not in self._trained or {"language", "embeddings"} & set(self._trained):
             return []
         return list(self.part("new_tokens").parameters())
+
+    @torch.no_grad()
+    def level_new_rows(self) -> None:
+        """Gives the input embeddings of ``new_tokens`` the mean norm of the rows before them (FROMAGe, arXiv:2301.13823, its released code)."""
+        table = self.language.get_input_embeddings().weight
+        mean = table[: min(self.new_tokens)].norm(dim=1).mean()
+        for row in self.new_tokens:
+            table[row] *= mean / table[row].norm()
 
     def _mask_old_rows(self) -> None:
         while self._masks:
