@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 # The parts of a model that a stage may train.
-PARTS = ("encoder", "connector", "adapter", "language", "embeddings", "new_tokens")
-Part = Literal["encoder", "connector", "adapter", "language", "embeddings", "new_tokens"]
+# "queries": of a Q-Former what compares pictures with texts; "connector": what the language model reads pictures through.
+PARTS = ("encoder", "connector", "queries", "adapter", "language", "embeddings", "new_tokens")
+Part = Literal["encoder", "connector", "queries", "adapter", "language", "embeddings", "new_tokens"]
 
 # ------------------------------------------------------------------------------------------ the six choices, a class a kind
 
@@ -230,7 +231,11 @@ class QFormer:
     positions: int = 512
     shared: int = 256
     dropout: float = 0.1
-    weights: str | None = None  # of a BERT whose layers it starts from
+    norm_eps: float = 1e-6  # of the norm before it; LAVIS has 1e-5
+    weights: str | None = None  # a BERT whose layers, words and tokenizer it starts from
+
+
+DECODE = "[DEC]"  # the Q-Former's first token where it writes text
 
 
 @dataclass(frozen=True)
@@ -490,6 +495,8 @@ class System:
     def added_tokens(self) -> tuple[str, ...]:
         """Tokens that the choices need and a tokenizer of text does not have, ``<image>`` aside; the part ``new_tokens`` is their rows."""
         added: list[str] = []
+        if isinstance(self.connector, QFormer) and self.connector.text and not self.connector.vocab:
+            added.append(DECODE)
         if isinstance(self.fusion, GatedCrossAttention) and self.fusion.end:
             added.append(self.fusion.end)
         if isinstance(self.fusion, Retrieval):

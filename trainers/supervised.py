@@ -22,6 +22,7 @@ from mmfast.losses.contrastive import info_nce
 from mmfast.ops import linear_logp
 from mmfast.spec import Alignment, Compute, Linear, Mlp, Stage, System, to_dict
 
+from . import queries
 from .checkpoint import Run, RunError, load_model, load_state
 from .evaluate import make_probe
 from .loop import Objective, Options, train
@@ -87,7 +88,7 @@ def token_logps(session: Session, batch: dict[str, Tensor], states: Tensor | Non
 
 def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, options: Options) -> int:
     """One stage of a system over the shared loop."""
-    model, source = session.model, session.source(stage.data, stage.template, stage.max_length)
+    model, source = session.model, session.source_of(stage)
     source.packing, source.pad_to = options.compute.packing, options.compute.pad_to
     trained = session.let_train(stage.train, stage.lora)
     if options.place.main and not options.quiet:
@@ -245,8 +246,16 @@ def tokenizer_stage(session: Session, stage: Stage, source, run: Run, options: O
     return tokenizer.tokenizer_stage(session, stage, options), pictures, tokenizer.make_probe(session, pictures)
 
 
+def queries_stage(session: Session, stage: Stage, source, run: Run, options: Options):
+    states = cached_states(session, source)
+    source.with_pictures = states is None
+    return queries.queries_objective(session, stage, states), queries.Texts(source), None
+
+
 # An objective's name, to what minimises it: (session, stage, source, run, options) -> objective, what it draws from, what it measures meanwhile.
-OBJECTIVES = {"lm": lm_stage, "words": words_stage, "tokenizer": tokenizer_stage, "retrieval": retrieval_stage}
+OBJECTIVES = {
+    "lm": lm_stage, "words": words_stage, "tokenizer": tokenizer_stage, "retrieval": retrieval_stage, "queries": queries_stage,
+}  # fmt: skip
 
 
 def train_system(

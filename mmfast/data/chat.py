@@ -184,6 +184,44 @@ class Encoder:
         return {"image_tokens": self.image_tokens, "image_token": self.image_token, "max_length": self.max_length}
 
 
+@dataclass(frozen=True)
+class TextSide:
+    """From conversations to what a model reads that compares pictures with texts: a picture's place (``image_token``, no word), then the first
+    token, the answers, the last token. What is longer than ``max_length`` tokens loses its end but not the last token.
+
+    ``decode``: the token that the first one becomes where text is to be written.
+    """
+
+    tokenizer: Any
+    first: int
+    last: int
+    decode: int
+    pad_token: int
+    max_length: int = 32
+    image_tokens: int = 1
+    image_token: int = -1
+
+    def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
+        pictures = sum(question.count("<image>") for question, _ in turns)
+        text = self.text(" ".join(answer for _, answer in turns if answer))
+        return [self.image_token] * pictures + text, [IGNORE] * pictures + text
+
+    def record(self, record: Any) -> tuple[list[int], list[int]]:
+        """ids and labels of a ``mmfast.data.records.Record``."""
+        if record.document is not None:
+            raise ValueError("is a document; pictures are compared with captions, a conversation each")
+        return self(record.turns)
+
+    def text(self, text: str) -> list[int]:
+        words = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [self.first, *words[: self.max_length - 2], self.last]
+
+    def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids and mask ``[B, S]`` of texts alone."""
+        rows = [self.text(text) for text in texts]
+        return pad(rows, self.pad_token), pad([[1] * len(row) for row in rows], 0)
+
+
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of different lengths as ``[B, T]``, padded on the right."""
     out = torch.full((len(rows), max(map(len, rows), default=0)), value, dtype=torch.long)

@@ -20,6 +20,7 @@ from mmfast.spec import (
     Mlp,
     NfResnet,
     Optim,
+    QFormer,
     Siglip,
     Stage,
     System,
@@ -34,6 +35,7 @@ _DATA = Data("shapes")
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
 STAND_INS: dict[str, tuple[Data, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
+    "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
 }
 _STAND_IN = (_DATA, _LONG)
@@ -87,6 +89,10 @@ def _small(choice):
         case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads
             depth = 1 - choice.layer if choice.layer < -1 else 2
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
+        case QFormer():  # it reads the language model's words, as there are no others
+            return replace(
+                choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
+            )
         case AdapterPrompts():
             return replace(choice, layers=2)
     return choice
