@@ -415,7 +415,8 @@ def _groups(objective: Objective, optim: Optim) -> list[dict[str, Any]]:
         return own
 
     rates, decays = by_part(optim.lr_of), by_part(optim.weight_decay_of)
-    decays |= {id(p): 0.0 for p in objective.model.partly_trained()}  # what is frozen in them must not shrink
+    partly = getattr(objective.model, "partly_trained", list)()
+    decays |= {id(p): 0.0 for p in partly}  # what is frozen in them must not shrink
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for p in objective.parameters():
         if p.requires_grad:

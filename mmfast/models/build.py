@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,30 +32,39 @@ class Output:
 
 
 class Tower(nn.Module):
-    """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1."""
+    """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1.
 
-    def __init__(self, vision: nn.Module, *, layer: int, skip: int):
+    ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
+    """
+
+    def __init__(self, vision: nn.Module, *, layer: int, skip: int, post_norm: bool = False, unit: bool = False):
         super().__init__()
-        self.vision, self.layer, self.skip = vision, layer, skip
+        self.vision, self.layer, self.skip, self.post_norm, self.unit = vision, layer, skip, post_norm, unit
         self.width = vision.config.hidden_size
 
     def forward(self, pixels: Tensor) -> Tensor:
-        states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer]
-        return states[:, self.skip :]
+        states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer][:, self.skip :]
+        if self.post_norm:
+            states = self._inner.post_layernorm(states)
+        return F.normalize(states, dim=-1) if self.unit else states
+
+    @property
+    def _inner(self) -> nn.Module:
+        return getattr(self.vision, "vision_model", self.vision)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        encoder = getattr(self.vision, "vision_model", self.vision).encoder
+        encoder = self._inner.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
-        tower = getattr(self.vision, "vision_model", self.vision)
+        tower = self._inner
         read = self.layer % (len(self.blocks) + 1)  # hidden state 0 is what block 0 reads
         for block in self.blocks[read:]:
             yield from block.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
-            if hasattr(tower, name):
+            if hasattr(tower, name) and not self.post_norm:
                 yield from getattr(tower, name).parameters()
         if hasattr(tower.embeddings, "mask_token"):  # DINOv2's own training
             yield tower.embeddings.mask_token
@@ -103,6 +113,7 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
             image_size=choice.size,
         )
         sizes |= {"mlp_ratio": choice.ffn // choice.width} if isinstance(choice, spec.Dino) else {"intermediate_size": choice.ffn}
+        sizes |= {"hidden_act": choice.activation} if isinstance(choice, spec.Clip) else {}
         kind = pretrained.TOWERS[type(choice)][0]
         vision = kind(kind.config_class(**sizes))
         # A random tower's position embeddings start at a tenth of its patches' size, and it takes long to learn where things are.
@@ -111,7 +122,8 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
                 nn.init.normal_(module.weight, std=0.5)
         if isinstance(choice, spec.Dino):
             nn.init.normal_(vision.embeddings.position_embeddings, std=0.5)
-    return Tower(vision, layer=choice.layer, skip=_skip(choice))
+    behind = {"post_norm": choice.post_norm, "unit": choice.unit} if isinstance(choice, spec.Clip) else {}
+    return Tower(vision, layer=choice.layer, skip=_skip(choice), **behind)
 
 
 def _skip(choice: spec.Clip | spec.Siglip | spec.Dino) -> int:
