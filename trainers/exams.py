@@ -11,4 +11,6 @@ from typing import Any
 
 from mmfast.spec import System
 
-EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {}
+from .drawn import drawing_exam
+
+EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {"shapes_drawing": drawing_exam}

@@ -7,5 +7,6 @@ its parameters, the part ``adapter``.
 
 from mmfast.models.fusions.adapter import AdapterFusion, ByRow
 from mmfast.models.fusions.prefix import PrefixFusion, blocks, run_decoder
+from mmfast.models.fusions.shared import SharedTokensFusion
 
-__all__ = ["AdapterFusion", "ByRow", "PrefixFusion", "blocks", "run_decoder"]
+__all__ = ["AdapterFusion", "ByRow", "PrefixFusion", "SharedTokensFusion", "blocks", "run_decoder"]
