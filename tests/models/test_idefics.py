@@ -1,5 +1,8 @@
 """Our Flamingo-type model is Idefics: parity with transformers' class on tiny random checkpoints, both ways."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from made import lively, moves_logits, same_logits, same_tokens, saved, words_loss
@@ -7,7 +10,8 @@ from transformers import IdeficsConfig, IdeficsForVisionText2Text
 from transformers.models.idefics.configuration_idefics import IdeficsPerceiverConfig, IdeficsVisionConfig
 
 from mmfast import spec
-from mmfast.models import build, from_pretrained
+from mmfast.models import add_lora, build, from_pretrained
+from mmfast.models.tokenizer import word_tokenizer
 
 PAD, BOS, EOS, WORDS = 0, 1, 2, 50
 FAKE, IMAGE = 50, 51  # of the additional vocabulary
@@ -187,6 +191,58 @@ def test_pictures_in_reading_order_are_the_same_model(tmp_path):
         shown = torch.cat([pixels[row, : int(count[row, -1])] for row in range(3)])
         got = ours(**inputs, pixel_values=shown)
     torch.testing.assert_close(got.logits, want.logits, atol=1e-6, rtol=0)
+
+
+def test_a_system_starts_from_its_weights(tmp_path):
+    """All choices are those of the folder; only its kind of fusion has to be declared, and its additional rows are the new tokens."""
+    theirs = stock(gates="vector", qk_norm=True)
+    word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, FAKE)), "<image>", "<other>")).save_pretrained(tmp_path)
+    given = spec.System("mine", weights=str(saved(theirs, tmp_path)), fusion=spec.GatedCrossAttention(end=""))
+    model = build(given)
+    assert model.image_token == from_pretrained(tmp_path).image_token == FAKE, "which token shows a picture, its tokenizer knows"
+    assert (model.system.fusion.every, model.system.fusion.gates, model.system.fusion.block) == (2, "vector", "idefics")
+    same_logits(model, theirs, batch(), loss=False)
+    model.train_only(("new_tokens",))
+    model(**batch()).loss.backward()
+    for table in (model.language.get_input_embeddings(), model.language.get_output_embeddings()):
+        moved = table.weight.grad.abs().amax(1) > 0
+        assert moved.nonzero().flatten().tolist() == [FAKE, IMAGE]
+    with pytest.raises(ValueError, match="are those of a model with GatedCrossAttention; with Prefix give the parts' own weights"):
+        build(replace(given, fusion=spec.Prefix(), connector=spec.Mlp()))
+
+
+def test_adapters_are_folded_in(tmp_path):
+    ours, inputs = from_pretrained(saved(stock(), tmp_path / "a")), batch()
+    add_lora(ours, spec.Lora(rank=2, targets=("q_proj", "mlp.up_proj")))
+    for name, p in ours.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    ours.save_pretrained(tmp_path / "b")
+    same_logits(ours, IdeficsForVisionText2Text.from_pretrained(tmp_path / "b").eval(), inputs, loss=False)
+
+
+def test_what_has_no_form_there(tmp_path):
+    model = from_pretrained(saved(stock(), tmp_path))
+    system = model.system
+    for change, sentence in (
+        ({"fusion": replace(system.fusion, every=3)}, r"a block before layers 0, 3, .. of a multiple of them, here offset is 0 and layers 4"),
+        ({"connector": replace(system.connector, activation="gelu")}, r"a resampler with ReLU and without frames, this one has gelu and 0"),
+    ):
+        model.system = replace(system, **change)
+        with pytest.raises(ValueError, match=f"IdeficsForVisionText2Text has {sentence}"):
+            model.save_pretrained(tmp_path / "no")
+    prefix = replace(system, fusion=spec.Prefix(), connector=spec.Linear(), language=replace(system.language, vocab=52))
+    with pytest.raises(ValueError, match="image_attention_mask is read by gated cross-attention, not by Prefix"):
+        build(prefix)(**batch())
+    with pytest.raises(ValueError, match="connector: NoConnector leaves states in the tower's width, .*; with Prefix set Linear or another"):
+        build(replace(prefix, connector=spec.NoConnector()))
+    stock().config.save_pretrained(tmp_path / "c")
+    for field, value in (("hidden_act", "gelu"), ("alpha_type", "tensor")):
+        changed = json.loads((tmp_path / "c" / "config.json").read_text()) | {field: value}
+        (tmp_path / "c" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=f"{field} is '{value}', expected"):
+            from_pretrained(tmp_path / "c")
+        (tmp_path / "c" / "config.json").write_text(json.dumps(changed | {"hidden_act": "silu", "alpha_type": "float"}))
 
 
 def test_published_sizes():
