@@ -420,16 +420,17 @@ class MultimodalModel(nn.Module):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        position_ids: Tensor | None = None,
         token_weights: Tensor | None = None,
         total: Tensor | float | None = None,
         **images: Tensor | None,
     ) -> Output:
-        """input_ids, attention_mask, labels, token_weights [B, T]; pixel_values [M, 3, H, W], or one of ``embed_images``' other forms.
+        """input_ids, attention_mask, position_ids, labels, token_weights [B, T]; pixel_values [M, 3, H, W], or one of ``embed_images``' other forms.
 
         The loss is the weighted mean over scored tokens, labels shifted inside (``mmfast.losses.token_cross_entropy``).
         """
-        seen = self.embed_images(pixel_values, **{k: images.pop(k) for k in ("image_states", "image_embeds", "image_rows") if k in images})
-        hidden = self.hidden(input_ids, attention_mask=attention_mask, image_embeds=seen, **images)
+        seen = self.embed_images(pixel_values, **images)
+        hidden = self.hidden(input_ids, attention_mask=attention_mask, position_ids=position_ids, image_embeds=seen)
         labels = labels if labels is None else self.targets(labels, input_ids, seen)
         logits = self.language.get_output_embeddings()(hidden)
         loss = None if labels is None else token_cross_entropy(logits, labels, token_weights=token_weights, total=total)

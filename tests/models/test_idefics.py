@@ -3,13 +3,17 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from made import lively, moves_logits, same_logits, same_tokens, saved, words_loss
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from PIL import Image
+from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
 from transformers.models.idefics.configuration_idefics import IdeficsPerceiverConfig, IdeficsVisionConfig
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from mmfast import spec
+from mmfast.data import chat
 from mmfast.models import add_lora, build, from_pretrained
 from mmfast.models.tokenizer import word_tokenizer
 
@@ -193,13 +197,46 @@ def test_pictures_in_reading_order_are_the_same_model(tmp_path):
     torch.testing.assert_close(got.logits, want.logits, atol=1e-6, rtol=0)
 
 
+def tokenizer():
+    """Words, with <image> in another place than the stock rows have it."""
+    words = ("User", ":", "What", "is", "this", "?", "Assistant", "It", "and", "red")
+    return word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", "<image>", *words), ("<end_of_utterance>", "<fake_token_around_image>"))
+
+
+def test_the_processors_batch(tmp_path):
+    """What the stock processor makes of prompts goes into the model as it is, and the template ``idefics`` reads the same tokens."""
+    words, g = tokenizer(), np.random.default_rng(0)
+    a, b, c = (Image.fromarray(g.integers(0, 255, (40, 30, 3), dtype=np.uint8)) for _ in range(3))
+    processor = IdeficsProcessor(IdeficsImageProcessorPil(image_size=28), words)
+    prompts = [
+        ["User:", a, b, "What is this?<end_of_utterance>", "\nAssistant:", "It is red<end_of_utterance>", "\nUser:", c, "And?<end_of_utterance>\nAssistant:"],
+        ["User: What", a, "is this?<end_of_utterance>\nAssistant:"],
+        ["User: What is this?<end_of_utterance>\nAssistant:"],
+    ]  # fmt: skip
+    inputs = processor(text=prompts, padding=True)
+    assert inputs["pixel_values"].shape == (3, 3, 3, 28, 28)
+    theirs = stock(seed=6)
+    words.save_pretrained(tmp_path)
+    ours = from_pretrained(saved(theirs, tmp_path))
+    same_logits(ours, theirs, inputs)
+    words.padding_side = "left"
+    same_tokens(ours, theirs, dict(processor(text=prompts, padding=True)), end=EOS)
+    borders = words.convert_tokens_to_ids(list(ours.system.borders))
+    conversations = [
+        [("<image><image>What is this?", "It is red"), ("<image>And?", None)], [("What<image>is this?", None)], [("What is this?", None)],
+    ]  # fmt: skip
+    for row, turns in enumerate(conversations):
+        ids, _ = chat.encode(words, "idefics", turns, image_tokens=1, image_token=ours.image_token, borders=borders)
+        assert ids == inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+
+
 def test_a_system_starts_from_its_weights(tmp_path):
     """All choices are those of the folder; only its kind of fusion has to be declared, and its additional rows are the new tokens."""
     theirs = stock(gates="vector", qk_norm=True)
-    word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, FAKE)), "<image>", "<other>")).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
     given = spec.System("mine", weights=str(saved(theirs, tmp_path)), fusion=spec.GatedCrossAttention(end=""))
     model = build(given)
-    assert model.image_token == from_pretrained(tmp_path).image_token == FAKE, "which token shows a picture, its tokenizer knows"
+    assert from_pretrained(tmp_path).image_token == 4, "which token shows a picture, its tokenizer knows"
     assert (model.system.fusion.every, model.system.fusion.gates, model.system.fusion.block) == (2, "vector", "idefics")
     same_logits(model, theirs, batch(), loss=False)
     model.train_only(("new_tokens",))
@@ -213,7 +250,7 @@ def test_a_system_starts_from_its_weights(tmp_path):
 
 def test_adapters_are_folded_in(tmp_path):
     ours, inputs = from_pretrained(saved(stock(), tmp_path / "a")), batch()
-    add_lora(ours, spec.Lora(rank=2, targets=("q_proj", "mlp.up_proj")))
+    add_lora(ours, spec.Lora(rank=2, alpha=2, targets=("q_proj", "mlp.up_proj")))
     for name, p in ours.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -225,7 +262,10 @@ def test_what_has_no_form_there(tmp_path):
     model = from_pretrained(saved(stock(), tmp_path))
     system = model.system
     for change, sentence in (
-        ({"fusion": replace(system.fusion, every=3)}, r"a block before layers 0, 3, .. of a multiple of them, here offset is 0 and layers 4"),
+        (
+            {"fusion": replace(system.fusion, every=3)},
+            r"a block before layers 0, 3, .. of a multiple of them, here offset is 0 and layers 4",
+        ),
         ({"connector": replace(system.connector, activation="gelu")}, r"a resampler with ReLU and without frames, this one has gelu and 0"),
     ):
         model.system = replace(system, **change)
@@ -234,15 +274,16 @@ def test_what_has_no_form_there(tmp_path):
     prefix = replace(system, fusion=spec.Prefix(), connector=spec.Linear(), language=replace(system.language, vocab=52))
     with pytest.raises(ValueError, match="image_attention_mask is read by gated cross-attention, not by Prefix"):
         build(prefix)(**batch())
-    with pytest.raises(ValueError, match="connector: NoConnector leaves states in the tower's width, .*; with Prefix set Linear or another"):
+    with pytest.raises(
+        ValueError, match="connector: NoConnector leaves states in the tower's width, .*; with Prefix set Linear or another"
+    ):
         build(replace(prefix, connector=spec.NoConnector()))
-    stock().config.save_pretrained(tmp_path / "c")
     for field, value in (("hidden_act", "gelu"), ("alpha_type", "tensor")):
-        changed = json.loads((tmp_path / "c" / "config.json").read_text()) | {field: value}
-        (tmp_path / "c" / "config.json").write_text(json.dumps(changed))
+        stock().config.save_pretrained(tmp_path / field)
+        written = tmp_path / field / "config.json"
+        written.write_text(json.dumps(json.loads(written.read_text()) | {field: value}))
         with pytest.raises(ValueError, match=f"{field} is '{value}', expected"):
-            from_pretrained(tmp_path / "c")
-        (tmp_path / "c" / "config.json").write_text(json.dumps(changed | {"hidden_act": "silu", "alpha_type": "float"}))
+            from_pretrained(tmp_path / field)
 
 
 def test_published_sizes():
