@@ -23,7 +23,8 @@ Part = Literal["encoder", "connector", "adapter", "language", "embeddings", "new
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP vision tower. ``layer`` picks the hidden state that is passed on (-2: the last but one)."""
+    """A CLIP vision tower. ``layer`` picks the hidden state that is passed on (-2: the last but one); those of ``scales`` stand before it on the
+    channels."""
 
     weights: str | None = "openai/clip-vit-large-patch14"
     width: int = 1024
@@ -33,10 +34,16 @@ class Clip:
     patch: int = 14
     size: int = 224
     layer: int = -2
+    scales: tuple[int, ...] = ()
     keep_class_token: bool = False
     post_norm: bool = False  # the tower's last norm, over every state that is passed on
     unit: bool = False  # states of length 1, after that norm (Kosmos-2)
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of a tower without weights
+
+    @property
+    def channels(self) -> int:
+        """Width of what is passed on."""
+        return self.width * (1 + len(self.scales))
 
     @property
     def tokens(self) -> int:
@@ -598,10 +605,13 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         multiple("language.width", language.width, "language.heads", language.heads)
         multiple("language.heads", language.heads, "language.kv_heads", language.kv_heads)
     if read or not (system.weights or encoder.weights):
-        if tower and not -encoder.depth - 1 <= encoder.layer <= encoder.depth:
-            out.append(f"encoder.layer: expected at least {-encoder.depth - 1} and at most {encoder.depth}, got {encoder.layer}")
+        for name, layer in [("layer", encoder.layer), *(("scales", layer) for layer in getattr(encoder, "scales", ()))] if tower else ():
+            if not -encoder.depth - 1 <= layer <= encoder.depth:
+                out.append(f"encoder.{name}: expected at least {-encoder.depth - 1} and at most {encoder.depth}, got {layer}")
         if system.image.size != encoder.size:
             out.append(f"image.size: {system.image.size} and encoder.size {encoder.size} must agree")
+    if getattr(encoder, "scales", ()) and (encoder.post_norm or encoder.unit):
+        out.append("encoder.scales: post_norm and unit are about one layer's states; leave scales empty")
     if system.weights and not isinstance(system.fusion, Prefix):
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"

@@ -229,7 +229,8 @@ def _word_head(system: System, its: Setting) -> WordHead | None:
     if its.head is None:
         return None
     projects = isinstance(system.connector, Linear | Mlp)
-    return WordHead(sized(system).encoder.width, *its.head, None if projects else sized(system).language.width)
+    encoder = sized(system).encoder
+    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, None if projects else sized(system).language.width)
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace
@@ -339,12 +340,12 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     encoder, language, kind = system.encoder, system.language, _TYPES[precision]
-    read = encoder.layer % (encoder.depth + 1)
+    scales = getattr(encoder, "scales", ())
+    read = max(layer % (encoder.depth + 1) for layer in (*scales, encoder.layer))
     behind = encoder.depth - read  # blocks that nothing reads
     depth = {"encoder": min(read, _TRACED) + behind, "language": min(language.depth, _TRACED)}
-    small = replace(
-        system, encoder=replace(encoder, depth=depth["encoder"], layer=-behind - 1), language=replace(language, depth=depth["language"])
-    )
+    tower = replace(encoder, depth=depth["encoder"], layer=-behind - 1, **({"scales": (-behind - 1,) * len(scales)} if scales else {}))
+    small = replace(system, encoder=tower, language=replace(language, depth=depth["language"]))
     if isinstance(system.fusion, AdapterPrompts):
         small = replace(small, fusion=replace(system.fusion, layers=min(system.fusion.layers, depth["language"])))
     autocast = torch.autocast("cpu", kind) if precision != "fp32" else nullcontext()
@@ -356,7 +357,7 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
     half = {id(p) for part, group in _groups(model).items() if part in its.half for p in group if id(p) not in own}
     with torch.enable_grad(), FakeTensorMode():
         _materialise(model, lambda p: kind if sharded else torch.bfloat16 if id(p) in half else torch.float32)
-        states = torch.zeros(pictures, encoder.tokens, encoder.width)
+        states = torch.zeros(pictures, encoder.tokens, model.encoder.width)
         head = _word_head(system, its)
         stacks = {"encoder": model.encoder.blocks, "language": model.language.get_decoder().layers}
         with saved_bytes(model, stacks) as saved, autocast:

@@ -121,7 +121,7 @@ def answer_objective(session: Session, states: Tensor | None) -> Objective:
 
 def cached_states(session: Session, source) -> Tensor | None:
     """The tower's states of all pictures, where the tower stays frozen and they fit in memory."""
-    size = session.system.encoder.tokens * session.system.encoder.width * 4
+    size = session.system.encoder.tokens * session.model.encoder.width * 4
     pictures = getattr(source, "picture_count", None)  # a stream does not know
     if session.model.encoder_learns or not pictures or pictures * size > _STATE_BYTES:
         return None
@@ -151,10 +151,12 @@ def words_stage(session: Session, stage: Stage, source, run: Run, options: Optio
     model, system = session.model, session.system
     projects = isinstance(system.connector, Linear | Mlp)
     own = None if projects else model.language.get_input_embeddings().embedding_dim
-    head = WordHead(system.encoder.width, classes.shape[1], len(names), own).to(session.place.device)
+    head = WordHead(model.encoder.width, classes.shape[1], len(names), own).to(session.place.device)
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         states = model.encode(session.pixels(batch["pictures"]))
+        if getattr(system.connector, "pool", "") == "class":  # what is passed on must hold it all
+            states = states[:, :1]
         seen = model.connector(states) if projects else None
         class_logits, word_logits = head(states, seen, model.language.get_input_embeddings().weight[ids])
         by_class = F.binary_cross_entropy_with_logits(class_logits, batch["classes"], reduction="sum")

@@ -34,16 +34,19 @@ class Output:
 class Tower(nn.Module):
     """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1.
 
-    ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
+    ``scales``: hidden states that stand before it on the channels. ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
     """
 
-    def __init__(self, vision: nn.Module, *, layer: int, skip: int, post_norm: bool = False, unit: bool = False):
+    def __init__(
+        self, vision: nn.Module, *, layer: int, skip: int, scales: Sequence[int] = (), post_norm: bool = False, unit: bool = False
+    ):
         super().__init__()
-        self.vision, self.layer, self.skip, self.post_norm, self.unit = vision, layer, skip, post_norm, unit
-        self.width = vision.config.hidden_size
+        self.vision, self.layers, self.skip, self.post_norm, self.unit = vision, (*scales, layer), skip, post_norm, unit
+        self.width = vision.config.hidden_size * len(self.layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer][:, self.skip :]
+        hidden = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states
+        states = torch.cat([hidden[layer] for layer in self.layers], -1)[:, self.skip :]
         if self.post_norm:
             states = self._inner.post_layernorm(states)
         return F.normalize(states, dim=-1) if self.unit else states
@@ -60,7 +63,7 @@ class Tower(nn.Module):
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = self._inner
-        read = self.layer % (len(self.blocks) + 1)  # hidden state 0 is what block 0 reads
+        read = max(layer % (len(self.blocks) + 1) for layer in self.layers)  # hidden state 0 is what block 0 reads
         for block in self.blocks[read:]:
             yield from block.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
@@ -122,8 +125,8 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
                 nn.init.normal_(module.weight, std=0.5)
         if isinstance(choice, spec.Dino):
             nn.init.normal_(vision.embeddings.position_embeddings, std=0.5)
-    behind = {"post_norm": choice.post_norm, "unit": choice.unit} if isinstance(choice, spec.Clip) else {}
-    return Tower(vision, layer=choice.layer, skip=_skip(choice), **behind)
+    own = {name: getattr(choice, name) for name in ("scales", "post_norm", "unit")} if isinstance(choice, spec.Clip) else {}
+    return Tower(vision, layer=choice.layer, skip=_skip(choice), **own)
 
 
 def _skip(choice: spec.Clip | spec.Siglip | spec.Dino) -> int:

@@ -82,8 +82,11 @@ def tiny_system(system: System) -> System:
 def _small(choice):
     """A choice at tiny size, its structure as it was."""
     match choice:
-        case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads
+        case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads, or one below the lowest
             depth = 1 - choice.layer if choice.layer < -1 else 2
+            if more := len(getattr(choice, "scales", ())):
+                depth = max(depth, more - choice.layer)
+                choice = replace(choice, scales=tuple(range(choice.layer - more, choice.layer)))
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
         case AdapterPrompts():
             return replace(choice, layers=2)
