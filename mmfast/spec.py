@@ -37,6 +37,9 @@ class Clip:
     post_norm: bool = False  # the tower's last norm, over every state that is passed on
     unit: bool = False  # states of length 1, after that norm (Kosmos-2)
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of a tower without weights
+    trained_blocks: int | None = (
+        None  # where the encoder trains: so many of its last blocks that are read, and what follows them; None: all
+    )
 
     @property
     def tokens(self) -> int:
@@ -210,6 +213,7 @@ class AttentionPool:
 
     tokens: int = 64
     heads: int = 32
+    dropout: float = 0.0  # of attention weights
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,11 @@ class QFormer:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Image tokens take the places of the <image> placeholders in the language model's sequence."""
+    """Image tokens take the places of the <image> placeholders in the language model's sequence, between the tokens ``begin`` and ``end``
+    ("": none). Where a document speaks of a picture after a text, ``begin`` is learnt like the text."""
+
+    begin: str = ""
+    end: str = ""
 
 
 @dataclass(frozen=True)
@@ -322,6 +330,8 @@ class LanguageModel:
     tied: bool = False
     norm_eps: float = 1e-6
     init: float = 0.02
+    dropout: float = 0.0  # of a model without weights, where its family has any
+    tokenizer: str | None = None  # of a model without weights: whose it takes
 
 
 @dataclass(frozen=True)
@@ -483,6 +493,8 @@ class System:
     def added_tokens(self) -> tuple[str, ...]:
         """Tokens that the choices need and a tokenizer of text does not have, ``<image>`` aside; the part ``new_tokens`` is their rows."""
         added: list[str] = []
+        if isinstance(self.fusion, Prefix):
+            added += [token for token in (self.fusion.begin, self.fusion.end) if token and token != "<image>"]
         if isinstance(self.fusion, GatedCrossAttention) and self.fusion.end:
             added.append(self.fusion.end)
         if isinstance(self.fusion, Retrieval):

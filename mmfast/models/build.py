@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
 from mmfast.models.fusions import AdapterFusion, PrefixFusion, blocks
 from mmfast.models.lora import lora_dropouts, lora_parameters
+from mmfast.nn.pool import AttentionPool
 from mmfast.nn.projector import PooledProjector, Projector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.vqgan import VQGAN
@@ -35,11 +36,15 @@ class Tower(nn.Module):
     """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1.
 
     ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
+    ``trained_blocks``: how many of the blocks that are read learn where the tower does, counted from the last; None: all, and what lies before.
     """
 
-    def __init__(self, vision: nn.Module, *, layer: int, skip: int, post_norm: bool = False, unit: bool = False):
+    def __init__(
+        self, vision: nn.Module, *, layer: int, skip: int, post_norm: bool = False, unit: bool = False, trained_blocks: int | None = None
+    ):
         super().__init__()
         self.vision, self.layer, self.skip, self.post_norm, self.unit = vision, layer, skip, post_norm, unit
+        self.trained_blocks = trained_blocks
         self.width = vision.config.hidden_size
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -58,11 +63,15 @@ class Tower(nn.Module):
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
     def unread(self) -> Iterator[nn.Parameter]:
-        """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
+        """Parameters that never learn: those behind the hidden state that is read, kept for the checkpoint and out of reach for any gradient,
+        and those before the last ``trained_blocks``."""
         tower = self._inner
         read = self.layer % (len(self.blocks) + 1)  # hidden state 0 is what block 0 reads
         for block in self.blocks[read:]:
             yield from block.parameters()
+        if self.trained_blocks is not None:
+            for module in (tower.embeddings, tower.pre_layrnorm, *self.blocks[: max(read - self.trained_blocks, 0)]):
+                yield from module.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
             if hasattr(tower, name) and not self.post_norm:
                 yield from getattr(tower, name).parameters()
@@ -122,12 +131,16 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
                 nn.init.normal_(module.weight, std=0.5)
         if isinstance(choice, spec.Dino):
             nn.init.normal_(vision.embeddings.position_embeddings, std=0.5)
-    behind = {"post_norm": choice.post_norm, "unit": choice.unit} if isinstance(choice, spec.Clip) else {}
-    return Tower(vision, layer=choice.layer, skip=_skip(choice), **behind)
+    own = ("post_norm", "unit", "trained_blocks") if isinstance(choice, spec.Clip) else ()
+    return Tower(vision, layer=choice.layer, skip=_skip(choice), **{name: getattr(choice, name) for name in own})
 
 
 def _skip(choice: spec.Clip | spec.Siglip | spec.Dino) -> int:
     return 0 if isinstance(choice, spec.Siglip) else int(not choice.keep_class_token)
+
+
+# Sizes that some families call otherwise than Llama.
+_OTHER_NAMES = (("intermediate_size", "ffn_dim"), ("rms_norm_eps", "layer_norm_eps"), ("initializer_range", "init_std"))
 
 
 def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) -> nn.Module:
@@ -136,8 +149,7 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         model = pretrained.load_language(choice, dtype)
         pretrained.resize_embeddings(model, vocab)
         return model
-    config = AutoConfig.for_model(
-        choice.family,
+    sizes = dict(
         vocab_size=vocab,
         hidden_size=choice.width,
         num_hidden_layers=choice.depth,
@@ -148,11 +160,20 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         rms_norm_eps=choice.norm_eps,
         tie_word_embeddings=choice.tied,
         initializer_range=choice.init,
-        pad_token_id=getattr(tokenizer, "pad_token_id", None),
-        bos_token_id=getattr(tokenizer, "bos_token_id", None),
-        eos_token_id=getattr(tokenizer, "eos_token_id", None),
     )
-    return AutoModelForCausalLM.from_config(config)
+    if tokenizer is not None:
+        sizes |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    kind = type(AutoConfig.for_model(choice.family))
+    for ours, theirs in _OTHER_NAMES:
+        if not hasattr(kind, ours) and hasattr(kind, theirs):
+            sizes[theirs] = sizes.pop(ours)
+    for name in ("dropout", "attention_dropout"):
+        if hasattr(kind, name):
+            sizes[name] = choice.dropout
+    language = pretrained.new_language(AutoConfig.for_model(choice.family, **sizes))
+    if hasattr(language, "start_anew"):
+        language.start_anew(choice.init)
+    return language
 
 
 # What builds each kind of choice; a new kind is a class in mmfast.spec and a line here.
@@ -161,6 +182,7 @@ CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
+    spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads, choice.dropout),
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
 }
 FUSIONS = {spec.Prefix: lambda choice, language: PrefixFusion(), spec.AdapterPrompts: AdapterFusion}
@@ -289,6 +311,12 @@ class MultimodalModel(nn.Module):
 
     # -- forward
 
+    def with_slots(self, input_ids: Tensor, images: dict[str, Tensor | None]) -> Tensor:
+        """Token ids with the placeholder in every image place. ``images`` may name these by ``image_embeds_position_mask`` [B, T] (Kosmos-2's
+        processor, whose ids there mean nothing), which is taken out of it."""
+        mask = images.pop("image_embeds_position_mask", None)
+        return input_ids if mask is None else input_ids.masked_fill(mask.bool(), self.image_token)
+
     def encode(self, pixel_values: Tensor) -> Tensor:
         """pixels [M, 3, H, W] -> the tower's states [M, N, D_tower], without a graph when the tower is frozen."""
         with nullcontext() if self.encoder_learns else torch.no_grad():
@@ -317,6 +345,10 @@ class MultimodalModel(nn.Module):
         Without ``attention_mask`` padding must be on the right: under the causal mask no real token sees it, so no mask is needed.
         ``position_ids`` that start anew keep rows apart that lie end to end in one.
         """
+        input_ids = self.with_slots(input_ids, images)
+        if position_ids is None and attention_mask is not None:  # counted from the first token that is real
+            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position_ids = (places - attention_mask.long().argmax(-1, keepdim=True)).clamp_min(0)
         masks = {k: v for k, v in (("attention_mask", attention_mask), ("position_ids", position_ids)) if v is not None}
         return self.fusion(self.language, input_ids, self.embed_images(**images), self.image_token, use_cache=False, **masks)[0]
 
@@ -387,13 +419,14 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         model.system = system
         if tokenizer is not None:
             pretrained.resize_embeddings(model.language, len(tokenizer))
-            model.image_token = tokenizer.convert_tokens_to_ids("<image>")
+            model.image_token = pretrained.placeholder(system, tokenizer)
         return model
     if tokenizer is None:  # the added tokens come last, and the placeholder before them
         vocab, count = system.language.vocab, len(system.added_tokens)
         image_token, new_tokens = vocab - count - 1, list(range(vocab - count, vocab))
     else:
-        image_token, new_tokens = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", list(system.added_tokens)))
+        image_token = pretrained.placeholder(system, tokenizer)
+        new_tokens = tokenizer.convert_tokens_to_ids(list(system.added_tokens))
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)
     widths = encoder.width, language.get_input_embeddings().embedding_dim
     connector = CONNECTORS[type(system.connector)](system.connector, *widths)

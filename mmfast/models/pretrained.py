@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from mmfast import spec
+from mmfast.models.kosmos import KosmosLanguage
 
 IMAGE = "<image>"
 # A kind of tower: its class, and the model types whose weights fit it.
@@ -34,6 +35,8 @@ TOWERS = {
     spec.Siglip: (SiglipVisionModel, ("siglip_vision_model", "siglip")),
     spec.Dino: (Dinov2Model, ("dinov2",)),
 }
+# Causal language models that transformers' table does not have.
+LANGUAGES = {"kosmos_2_text_model": KosmosLanguage}
 # What a causal language model does to its logits behind the head. We read hidden states and head alone, so these would be lost in silence.
 _BEHIND_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
@@ -125,10 +128,16 @@ def tower_config(choice: spec.Clip | spec.Siglip | spec.Dino) -> PretrainedConfi
 
 def language_config(choice: spec.LanguageModel) -> PretrainedConfig:
     config = config_of(choice.weights, "language.weights")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if config.model_type not in LANGUAGES and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"language.weights {choice.weights}: model_type {config.model_type!r} is no causal language model")
     check_head(config, f"language.weights {choice.weights}")
     return config
+
+
+def new_language(config: PretrainedConfig) -> nn.Module:
+    """A causal language model with random weights."""
+    kind = LANGUAGES.get(config.model_type)
+    return AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
 
 
 def check_head(config: PretrainedConfig, where: str) -> None:
@@ -190,6 +199,7 @@ def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec
         tied=bool(config.tie_word_embeddings),
         norm_eps=first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=choice.norm_eps),
         init=first("initializer_range", "init_std", default=choice.init),
+        dropout=0.0,  # weights come with their own
     )
 
 
@@ -219,10 +229,12 @@ def tokenizer_for(system: spec.System):
     A token for padding that is missing is the end token: padding is masked, so nothing is learnt from it. ``bos_token`` may be None
     (Qwen2): a conversation then starts without one.
     """
-    weights = system.weights or system.language.weights
+    weights = system.weights or system.language.weights or system.language.tokenizer
     if not weights:
-        raise ValueError(f"{system.name}: a tokenizer comes with weights, and language.weights is None")
-    where = "weights" if system.weights else "language.weights"
+        raise ValueError(
+            f"{system.name}: a tokenizer comes with weights, and language.weights is None (language.tokenizer names one alone)"
+        )
+    where = "weights" if system.weights else "language.weights" if system.language.weights else "language.tokenizer"
     folder, options = locate(weights, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -238,6 +250,12 @@ def tokenizer_for(system: spec.System):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def placeholder(system: spec.System, tokenizer) -> int:
+    """The id that stands in a picture's places: that of ``<image>``, unless this is a token before them, which is read. Then it is one that no
+    text has, the first behind the vocabulary."""
+    return len(tokenizer) if getattr(system.fusion, "begin", "") == IMAGE else tokenizer.convert_tokens_to_ids(IMAGE)
 
 
 def load_tower(choice, dtype: torch.dtype | None = None) -> nn.Module:
@@ -264,7 +282,8 @@ def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) 
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
         )
         dtype = dtype or torch.bfloat16
-    return load_weights(AutoModelForCausalLM, choice.weights, "language.weights", dtype or torch.float32, **options)
+    kind = LANGUAGES.get(config_of(choice.weights, "language.weights").model_type, AutoModelForCausalLM)
+    return load_weights(kind, choice.weights, "language.weights", dtype or torch.float32, **options)
 
 
 def load_weights(kind, weights: str, where: str, dtype: torch.dtype, **options) -> nn.Module:

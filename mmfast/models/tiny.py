@@ -11,6 +11,7 @@ from dataclasses import replace
 from mmfast.spec import (
     AdapterPrompts,
     Alignment,
+    AttentionPool,
     Clip,
     Compute,
     Data,
@@ -70,7 +71,19 @@ def tiny_system(system: System) -> System:
         connector=_small(system.connector),
         fusion=_small(system.fusion),
         language=replace(
-            system.language, weights=None, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05
+            system.language,
+            weights=None,
+            tokenizer=None,
+            vocab=0,
+            width=64,
+            depth=3,
+            heads=4,
+            kv_heads=4,
+            ffn=128,
+            context=256,
+            tied=True,
+            init=0.05,
+            dropout=0.0,
         ),
         # The shapes world's background becomes 0.
         image=replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
@@ -87,6 +100,8 @@ def _small(choice):
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
         case AdapterPrompts():
             return replace(choice, layers=2)
+        case AttentionPool():
+            return replace(choice, tokens=16, heads=4, dropout=0.0)
     return choice
 
 
