@@ -618,6 +618,10 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
         )
+    if isinstance(system.fusion, GatedCrossAttention) and not isinstance(system.connector, Resampler):
+        out.append(
+            f"connector: GatedCrossAttention reads the latents of a Resampler, in the tower's width, got {type(system.connector).__name__}"
+        )
     if (
         isinstance(system.connector, Pooled | Tokens)
         and system.connector.pool == "class"

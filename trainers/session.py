@@ -83,6 +83,11 @@ class Session:
         """Whether the model speaks the shapes world's words, so that its claims can be judged."""
         return self.tokenizer.get_vocab().keys() == {*self.world.vocabulary, *self.system.added_tokens}
 
+    @property
+    def blind(self) -> bool:
+        """Whether the last stage shows black pictures alone; such a model is examined in the dark as well."""
+        return bool(self.system.stages) and all(part.blind for part in parts_of(self.system.stages[-1].data))
+
     def rebuild(self, origin: Session | None = None) -> None:
         """The model as it was before any training of this session."""
         torch.manual_seed(self.seed)
