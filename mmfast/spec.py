@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 # The parts of a model that a stage may train.
-# "queries": of a Q-Former what compares pictures with texts; "connector": what the language model reads pictures through.
-PARTS = ("encoder", "connector", "queries", "adapter", "language", "embeddings", "new_tokens")
-Part = Literal["encoder", "connector", "queries", "adapter", "language", "embeddings", "new_tokens"]
+# "last_block": of a tower the last block that is read, and the norm behind it. "queries": of a Q-Former what compares pictures with texts;
+# "connector": what the language model reads pictures through.
+PARTS = ("encoder", "last_block", "connector", "queries", "adapter", "language", "embeddings", "new_tokens")
+Part = Literal["encoder", "last_block", "connector", "queries", "adapter", "language", "embeddings", "new_tokens"]
 
 # ------------------------------------------------------------------------------------------ the six choices, a class a kind
 
@@ -38,9 +39,6 @@ class Clip:
     post_norm: bool = False  # the tower's last norm, over every state that is passed on
     unit: bool = False  # states of length 1, after that norm (Kosmos-2)
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of a tower without weights
-    trained_blocks: int | None = (
-        None  # where the encoder trains: so many of its last blocks that are read, and what follows them; None: all
-    )
 
     @property
     def tokens(self) -> int:
@@ -336,7 +334,7 @@ class LanguageModel:
     norm_eps: float = 1e-6
     init: float = 0.02
     dropout: float = 0.0  # of a model without weights, where its family has any
-    tokenizer: str | None = None  # of a model without weights: whose it takes
+    words: str | None = None  # the folder or hub name of a tokenizer, for a model that starts from nothing
 
 
 @dataclass(frozen=True)
@@ -493,8 +491,13 @@ class System:
 
     @property
     def image_places(self) -> int:
-        """Positions that one picture takes in the language model's sequence."""
+        """Positions that one picture takes in the language model's sequence, ``borders`` aside."""
         return 1 if isinstance(self.fusion, AdapterPrompts | GatedCrossAttention) else self.image_tokens
+
+    @property
+    def borders(self) -> tuple[str, ...]:
+        """Tokens before and behind each picture."""
+        return (self.fusion.begin, self.fusion.end) if isinstance(self.fusion, Prefix) and self.fusion.begin else ()
 
     @property
     def image_tokens(self) -> int:
@@ -506,7 +509,7 @@ class System:
         """Tokens that the choices need and a tokenizer of text does not have, ``<image>`` aside; the part ``new_tokens`` is their rows."""
         added: list[str] = []
         if isinstance(self.fusion, Prefix):
-            added += [token for token in (self.fusion.begin, self.fusion.end) if token and token != "<image>"]
+            added += [token for token in self.borders if token != "<image>"]
         if isinstance(self.connector, QFormer) and self.connector.text and not self.connector.vocab:
             added.append(DECODE)
         if isinstance(self.fusion, GatedCrossAttention) and self.fusion.end:
@@ -632,6 +635,12 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
         )
+    if isinstance(system.fusion, Prefix) and bool(system.fusion.begin) != bool(system.fusion.end):
+        out.append("fusion: begin and end stand around a picture together; set both, or neither")
+    if language.words and language.weights:
+        out.append("language.words: language.weights bring a tokenizer of their own; take one of them out")
+    if system.compute.packing and language.family == "kosmos_2_text_model":
+        out.append("compute.packing: the decoder of kosmos_2_text_model cannot keep packed rows apart; leave packing off")
     if isinstance(system.fusion, GatedCrossAttention) and not isinstance(system.connector, Resampler):
         out.append(
             f"connector: GatedCrossAttention reads the latents of a Resampler, in the tower's width, got {type(system.connector).__name__}"

@@ -16,7 +16,7 @@ from mmfast.data.sources import Conversations, Streamed
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import build
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
-from mmfast.models.pretrained import resolved, text_side, tokenizer_for
+from mmfast.models.pretrained import placeholder, resolved, text_side, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.spec import BUILT_IN, Data, Lora, Mixture, Stage, System
 
@@ -47,7 +47,7 @@ class Session:
         origin = self._open_origin()
         self.system = origin.adopted(system) if origin else system
         self.tokenizer = origin.tokenizer if origin else self._tokenizer()
-        self.image_token = self.tokenizer.convert_tokens_to_ids("<image>")
+        self.image_token = placeholder(self.system, self.tokenizer)
         if with_model:
             self.rebuild(origin)
         elif not self.origin:  # a run has told its sizes
@@ -68,7 +68,7 @@ class Session:
         )  # fmt: skip
 
     def _tokenizer(self):
-        if self.system.weights or self.system.language.weights:
+        if self.system.weights or self.system.language.weights or self.system.language.words:
             return tokenizer_for(self.system)
         names = {part.name for stage in self.system.stages for part in parts_of(stage.data)}
         return word_tokenizer(supervised.vocabulary(names, self.world), self.system.added_tokens)
@@ -145,8 +145,8 @@ class Session:
 
     def encoder(self, template: str, max_length: int = 2048) -> chat.Encoder:
         """``encode(turns)`` for this tokenizer and picture size."""
-        t = self.tokenizer
-        return chat.Encoder(t, template, self.system.image_places, self.image_token, t.pad_token_id, max_length)
+        t, borders = self.tokenizer, tuple(self.tokenizer.convert_tokens_to_ids(list(self.system.borders)))
+        return chat.Encoder(t, template, self.system.image_places, self.image_token, t.pad_token_id, max_length, borders)
 
     def text_side(self, max_length: int = 32) -> chat.TextSide:
         """``encode(turns)`` for a Q-Former that compares pictures with texts."""

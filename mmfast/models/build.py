@@ -38,15 +38,11 @@ class Tower(nn.Module):
     """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1.
 
     ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
-    ``trained_blocks``: how many of the blocks that are read learn where the tower does, counted from the last; None: all, and what lies before.
     """
 
-    def __init__(
-        self, vision: nn.Module, *, layer: int, skip: int, post_norm: bool = False, unit: bool = False, trained_blocks: int | None = None
-    ):
+    def __init__(self, vision: nn.Module, *, layer: int, skip: int, post_norm: bool = False, unit: bool = False):
         super().__init__()
         self.vision, self.layer, self.skip, self.post_norm, self.unit = vision, layer, skip, post_norm, unit
-        self.trained_blocks = trained_blocks
         self.width = vision.config.hidden_size
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -64,16 +60,17 @@ class Tower(nn.Module):
         encoder = self._inner.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
+    def last_block(self) -> nn.ModuleList:
+        """The last block that is read, and the norm behind it where that is."""
+        read = self.layer % (len(self.blocks) + 1)
+        return nn.ModuleList([*self.blocks[:read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
+
     def unread(self) -> Iterator[nn.Parameter]:
-        """Parameters that never learn: those behind the hidden state that is read, kept for the checkpoint and out of reach for any gradient,
-        and those before the last ``trained_blocks``."""
+        """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = self._inner
         read = self.layer % (len(self.blocks) + 1)  # hidden state 0 is what block 0 reads
         for block in self.blocks[read:]:
             yield from block.parameters()
-        if self.trained_blocks is not None:
-            for module in (tower.embeddings, tower.pre_layrnorm, *self.blocks[: max(read - self.trained_blocks, 0)]):
-                yield from module.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
             if hasattr(tower, name) and not self.post_norm:
                 yield from getattr(tower, name).parameters()
@@ -136,8 +133,8 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva, dtype: torch.
             nn.init.normal_(vision.embeddings.position_embeddings, std=0.5)
         if isinstance(choice, spec.Eva):
             nn.init.normal_(vision.embeddings.position_embedding, std=0.5)
-    own = ("post_norm", "unit", "trained_blocks") if isinstance(choice, spec.Clip) else ()
-    return Tower(vision, layer=choice.layer, skip=_skip(choice), **{name: getattr(choice, name) for name in own})
+    behind = {"post_norm": choice.post_norm, "unit": choice.unit} if isinstance(choice, spec.Clip) else {}
+    return Tower(vision, layer=choice.layer, skip=_skip(choice), **behind)
 
 
 def _skip(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva) -> int:
@@ -242,6 +239,7 @@ class MultimodalModel(nn.Module):
     def part(self, name: str) -> nn.Module:
         parts = {
             "encoder": self.encoder,
+            **({"last_block": self.encoder.last_block()} if hasattr(self.encoder, "last_block") else {}),
             "connector": self.connector,
             "adapter": self.fusion,  # what a fusion has to learn: gated prompts, gated blocks
             **({"queries": self.connector} if isinstance(self.connector, QueryConnector) else {}),  # what of it, train_only says

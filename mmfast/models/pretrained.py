@@ -232,12 +232,10 @@ def tokenizer_for(system: spec.System):
     A token for padding that is missing is the end token: padding is masked, so nothing is learnt from it. ``bos_token`` may be None
     (Qwen2): a conversation then starts without one.
     """
-    weights = system.weights or system.language.weights or system.language.tokenizer
+    weights = system.weights or system.language.weights or system.language.words
     if not weights:
-        raise ValueError(
-            f"{system.name}: a tokenizer comes with weights, and language.weights is None (language.tokenizer names one alone)"
-        )
-    where = "weights" if system.weights else "language.weights" if system.language.weights else "language.tokenizer"
+        raise ValueError(f"{system.name}: a tokenizer comes with weights, and language.weights is None (language.words names one alone)")
+    where = "weights" if system.weights else "language.weights" if system.language.weights else "language.words"
     folder, options = locate(weights, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)

@@ -77,7 +77,7 @@ def tiny_system(system: System) -> System:
         language=replace(
             system.language,
             weights=None,
-            tokenizer=None,
+            words=None,
             vocab=0,
             width=64,
             depth=3,

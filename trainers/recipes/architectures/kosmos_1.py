@@ -11,20 +11,18 @@ from mmfast.spec import AttentionPool, Clip, Data, Fixed, LanguageModel, Mixture
 RECIPE = System(
     name="kosmos_1",
     paper="arXiv:2302.14045",
-    encoder=Clip(
-        weights="openai/clip-vit-large-patch14", layer=-1, keep_class_token=True, post_norm=True, unit=True, trained_blocks=1
-    ),
+    encoder=Clip(weights="openai/clip-vit-large-patch14", layer=-1, keep_class_token=True, post_norm=True, unit=True),
     connector=AttentionPool(tokens=64, heads=32, dropout=0.1),
     fusion=Prefix(begin="<image>", end="</image>"),
     language=LanguageModel(
-        family="kosmos_2_text_model", weights=None, tokenizer="microsoft/kosmos-2-patch14-224", vocab=65037, width=2048, depth=24, heads=32,
+        family="kosmos_2_text_model", weights=None, words="microsoft/kosmos-2-patch14-224", vocab=65037, width=2048, depth=24, heads=32,
         kv_heads=32, ffn=8192, context=2048, tied=True, norm_eps=1e-5, init=2048**-0.5, dropout=0.1,
     ),
     image=Fixed(size=224),
     stages=(
         Stage(
             "pretrain",
-            train=("encoder", "connector", "language", "embeddings"),
+            train=("last_block", "connector", "language", "embeddings"),
             data=Mixture(
                 "kosmos_web",
                 (Data("text", weight=0.5), Data("image_text_pairs", weight=0.5), Data("interleaved", weight=0.2)),
