@@ -354,7 +354,7 @@ class Fixed:
 # ----------------------------------------------------------------------------------------------------------- training
 
 # Data sets that need no path; mmfast.data.supervised makes them.
-BUILT_IN = ("shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "easy_vqa")
+BUILT_IN = ("shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "shapes_grounded", "easy_vqa")
 
 
 @dataclass(frozen=True)
@@ -374,6 +374,7 @@ class Data:
     streaming: bool = False
     blind: bool = False  # every picture black: the control of what the words alone give away
     frames: int = 8  # pictures that a video is read as
+    boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
     weight: float | None = None
     on_bad_record: Literal["fail", "skip"] = "fail"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmfast.data import chat, images, supervised
 from mmfast.data.records import Records, Stream
+from mmfast.data.regions import format_of
 from mmfast.data.sources import Conversations, Streamed
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import build
@@ -146,7 +147,8 @@ class Session:
     def encoder(self, template: str, max_length: int = 2048) -> chat.Encoder:
         """``encode(turns)`` for this tokenizer and picture size."""
         t, borders = self.tokenizer, tuple(self.tokenizer.convert_tokens_to_ids(list(self.system.borders)))
-        return chat.Encoder(t, template, self.system.image_places, self.image_token, t.pad_token_id, max_length, borders)
+        system, form = self.system, format_of(self.system.regions)
+        return chat.Encoder(t, template, system.image_places, self.image_token, t.pad_token_id, max_length, borders, form, system.image)
 
     def text_side(self, max_length: int = 32) -> chat.TextSide:
         """``encode(turns)`` for a Q-Former that compares pictures with texts."""
@@ -174,8 +176,10 @@ class Session:
                     raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
                 return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, plan=plan)
             return Conversations([Records(part) for part in parts], encode, plan=plan, seed=self.seed)
-        if len(parts) == 1 and data.name in BUILT_IN:
-            return supervised.make(parts[0], self.world, encode)
+        if all(part.path is None and part.name in BUILT_IN for part in parts):
+            made = [supervised.make(part, self.world, encode) for part in parts]
+            weights = [part.weight for part in parts]
+            return made[0] if len(made) == 1 else supervised.mixture(made, weights, self.seed)
         name = next(part.name for part in parts if part.path is None)
         raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfast.spec import nearest
+from mmfast.data.regions import REGION, placed, write
+from mmfast.spec import Fixed, nearest
 
 IGNORE = -100
 # Between an instruction and its input, in one question (Alpaca).
@@ -170,6 +171,8 @@ class Encoder:
     pad_token: int
     max_length: int = 2048
     borders: tuple[int, ...] = ()
+    regions: Any = None  # how places are written, a mmfast.data.regions.Format
+    plan: Fixed | None = None  # what becomes of a picture, and so of places in it
 
     def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
         """ids and labels of turns."""
@@ -177,9 +180,31 @@ class Encoder:
 
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
+        if record.boxes:
+            record = self._with_places(record)
         if record.document is not None:
             return encode_document(self.tokenizer, record.document, **self._sizes())
         return self(record.turns, record.system)
+
+    def _with_places(self, record: Any) -> Any:
+        """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out."""
+        if self.regions is None:
+            raise ValueError("speaks of places in its picture, and this system does not; set regions, or data.boxes to 0")
+        size = record.pictures[0].size()
+        placement, whole = placed(size, self.plan), (size if record.shares else (1, 1))
+        moved = [
+            [kept for box in group if (kept := placement.keep([v * whole[i % 2] for i, v in enumerate(box)])) is not None]
+            for group in record.boxes
+        ]
+        texts = [record.document] if record.document is not None else [text for turn in record.turns for text in turn]
+        told = []
+        for text in texts:
+            count = text.count(REGION)
+            told.append(write(text, moved[:count], self.regions, placement.size))
+            moved = moved[count:]
+        if record.document is not None:
+            return replace(record, document=told[0], boxes=())
+        return replace(record, turns=tuple(zip(told[::2], told[1::2], strict=True)), boxes=())
 
     def answer(self, record: Any, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of a preference record's conversation with this answer at its end; earlier answers are part of the prompt."""
@@ -219,6 +244,8 @@ class TextSide:
         """ids and labels of a ``mmfast.data.records.Record``."""
         if record.document is not None:
             raise ValueError("is a document; pictures are compared with captions, a conversation each")
+        if record.boxes:
+            raise ValueError("speaks of places, and captions that are compared with pictures have none; set data.boxes to 0")
         return self(record.turns)
 
     def text(self, text: str) -> list[int]:
@@ -246,6 +273,13 @@ class Rows:
         self.lengths = torch.tensor([len(ids) for ids, _ in encoded])
         self.ids = pad([ids for ids, _ in encoded], pad_token)
         self.labels = pad([labels for _, labels in encoded], IGNORE)
+
+    @classmethod
+    def of(cls, ids: Tensor, labels: Tensor, lengths: Tensor) -> Rows:
+        """Rows that are padded already."""
+        rows = cls.__new__(cls)
+        rows.ids, rows.labels, rows.lengths = ids, labels, lengths
+        return rows
 
     def __len__(self) -> int:
         return len(self.ids)
