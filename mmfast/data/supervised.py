@@ -142,7 +142,7 @@ class Grounded(Source):
     """The shapes world with places: of every scene a caption, half of them with boxes behind what they name, and questions for places, a class a
     turn. The clean caption; several boxes of one phrase in reading order."""
 
-    def __init__(self, world: World, encode: chat.Encoder, *, split: str = "train", count: int = 10_000):
+    def __init__(self, world: World, encode: chat.Encoder, *, split: str = "train", count: int = 6000):
         self.world, self.scenes = world, world.scenes(split, count)
         columns: list[list] = [[], []]
         for i, scene in enumerate(self.scenes):
