@@ -10,7 +10,7 @@ published; here the answers.
 
 from dataclasses import replace
 
-from mmfast.spec import BoxTokens, Data, Fixed, Mixture, Optim, Stage
+from mmfast.spec import BoxTokens, Data, Fixed, Mixture, Stage
 
 from .kosmos_1 import RECIPE as KOSMOS_1
 
