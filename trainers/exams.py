@@ -15,6 +15,7 @@ from mmfast.data.episodes import Episode, Plan, Pool, Prompts, mixed, prompts_of
 from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
+from .drawn import drawing_exam
 from .grounding import grounded
 
 # ---------------------------------------------------------------------------------------------------------------- few shots
@@ -81,5 +82,8 @@ def answers(
 
 
 EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {
-    "shapes_single": few_shot, "shapes_episodes": few_shot, "shapes_grounded": grounded,
-}  # fmt: skip
+    "shapes_single": few_shot,
+    "shapes_episodes": few_shot,
+    "shapes_drawing": drawing_exam,
+    "shapes_grounded": grounded,
+}

@@ -19,7 +19,7 @@ from mmfast.models import build
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
 from mmfast.models.pretrained import placeholder, resolved, text_side, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import BUILT_IN, Data, Lora, Mixture, Stage, System
+from mmfast.spec import BUILT_IN, Data, Lora, Mixture, SharedTokens, Stage, System
 
 from .checkpoint import RunError
 from .place import Place
@@ -146,9 +146,13 @@ class Session:
 
     def encoder(self, template: str, max_length: int = 2048) -> chat.Encoder:
         """``encode(turns)`` for this tokenizer and picture size."""
-        t, borders = self.tokenizer, tuple(self.tokenizer.convert_tokens_to_ids(list(self.system.borders)))
-        system, form = self.system, format_of(self.system.regions)
-        return chat.Encoder(t, template, system.image_places, self.image_token, t.pad_token_id, max_length, borders, form, system.image)
+        t, system = self.tokenizer, self.system
+        borders = tuple(t.convert_tokens_to_ids(list(system.borders)))
+        learn = isinstance(system.fusion, SharedTokens)
+        return chat.Encoder(
+            t, template, system.image_places, self.image_token, t.pad_token_id, max_length, borders, learn, format_of(system.regions),
+            system.image,
+        )  # fmt: skip
 
     def text_side(self, max_length: int = 32) -> chat.TextSide:
         """``encode(turns)`` for a Q-Former that compares pictures with texts."""

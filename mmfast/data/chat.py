@@ -59,6 +59,8 @@ TEMPLATES = {
         before="### Instruction:\n",
         between="\n\n### Response:",
     ),
+    # Chameleon's fine-tuning: one reserved token between question and answer, and the end token behind an answer.
+    "chameleon": Template(between="<reserved08706>"),
 }
 
 
@@ -69,11 +71,12 @@ def check_template(name: str) -> None:
 
 def encode(
     tokenizer: Any, template: str, turns: Sequence[tuple[str, str | None]], *, image_tokens: int, image_token: int, max_length: int = 2048,
-    system: str | None = None, borders: Sequence[int] = (),
+    system: str | None = None, borders: Sequence[int] = (), learn_pictures: bool = False,
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Token ids and labels of a conversation; an answer of None leaves the prompt open for generation.
 
-    Each ``<image>`` in a question becomes ``image_tokens`` places between ``borders`` (the ids before and behind a picture, if any). What is longer than ``max_length`` (places counted) loses its end, and a
+    Each ``<image>`` becomes ``image_tokens`` places between ``borders`` (the ids before and behind a picture, if any). With ``learn_pictures``
+    those in a supervised text are supervised: the label of a place is the placeholder, for which the model puts the picture's own token. What is longer than ``max_length`` (places counted) loses its end, and a
     picture that would lose its own end goes whole. ``system`` takes the place of the template's.
 
     Raises:
@@ -81,7 +84,7 @@ def encode(
     """
     check_template(template)
     form = TEMPLATES[template]
-    line = _Line(tokenizer, image_tokens, image_token, borders, end=form.end, begin=not form.picture_first)
+    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures, end=form.end, begin=not form.picture_first)
     own = form.system_with_input if form.system_with_input and turns and INPUT in turns[0][0] else form.system
     line.add(own if system is None else system + form.after_system)
     for i, (question, answer) in enumerate(turns):
@@ -102,10 +105,12 @@ def encode(
 
 def encode_document(
     tokenizer: Any, text: str, *, image_tokens: int, image_token: int, max_length: int = 2048, borders: Sequence[int] = (),
+    learn_pictures: bool = False,
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Token ids and labels of an interleaved document: all its text is supervised, its pictures' places are not. Of ``borders`` the first is,
-    where something comes before it: that a picture follows is said by the text (Kosmos-1). Cut as in ``encode``."""
-    line = _Line(tokenizer, image_tokens, image_token, borders)
+    """Token ids and labels of an interleaved document: all its text is supervised, and with ``learn_pictures`` its pictures are. Without, the
+    first of ``borders`` is where something comes before it: that a picture follows is said by the text (Kosmos-1). As in ``encode`` otherwise.
+    """
+    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures)
     line.add(text, supervised=True)
     line.end()
     return line.cut(max_length)
@@ -115,9 +120,10 @@ class _Line:
     """Token ids and labels that grow piece by piece. ``end``: a token in place of the tokenizer's own, which survives every cut."""
 
     def __init__(
-        self, tokenizer: Any, image_tokens: int, image_token: int, borders: Sequence[int] = (), *, end: str = "", begin: bool = True
-    ):
-        self.tokenizer = tokenizer
+        self, tokenizer: Any, image_tokens: int, image_token: int, borders: Sequence[int] = (), learn_pictures: bool = False, *, end: str = "",
+        begin: bool = True,
+    ):  # fmt: skip
+        self.tokenizer, self.learn_pictures = tokenizer, learn_pictures
         self.picture = [*borders[:1], *[image_token] * image_tokens, *borders[1:]]
         self.announced = len(borders[:1])
         self.pictures: list[int] = []  # where each begins
@@ -135,9 +141,10 @@ class _Line:
         for i, piece in enumerate(text.split("<image>")):
             if i:
                 self.pictures.append(len(self.ids))
-                told = self.announced if supervised and len(self.ids) > 1 else 0  # behind more than the beginning token
+                told = self.announced if len(self.ids) > 1 else 0  # behind more than the beginning token
+                told = len(self.picture) if self.learn_pictures else told
                 self.ids.extend(self.picture)
-                self.labels.extend(self.picture[:told] + [IGNORE] * len(self.picture[told:]))
+                self.labels.extend(self.picture[:told] + [IGNORE] * (len(self.picture) - told) if supervised else [IGNORE] * len(self.picture))
             new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             self.ids.extend(new)
             self.labels.extend(new if supervised else [IGNORE] * len(new))
@@ -171,6 +178,7 @@ class Encoder:
     pad_token: int
     max_length: int = 2048
     borders: tuple[int, ...] = ()
+    learn_pictures: bool = False
     regions: Any = None  # how places are written, a mmfast.data.regions.Format
     plan: Fixed | None = None  # what becomes of a picture, and so of places in it
 
@@ -182,9 +190,11 @@ class Encoder:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
         if record.boxes:
             record = self._with_places(record)
-        if record.document is not None:
-            return encode_document(self.tokenizer, record.document, **self._sizes())
-        return self(record.turns, record.system)
+        return self(record.turns, record.system) if record.document is None else self.document(record.document)
+
+    def document(self, text: str) -> tuple[list[int], list[int]]:
+        """ids and labels of an interleaved document, all of it supervised."""
+        return encode_document(self.tokenizer, text, **self._sizes())
 
     def _with_places(self, record: Any) -> Any:
         """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out."""
@@ -215,6 +225,7 @@ class Encoder:
     def _sizes(self) -> dict[str, int]:
         return {
             "image_tokens": self.image_tokens, "image_token": self.image_token, "max_length": self.max_length, "borders": self.borders,
+            "learn_pictures": self.learn_pictures,
         }  # fmt: skip
 
 

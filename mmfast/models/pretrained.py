@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Blip2VisionModel,
+    ChameleonForConditionalGeneration,
     CLIPVisionModel,
     Dinov2Model,
     PretrainedConfig,
@@ -28,6 +29,7 @@ from transformers import (
 
 from mmfast import spec
 from mmfast.data import chat
+from mmfast.models.chameleon import without_pictures
 from mmfast.models.kosmos import KosmosLanguage
 
 IMAGE = "<image>"
@@ -131,7 +133,7 @@ def tower_config(choice: spec.Clip | spec.Siglip | spec.Dino) -> PretrainedConfi
 
 def language_config(choice: spec.LanguageModel) -> PretrainedConfig:
     config = config_of(choice.weights, "language.weights")
-    if config.model_type not in LANGUAGES and type(config) not in AutoModelForCausalLM._model_mapping:
+    if config.model_type not in (*LANGUAGES, "chameleon") and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"language.weights {choice.weights}: model_type {config.model_type!r} is no causal language model")
     check_head(config, f"language.weights {choice.weights}")
     return config
@@ -200,6 +202,7 @@ def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec
         ffn=first("intermediate_size", "ffn_dim", "n_inner", default=4 * config.hidden_size),
         context=config.max_position_embeddings,
         tied=bool(config.tie_word_embeddings),
+        norm="after" if getattr(config, "swin_norm", False) else "before",
         norm_eps=first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=choice.norm_eps),
         init=first("initializer_range", "init_std", default=choice.init),
         dropout=0.0,  # weights come with their own
@@ -313,6 +316,8 @@ def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) 
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
         )
         dtype = dtype or torch.bfloat16
+    if language_config(choice).model_type == "chameleon":
+        return without_pictures(load_weights(ChameleonForConditionalGeneration, choice.weights, "language.weights", dtype or torch.float32))
     kind = LANGUAGES.get(config_of(choice.weights, "language.weights").model_type, AutoModelForCausalLM)
     return load_weights(kind, choice.weights, "language.weights", dtype or torch.float32, **options)
 
