@@ -16,6 +16,7 @@ from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
 from .drawn import drawing_exam
+from .grounding import grounded
 
 # ---------------------------------------------------------------------------------------------------------------- few shots
 
@@ -84,4 +85,5 @@ EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {
     "shapes_single": few_shot,
     "shapes_episodes": few_shot,
     "shapes_drawing": drawing_exam,
+    "shapes_grounded": grounded,
 }

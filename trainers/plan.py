@@ -54,7 +54,7 @@ from .runs import is_run, read_recipe, system_of
 from .session import parts_of
 from .supervised import WordHead
 
-GROUPS = tuple(part for part in PARTS if part not in ("new_tokens", "queries"))  # every parameter is in one of these
+GROUPS = tuple(part for part in PARTS if part not in ("new_tokens", "queries", "last_block"))  # every parameter is in one of these
 GIB = 2**30
 BUILT_IN = (*SETS, "shapes_own")
 _TRACED = 3  # blocks of a stack: the first, one in the middle, the last

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
@@ -21,6 +21,7 @@ from mmfast.models import chameleon, pretrained
 from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, SharedTokensFusion, blocks
 from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
+from mmfast.nn.pool import AttentionPool
 from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.query_connector import QueryConnector
@@ -61,6 +62,11 @@ class Tower(nn.Module):
     def blocks(self) -> nn.ModuleList:
         encoder = self._inner.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+    def last_block(self) -> nn.ModuleList:
+        """The last block that is read, and the norm behind it where that is."""
+        read = self.layer % (len(self.blocks) + 1)
+        return nn.ModuleList([*self.blocks[:read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
 
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
@@ -153,6 +159,10 @@ def _queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnec
     return connector
 
 
+# Sizes that some families call otherwise than Llama.
+_OTHER_NAMES = (("intermediate_size", "ffn_dim"), ("rms_norm_eps", "layer_norm_eps"), ("initializer_range", "init_std"))
+
+
 def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) -> nn.Module:
     vocab = choice.vocab if tokenizer is None else len(tokenizer)
     if choice.weights:
@@ -170,15 +180,22 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         rms_norm_eps=choice.norm_eps,
         tie_word_embeddings=choice.tied,
         initializer_range=choice.init,
-        pad_token_id=getattr(tokenizer, "pad_token_id", None),
-        bos_token_id=getattr(tokenizer, "bos_token_id", None),
-        eos_token_id=getattr(tokenizer, "eos_token_id", None),
     )
+    if tokenizer is not None:
+        sizes |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     if choice.family == "chameleon":
         return chameleon.language(**sizes, swin_norm=choice.norm == "after")
-    if choice.family == "opt":  # names of its own, and dropout unless told
-        sizes |= {"ffn_dim": choice.ffn, "init_std": choice.init, "dropout": 0.0}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(choice.family, **sizes))
+    kind = type(AutoConfig.for_model(choice.family))
+    for ours, theirs in _OTHER_NAMES:
+        if not hasattr(kind, ours) and hasattr(kind, theirs):
+            sizes[theirs] = sizes.pop(ours)
+    for name in ("dropout", "attention_dropout"):
+        if hasattr(kind, name):
+            sizes[name] = choice.dropout
+    language = pretrained.new_language(AutoConfig.for_model(choice.family, **sizes))
+    if hasattr(language, "start_anew"):
+        language.start_anew(choice.init)
+    return language
 
 
 # What builds each kind of choice; a new kind is a class in mmfast.spec and a line here.
@@ -187,6 +204,7 @@ CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
+    spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads, choice.dropout),
     spec.Resampler: lambda choice, width_in, width_out: ResampledProjector(
         width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
         activation=choice.activation, max_num_frames=choice.frames or None, interpolate_frames=True,
@@ -235,6 +253,7 @@ class MultimodalModel(nn.Module):
     def part(self, name: str) -> nn.Module:
         parts = {
             "encoder": self.encoder,
+            **({"last_block": self.encoder.last_block()} if hasattr(self.encoder, "last_block") else {}),
             "connector": self.connector,
             "adapter": self.fusion,  # what a fusion has to learn: gated prompts, gated blocks
             **({"queries": self.connector} if isinstance(self.connector, QueryConnector) else {}),  # what of it, train_only says
@@ -359,6 +378,12 @@ class MultimodalModel(nn.Module):
 
     # -- forward
 
+    def with_slots(self, input_ids: Tensor, images: dict[str, Tensor | None]) -> Tensor:
+        """Token ids with the placeholder in every image place. ``images`` may name these by ``image_embeds_position_mask`` [B, T] (Kosmos-2's
+        processor, whose ids there mean nothing), which is taken out of it."""
+        mask = images.pop("image_embeds_position_mask", None)
+        return input_ids if mask is None else input_ids.masked_fill(mask.bool(), self.image_token)
+
     def encode(self, pixel_values: Tensor) -> Tensor:
         """pixels [M, 3, H, W] -> the tower's states [M, N, D_tower], without a graph when the tower is frozen; videos [M, F, 3, H, W], each one
         medium to the connector, -> [M, F, N, D_tower]."""
@@ -398,6 +423,10 @@ class MultimodalModel(nn.Module):
         Without ``attention_mask`` padding must be on the right: under the causal mask no real token sees it, so no mask is needed.
         ``position_ids`` that start anew keep rows apart that lie end to end in one.
         """
+        input_ids = self.with_slots(input_ids, images)
+        if position_ids is None and attention_mask is not None:  # counted from the first token that is real
+            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position_ids = (places - attention_mask.long().argmax(-1, keepdim=True)).clamp_min(0)
         masks = {k: v for k, v in (("attention_mask", attention_mask), ("position_ids", position_ids)) if v is not None}
         return self.fusion(self.language, input_ids, self.embed_images(**images), self.image_token, use_cache=False, **masks)[0]
 
@@ -470,13 +499,14 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         model.system = system
         if tokenizer is not None:
             pretrained.resize_embeddings(model.language, len(tokenizer))
-            model.image_token = tokenizer.convert_tokens_to_ids("<image>")
+            model.image_token = pretrained.placeholder(system, tokenizer)
         return model
     if tokenizer is None:  # the added tokens come last, and the placeholder before them
         vocab, count = system.language.vocab, len(system.added_tokens)
         image_token, new_tokens = vocab - count - 1, list(range(vocab - count, vocab))
     else:
-        image_token, new_tokens = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", list(system.added_tokens)))
+        image_token = pretrained.placeholder(system, tokenizer)
+        new_tokens = tokenizer.convert_tokens_to_ids(list(system.added_tokens))
     if isinstance(system.fusion, spec.GatedCrossAttention):  # <image> is read by the language model, and new to it
         new_tokens = [image_token, *new_tokens]
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)

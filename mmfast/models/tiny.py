@@ -11,12 +11,15 @@ from dataclasses import replace
 from mmfast.spec import (
     AdapterPrompts,
     Alignment,
+    AttentionPool,
+    BoxTokens,
     Clip,
     Compute,
     Data,
     Dino,
     Eva,
     Linear,
+    Mixture,
     Mlp,
     NfResnet,
     Optim,
@@ -31,11 +34,15 @@ _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
 _SHORT = Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST)
 _LONG = Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST)
 _DATA = Data("shapes")
+_WEB = Mixture("kosmos_web", tuple(Data(f"shapes_{kind}", weight=1.0) for kind in ("text", "captions", "episodes")))
 _MIXED = Data("shapes_drawing")
 
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
-STAND_INS: dict[str, tuple[Data, Optim]] = {
+STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
+    "kosmos_web": (_WEB, _LONG),
+    "kosmos_2_pretrain": (Data("shapes_grounded"), _LONG),
+    "kosmos_2_instruct": (Data("shapes_grounded"), _SHORT),
     "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
     "chameleon_pictures": (_DATA, Optim(lr=3e-3, steps=300, batch=16, warmup=20, hold=0.5, floor=0.05, betas=(0.9, 0.98), clip=1.0)),
@@ -78,6 +85,7 @@ def tiny_system(system: System) -> System:
         encoder=_small(system.encoder),
         connector=_small(system.connector),
         fusion=_small(system.fusion),
+        regions=_small(system.regions),
         language=replace(
             system.language,
             weights=None,
@@ -91,6 +99,7 @@ def tiny_system(system: System) -> System:
             context=256,
             tied=True,
             init=0.05,
+            dropout=0.0,
         ),
         # The shapes world's background becomes 0; a tokenizer's pixels are what they are.
         image=replace(system.image, size=64)
@@ -121,6 +130,10 @@ def _small(choice):
             )  # fmt: skip
         case AdapterPrompts():
             return replace(choice, layers=2)
+        case BoxTokens():  # of 4 pixels each
+            return replace(choice, bins=16)
+        case AttentionPool():
+            return replace(choice, tokens=16, heads=4, dropout=0.0)
     return choice
 
 

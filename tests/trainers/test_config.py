@@ -231,7 +231,7 @@ TOLD = [
     ),
     (
         ["--stages.align.train", "[conector]"],
-        "--stages.align.train: expected one of encoder, connector, adapter, language, embeddings, new_tokens, got 'conector'",
+        "--stages.align.train: expected one of encoder, last_block, connector, queries, adapter, language, embeddings, new_tokens, got 'conector'",
     ),
     (["--stages.align.optim.betas", "[0.9]"], "--stages.align.optim.betas: expected 2 values, got [0.9]"),
     (["--stages.align.optim.betas.2", "0.9"], "--stages.align.optim.betas.2: nothing is called '2' there"),
