@@ -311,6 +311,7 @@ class LanguageModel:
 
     family: str = "llama"
     weights: str | None = "lmsys/vicuna-7b-v1.1"
+    random: bool = False  # of ``weights`` the sizes and the tokenizer alone: a model that starts from nothing
     quantize: Literal["none", "4bit"] = "none"  # 4bit: NF4 through bitsandbytes, for LoRA over frozen weights
     vocab: int = 32000
     width: int = 4096
@@ -599,6 +600,9 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
         if isinstance(encoder, Dino):
             multiple("encoder.ffn", encoder.ffn, "encoder.width", encoder.width)
+    if isinstance(encoder, NfResnet) and encoder.blocks:
+        multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
+        multiple("encoder.width", encoder.width, "4 and a halving for each stage but one,", 4 << (len(encoder.blocks) - 1))
     if not (system.weights or language.weights):
         multiple("language.width", language.width, "language.heads", language.heads)
         multiple("language.heads", language.heads, "language.kv_heads", language.kv_heads)
@@ -617,7 +621,11 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         and not getattr(encoder, "keep_class_token", False)
     ):
         out.append("connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean")
+    if language.random and not language.weights:
+        out.append("language.random: a model without language.weights is random already; it takes its tokenizer from weights that are named")
     if language.quantize != "none":
+        if language.random:
+            out.append(f"language.quantize: {language.quantize} holds given weights in fewer bits; leave language.random off")
         if system.weights:
             out.append(
                 f"language.quantize: {language.quantize} needs language.weights of its own; weights {system.weights} are read as they are"

@@ -128,7 +128,7 @@ class Session:
         given = [
             name
             for name, choice in (("encoder", system.encoder), ("language", system.language))
-            if choice.weights or (system.weights and not self.origin)
+            if (choice.weights and not getattr(choice, "random", False)) or (system.weights and not self.origin)
         ]
         given += ["connector"] if system.weights and not self.origin else []
         own = dict(self.model.named_parameters(remove_duplicate=False))

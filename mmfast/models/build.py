@@ -19,6 +19,7 @@ from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
 from mmfast.models.fusions import AdapterFusion, PrefixFusion, blocks
 from mmfast.models.lora import lora_dropouts, lora_parameters
+from mmfast.nn.nfresnet import NFResNet
 from mmfast.nn.projector import PooledProjector, Projector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.vqgan import VQGAN
@@ -75,6 +76,29 @@ class CodeTower(nn.Module):
         yield from ()
 
 
+class GridTower(nn.Module):
+    """A convolutional network as a tower: pixels ``[M, 3, size, size]`` -> its last grid ``[M, N, D]``, all of which is read."""
+
+    def __init__(self, vision: NFResNet):
+        super().__init__()
+        self.vision, self.width = vision, vision.width
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vision(pixels.to(self.vision.stem.weight.dtype))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.vision.blocks
+
+    def unread(self) -> Iterator[nn.Parameter]:
+        """None."""
+        yield from ()
+
+
+def _grid_tower(choice: spec.NfResnet, dtype: torch.dtype | None) -> GridTower:
+    return GridTower(NFResNet(stem=choice.stem, blocks=choice.blocks, width=choice.width))
+
+
 def _code_tower(choice: spec.Vqgan, dtype: torch.dtype | None) -> CodeTower:
     if choice.codebook == "ema":
         quantize = VectorQuantize(
@@ -121,7 +145,7 @@ def _skip(choice: spec.Clip | spec.Siglip | spec.Dino) -> int:
 def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) -> nn.Module:
     vocab = choice.vocab if tokenizer is None else len(tokenizer)
     if choice.weights:
-        model = pretrained.load_language(choice, dtype)
+        model = AutoModelForCausalLM.from_config(pretrained.language_config(choice)) if choice.random else pretrained.load_language(choice, dtype)
         pretrained.resize_embeddings(model, vocab)
         return model
     config = AutoConfig.for_model(
@@ -144,7 +168,7 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
 
 
 # What builds each kind of choice; a new kind is a class in mmfast.spec and a line here.
-ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower}
+ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower, spec.NfResnet: _grid_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),

@@ -8,6 +8,7 @@ parameters; some 1,200 steps of the last stage are where captions settle.
 
 from dataclasses import replace
 
+from mmfast.data.supervised import EPISODES
 from mmfast.spec import (
     AdapterPrompts,
     Alignment,
@@ -34,6 +35,8 @@ _DATA = Data("shapes")
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
 STAND_INS: dict[str, tuple[Data, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
+    # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
+    "conceptual_captions": (Data("shapes_single"), Optim(lr=3e-3, steps=1000, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST)),
 }
 _STAND_IN = (_DATA, _LONG)
 
@@ -85,25 +88,29 @@ def _small(choice):
         case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads
             depth = 1 - choice.layer if choice.layer < -1 else 2
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
+        case NfResnet():
+            return replace(choice, size=64, stem=32, blocks=(1,) * len(choice.blocks), width=128)
         case AdapterPrompts():
             return replace(choice, layers=2)
     return choice
 
 
 def _stages(system: System) -> tuple[Stage, ...]:
+    told = any(STAND_INS.get(stage.data.name, _STAND_IN)[0].name in EPISODES for stage in system.stages)
+    text = replace(_TEXT, data=Data("shapes_told"), template=system.stages[-1].template) if told else _TEXT
     # A language model that is to stay as it is learns before; any other learns with the pictures, as there is none to start from.
     trained = any("language" in stage.train or stage.lora is not None for stage in system.stages)
     projected = isinstance(system.connector, Linear | Mlp)
     words = replace(_WORDS, train=("encoder", "connector", "embeddings") if projected else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
-    return (*seen, *(() if trained else (_TEXT,)), *(_stage(stage) for stage in system.stages))
+    return (*seen, *(() if trained else (text,)), *(_stage(stage) for stage in system.stages))
 
 
 def _stage(stage: Stage) -> Stage:
     data, optim = STAND_INS.get(stage.data.name, _STAND_IN)
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
-    return replace(stage, train=train, lora=None, data=data, template="bare", optim=optim)
+    return replace(stage, train=train, lora=None, data=data, template=stage.template if data.name in EPISODES else "bare", optim=optim)
 
 
 def tiny_alignment(alignment: Alignment) -> Alignment:
