@@ -10,7 +10,7 @@ import torch
 
 from mmfast.data import images as pictures
 from mmfast.models.generate import text_pieces
-from mmfast.spec import System, nearest
+from mmfast.spec import BUILT_IN, System, nearest
 
 from .checkpoint import RunError
 
@@ -20,7 +20,7 @@ COMMANDS = {"/image": "/image FILE  show a picture with the next question", "/re
 def joint(system: System) -> str:
     """What stands between a picture and its question: a space in the built-in data sets, a line end in LLaVA's records."""
     last = system.stages[-1].data if system.stages else None
-    return " " if last is not None and getattr(last, "path", None) is None and last.name in ("shapes", "easy_vqa") else "\n"
+    return " " if last is not None and getattr(last, "path", None) is None and last.name in BUILT_IN else "\n"
 
 
 def question(system: System, prompt: str, count: int) -> str:

@@ -221,7 +221,7 @@ def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
             parts = tuple(replace(part, **given) for part in parts_of(stage.data))
             return replace(stage, data=replace(stage.data, parts=parts) if isinstance(stage.data, Mixture) else parts[0])
         own = stage.data if isinstance(stage.data, Data) else Data(stage.data.name)  # a mixture gives way to the one set
-        return replace(stage, data=replace(own, **given)) if stage.objective == "lm" else stage
+        return replace(stage, data=replace(own, **given)) if stage.objective in ("lm", "queries") else stage
 
     return replace(recipe, stages=tuple(map(other, recipe.stages)))
 
@@ -242,7 +242,7 @@ def _check_records(recipe, session, eval_data: Data | None) -> None:
     else:
         for stage in recipe.stages:
             if any(data.path is not None for data in data_of(replace(recipe, stages=(stage,)))):
-                session.source(stage.data, stage.template, stage.max_length)
+                session.source_of(stage)
     if eval_data is not None:
         session.source(eval_data, template_of(recipe), recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
 

@@ -72,16 +72,17 @@ class Source:
 
 
 class Shapes(Source):
-    """The shapes world: a planted caption and four packed yes/no turns a scene."""
+    """The shapes world: a caption and four packed yes/no turns a scene, planted errors among them, or clean captions alone (``turns`` 0)."""
 
-    def __init__(self, world: World, encode: Encode, pad_token: int, *, split: str = "train", count: int = 10_000, turns: int = 4):
+    def __init__(
+        self, world: World, encode: Encode, pad_token: int, *, split: str = "train", count: int = 10_000, turns: int = 4, planted: bool = True
+    ):  # fmt: skip
         self.world, self.scenes = world, world.scenes(split, count)
-        captions = [encode([(f"<image> {PROMPT}", world.caption(s, planted=True).text)]) for s in self.scenes]
-        questions = []
-        for scene in self.scenes:
-            asked = world.turns(scene, turns, planted=True)
-            questions.append(encode([(f"<image> {asked[0][0]}", asked[0][1]), *asked[1:]]))
-        super().__init__(world.render(self.scenes), [chat.Rows(captions, pad_token), chat.Rows(questions, pad_token)], pad_token)
+        columns = [[encode([(f"<image> {PROMPT}", world.caption(s, planted=planted).text)]) for s in self.scenes]]
+        if turns:
+            asked = [world.turns(scene, turns, planted=planted) for scene in self.scenes]
+            columns.append([encode([(f"<image> {first}", answer), *rest]) for (first, answer), *rest in asked])
+        super().__init__(world.render(self.scenes), [chat.Rows(column, pad_token) for column in columns], pad_token)
 
     def words(self) -> tuple[list[str], Tensor, Tensor]:
         """Colour, shape and position words, whether each is true of a picture ``[M, W]``, and the classes in it ``[M, C]``."""
@@ -109,6 +110,12 @@ class Documents(Source):
         # One that was cut shows the pictures that are left of it.
         left = [pictures[: ids.count(encode.image_token) // encode.image_tokens] for pictures, (ids, _) in zip(shown, encoded, strict=True)]
         super().__init__(pictures, [chat.Rows(encoded, encode.pad_token)], encode.pad_token, left)
+
+
+def shapes_text(world: World, encode: chat.Encoder, count: int = 10_000) -> Documents:
+    """Captions as text alone, two of every scene: what a language model has read before it sees."""
+    texts = [" ".join(world.caption(s, variant=v).text for v in (0, 1)) for s in world.scenes("train", count)]
+    return Documents(np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8), texts, [[]] * count, encode)
 
 
 def shapes_single(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
@@ -190,6 +197,8 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
     """The source of a built-in data set (``mmfast.spec.BUILT_IN``)."""
     source = {
         "shapes": lambda: Shapes(world, encode, encode.pad_token),
+        "shapes_captions": lambda: Shapes(world, encode, encode.pad_token, turns=0, planted=False),
+        "shapes_text": lambda: shapes_text(world, encode),
         "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),
         "shapes_single": lambda: shapes_single(world, encode),
         "shapes_episodes": lambda: shapes_episodes(world, encode),

@@ -21,6 +21,7 @@ from mmfast.spec import (
     Mlp,
     NfResnet,
     Optim,
+    QFormer,
     Siglip,
     Stage,
     System,
@@ -37,6 +38,8 @@ STAND_INS: dict[str, tuple[Data, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
     # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
     "conceptual_captions": (Data("shapes_single"), Optim(lr=3e-3, steps=1000, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST)),
+    "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
+    "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
 }
 _STAND_IN = (_DATA, _LONG)
 
@@ -48,7 +51,8 @@ _WORDS = Stage(
     template="bare",
     optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
 )
-# What a language model is before anything is put into it that lets it see.
+# What a language model is before anything is put into it that lets it see. What it reads, by what the last stage shows; else the same.
+_TEXTS = {"shapes_captions": Data("shapes_text"), **dict.fromkeys(EPISODES, Data("shapes_told"))}
 _TEXT = Stage(
     "text",
     train=("language", "embeddings"),
@@ -73,7 +77,7 @@ def tiny_system(system: System) -> System:
         connector=_small(system.connector),
         fusion=_small(system.fusion),
         language=replace(
-            system.language, weights=None, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05
+            system.language, weights=None, random=False, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05
         ),
         # The shapes world's background becomes 0.
         image=replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
@@ -90,27 +94,34 @@ def _small(choice):
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
         case NfResnet():
             return replace(choice, size=64, stem=32, blocks=(1,) * len(choice.blocks), width=128)
+        case QFormer():  # it reads the language model's words, as there are no others
+            return replace(
+                choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
+            )
         case AdapterPrompts():
             return replace(choice, layers=2)
     return choice
 
 
 def _stages(system: System) -> tuple[Stage, ...]:
-    told = any(STAND_INS.get(stage.data.name, _STAND_IN)[0].name in EPISODES for stage in system.stages)
-    text = replace(_TEXT, data=Data("shapes_told"), template=system.stages[-1].template) if told else _TEXT
+    own = [_stage(stage) for stage in system.stages]
     # A language model that is to stay as it is learns before; any other learns with the pictures, as there is none to start from.
     trained = any("language" in stage.train or stage.lora is not None for stage in system.stages)
     projected = isinstance(system.connector, Linear | Mlp)
     words = replace(_WORDS, train=("encoder", "connector", "embeddings") if projected else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
-    return (*seen, *(() if trained else (text,)), *(_stage(stage) for stage in system.stages))
+    text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data), template=own[-1].template) if own else _TEXT
+    return (*seen, *(() if trained else (text,)), *own)
 
 
 def _stage(stage: Stage) -> Stage:
     data, optim = STAND_INS.get(stage.data.name, _STAND_IN)
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
-    return replace(stage, train=train, lora=None, data=data, template=stage.template if data.name in EPISODES else "bare", optim=optim)
+    # Templates have words that a tiny model does not know; that of pictures and captions has none, and those of episodes are known.
+    template = stage.template if stage.objective == "retrieval" or data.name in EPISODES else "bare"
+    optim = replace(optim, level_new=stage.optim.level_new)
+    return replace(stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim)
 
 
 def tiny_alignment(alignment: Alignment) -> Alignment:
