@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.data.supervised import EasyVQA
+from mmfast.data.supervised import EasyVQA, vocabulary
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
@@ -27,7 +27,7 @@ from mmfast.models.fusions import ByRow
 from mmfast.models.pretrained import locate
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import BUILT_IN as SETS
-from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Linear, Lora, Mlp, Stage, System, Vqgan, nearest
+from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Linear, Lora, Mlp, NfResnet, Stage, System, Vqgan, nearest
 
 from . import config
 from .checkpoint import RunError
@@ -110,7 +110,7 @@ def sized(system: System) -> System:
         raise RunError(f"{system.name}: the plan knows towers of transformers, and the encoder is a Vqgan; its stage has to be tried")
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
-    language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
+    language = replace(found.language, weights=None, random=False, quantize="none", vocab=found.language.vocab or _vocabulary(system))
     return replace(found, weights=None, encoder=encoder, language=language, image=replace(found.image, size=encoder.size))
 
 
@@ -119,7 +119,7 @@ def _vocabulary(system: System) -> int:
     if system.weights and is_run(system.weights):
         return _vocabulary(system_of(read_recipe(Path(system.weights))[0]))
     names = {part.name for stage in system.stages for part in parts_of(stage.data)}
-    return len(EasyVQA.vocabulary() if "easy_vqa" in names else World().vocabulary)
+    return len(vocabulary(names, World()))
 
 
 @dataclass(frozen=True)
@@ -339,12 +339,15 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     encoder, language, kind = system.encoder, system.language, _TYPES[precision]
-    read = encoder.layer % (encoder.depth + 1)
-    behind = encoder.depth - read  # blocks that nothing reads
-    depth = {"encoder": min(read, _TRACED) + behind, "language": min(language.depth, _TRACED)}
-    small = replace(
-        system, encoder=replace(encoder, depth=depth["encoder"], layer=-behind - 1), language=replace(language, depth=depth["language"])
-    )
+    depth = {"language": min(language.depth, _TRACED)}
+    small = replace(system, language=replace(language, depth=depth["language"]))
+    if isinstance(encoder, NfResnet):  # no two of its blocks are the same: all are traced
+        read = depth["encoder"] = sum(encoder.blocks)
+    else:
+        read = encoder.layer % (encoder.depth + 1)
+        behind = encoder.depth - read  # blocks that nothing reads
+        depth["encoder"] = min(read, _TRACED) + behind
+        small = replace(small, encoder=replace(encoder, depth=depth["encoder"], layer=-behind - 1))
     if isinstance(system.fusion, AdapterPrompts):
         small = replace(small, fusion=replace(system.fusion, layers=min(system.fusion.layers, depth["language"])))
     autocast = torch.autocast("cpu", kind) if precision != "fp32" else nullcontext()
@@ -377,6 +380,8 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
                     embeds = embeds.masked_scatter((ids == 0)[..., None], seen.to(embeds.dtype))
                     model.language.get_decoder()(inputs_embeds=embeds, use_cache=False)
     for name, full in (("encoder", read), ("language", language.depth)):
+        if isinstance(encoder, NfResnet) and name == "encoder":
+            continue
         for sizes in (saved.blocks, saved.casts):
             traced = sizes[name][: min(full, _TRACED)]
             sizes[name] = [traced[0], *[traced[1]] * (full - 2), traced[-1]] if full > _TRACED else traced
@@ -474,6 +479,8 @@ def _passing(job: Stage | Alignment, system: System, pictures: int, size: int) -
     if not given or "encoder" in job.train or (job.lora is not None and job.lora.part == "encoder"):
         return 0
     encoder = system.encoder
+    if isinstance(encoder, NfResnet):  # the stem's grid is its largest: before and after the activation of the first block, and pooled
+        return pictures * size * 3 * encoder.stem * (encoder.size // 2) ** 2
     places = pictures * ((encoder.size // encoder.patch) ** 2 + 1)
     return places * size * ((encoder.depth + 1) * encoder.width + 2 * encoder.ffn)
 

@@ -42,7 +42,7 @@ def test_filters_are_standardised():
 
 
 def test_the_activation_keeps_variance():
-    assert GAMMA == pytest.approx(1.7129, abs=1e-4)
+    assert pytest.approx(1.7129, abs=1e-4) == GAMMA
     x = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0))
     assert activation(x).var().item() == pytest.approx(1, abs=0.01)
 
