@@ -110,7 +110,7 @@ def sized(system: System) -> System:
         raise RunError(f"{system.name}: the plan knows towers of transformers, and the encoder is a Vqgan; its stage has to be tried")
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
-    language = replace(found.language, weights=None, random=False, quantize="none", vocab=found.language.vocab or _vocabulary(system))
+    language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
     return replace(found, weights=None, encoder=encoder, language=language, image=replace(found.image, size=encoder.size))
 
 

@@ -6,7 +6,8 @@ positions: a prefix that was trained at the front is read anywhere. Decay, warm-
 none, and ImageNet's. One epoch stands for stopping at the best validation perplexity.
 
 The paper's controls: train-blind ``--stages.captions.data.blind true``; finetuned ``--stages.captions.train [encoder, connector, language]
---stages.captions.optim.lr 1e-5``; scratch, the same with ``--language.random true``.
+--stages.captions.optim.lr 1e-5``; scratch, the same with ``--language.weights null
+--language.words huggyllama/llama-7b``.
 """
 
 from mmfast.spec import Data, Fixed, LanguageModel, NfResnet, Optim, Stage, System, Tokens
