@@ -644,6 +644,9 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
         if isinstance(encoder, Dino):
             multiple("encoder.ffn", encoder.ffn, "encoder.width", encoder.width)
+    if isinstance(encoder, NfResnet) and encoder.blocks:
+        multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
+        multiple("encoder.width", encoder.width, "4 and a halving for each stage but one,", 4 << (len(encoder.blocks) - 1))
     if not (system.weights or language.weights):
         multiple("language.width", language.width, "language.heads", language.heads)
         multiple("language.heads", language.heads, "language.kv_heads", language.kv_heads)

@@ -72,7 +72,7 @@ def answers(
         by_length.setdefault(len(ids), []).append((i, ids))  # rows of one length need no padding
     said: list[str | None] = [None] * len(asked)
     for rows in by_length.values():
-        shown = torch.tensor([p for i, _ in rows for p in asked[i][1]], device=states.device)
+        shown = torch.tensor([p for i, _ in rows for p in asked[i][1]], dtype=torch.long, device=states.device)
         ids = torch.tensor([ids for _, ids in rows], device=place.device)
         out = model.generate(ids, image_states=states, image_rows=shown, max_new_tokens=max_new_tokens)
         for (i, _), row in zip(rows, out.tolist(), strict=True):

@@ -519,6 +519,8 @@ def _passing(job: Stage | Alignment, system: System, pictures: int, size: int) -
     if not given or "encoder" in job.train or (job.lora is not None and job.lora.part == "encoder"):
         return 0
     encoder = system.encoder
+    if isinstance(encoder, NfResnet):  # the stem's grid is its largest: before and after the activation of the first block, and pooled
+        return pictures * size * 3 * encoder.stem * (encoder.size // 2) ** 2
     places = pictures * ((encoder.size // encoder.patch) ** 2 + 1)
     return places * size * ((encoder.depth + 1) * encoder.width + 2 * encoder.ffn)
 

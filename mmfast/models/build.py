@@ -21,6 +21,7 @@ from mmfast.models import chameleon, pretrained
 from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, SharedTokensFusion, blocks
 from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
+from mmfast.nn.nfresnet import NFResNet
 from mmfast.nn.pool import AttentionPool
 from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
@@ -98,6 +99,29 @@ class CodeTower(nn.Module):
     def unread(self) -> Iterator[nn.Parameter]:
         """None: the decoder is read when the tokenizer trains."""
         yield from ()
+
+
+class GridTower(nn.Module):
+    """A convolutional network as a tower: pixels ``[M, 3, size, size]`` -> its last grid ``[M, N, D]``, all of which is read."""
+
+    def __init__(self, vision: NFResNet):
+        super().__init__()
+        self.vision, self.width = vision, vision.width
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vision(pixels.to(self.vision.stem.weight.dtype))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.vision.blocks
+
+    def unread(self) -> Iterator[nn.Parameter]:
+        """None."""
+        yield from ()
+
+
+def _grid_tower(choice: spec.NfResnet, dtype: torch.dtype | None) -> GridTower:
+    return GridTower(NFResNet(stem=choice.stem, blocks=choice.blocks, width=choice.width))
 
 
 def _code_tower(choice: spec.Vqgan, dtype: torch.dtype | None) -> CodeTower:
@@ -199,7 +223,7 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
 
 
 # What builds each kind of choice; a new kind is a class in mmfast.spec and a line here.
-ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower}
+ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower, spec.NfResnet: _grid_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),

@@ -8,6 +8,7 @@ parameters; some 1,200 steps of the last stage are where captions settle.
 
 from dataclasses import replace
 
+from mmfast.data.supervised import EPISODES
 from mmfast.spec import (
     AdapterPrompts,
     Alignment,
@@ -43,6 +44,8 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "kosmos_web": (_WEB, _LONG),
     "kosmos_2_pretrain": (Data("shapes_grounded"), _LONG),
     "kosmos_2_instruct": (Data("shapes_grounded"), _SHORT),
+    # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
+    "conceptual_captions": (Data("shapes_single"), Optim(lr=3e-3, steps=1000, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST)),
     "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
     "chameleon_pictures": (_DATA, Optim(lr=3e-3, steps=300, batch=16, warmup=20, hold=0.5, floor=0.05, betas=(0.9, 0.98), clip=1.0)),
@@ -61,7 +64,7 @@ _WORDS = Stage(
     optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
 )
 # What a language model is before anything is put into it that lets it see. What it reads, by what the last stage shows; else the same.
-_TEXTS = {"shapes_captions": Data("shapes_text")}
+_TEXTS = {"shapes_captions": Data("shapes_text"), **dict.fromkeys(EPISODES, Data("shapes_told"))}
 _TEXT = Stage(
     "text",
     train=("language", "embeddings"),
@@ -119,6 +122,8 @@ def _small(choice):
                 depth = max(depth, more - choice.layer)
                 choice = replace(choice, scales=tuple(range(choice.layer - more, choice.layer)))
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
+        case NfResnet():
+            return replace(choice, size=64, stem=32, blocks=(1,) * len(choice.blocks), width=128)
         case QFormer():  # it reads the language model's words, as there are no others
             return replace(
                 choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
@@ -144,7 +149,7 @@ def _stages(system: System) -> tuple[Stage, ...]:
     projected = isinstance(system.connector, Linear | Mlp)
     words = replace(_WORDS, train=("encoder", "connector", "embeddings") if projected else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
-    text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data)) if own else _TEXT
+    text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data), template=own[-1].template) if own else _TEXT
     return (*seen, *(() if trained else (text,)), *own)
 
 
@@ -152,8 +157,8 @@ def _stage(stage: Stage) -> Stage:
     data, optim = STAND_INS.get(stage.data.name, _STAND_IN)
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
-    # Templates have words that a tiny model does not know; that of pictures and captions has none.
-    template = stage.template if stage.objective == "retrieval" else "bare"
+    # Templates have words that a tiny model does not know; that of pictures and captions has none, and those of episodes are known.
+    template = stage.template if stage.objective == "retrieval" or data.name in EPISODES else "bare"
     optim = replace(optim, level_new=stage.optim.level_new)
     return replace(stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim)
 
