@@ -228,6 +228,8 @@ def words_stage(session: Session, stage: Stage, source, run: Run, options: Optio
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         states = model.encode(session.pixels(batch["pictures"]))
+        if getattr(system.connector, "pool", None) == "class":  # what CLIP's own training speaks through
+            states = states[:, :1]
         seen = model.connector(states) if projects else None
         class_logits, word_logits = head(states, seen, model.language.get_input_embeddings().weight[ids])
         by_class = F.binary_cross_entropy_with_logits(class_logits, batch["classes"], reduction="sum")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +26,7 @@ def steps(
     top_p: float = 1.0,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    rule: Callable[[int, Tensor], Tensor] | None = None,
     **images: Tensor | None,
 ) -> Iterator[Tensor]:
     """The next token of every prompt, ``[B]``, again and again, until the token ``end`` in all rows or the limit.
@@ -36,6 +37,7 @@ def steps(
         end: ends a row, and fills what comes after it.
         temperature: 0 takes the likeliest token, otherwise tokens are drawn with ``generator``.
         top_p: draw from the likeliest tokens that together have this probability (arXiv:1904.09751); 1: from all.
+        rule: ``rule(i, logits [B, V])``, what is made of the logits of the i-th new token before it is chosen (``mmfast.models.decoding``).
         images: pixel_values, image_states or image_embeds, and image_rows, as for the model's forward.
     """
     if temperature < 0 or not 0 < top_p <= 1:
@@ -45,10 +47,11 @@ def steps(
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)
     step = input_ids
-    for _ in range(max_new_tokens):
+    for number in range(max_new_tokens):
         masks = {} if attention_mask is None else {"attention_mask": attention_mask, "position_ids": positions}
         hidden, cache = model.fusion(model.language, step, embeds, model.image_token, past_key_values=cache, use_cache=True, **masks)
         logits = head(hidden[:, -1]).float()
+        logits = logits if rule is None else rule(number, logits)
         if temperature > 0:
             token = torch.multinomial(nucleus((logits / temperature).softmax(-1), top_p), 1, generator=generator)[:, 0]
         else:
