@@ -678,6 +678,8 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         and not getattr(encoder, "keep_class_token", False)
     ):
         out.append("connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean")
+    if isinstance(system.fusion, Retrieval) and not isinstance(system.connector, Tokens):
+        out.append(f"connector: Retrieval compares a picture's pooled state, which {type(system.connector).__name__} does not have; set Tokens")
     shared = isinstance(system.fusion, SharedTokens)
     if shared != isinstance(system.connector, Codes) or (shared and not isinstance(encoder, Vqgan)):
         out.append("fusion: SharedTokens goes with encoder Vqgan and connector Codes, and Codes with nothing else; set all three")

@@ -15,6 +15,7 @@ from mmfast.data.episodes import Episode, Plan, Pool, Prompts, mixed, prompts_of
 from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
+from .captions import captions_exam
 from .drawn import drawing_exam
 from .grounding import grounded
 
@@ -82,6 +83,7 @@ def answers(
 
 
 EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {
+    "shapes_captions": captions_exam,
     "shapes_single": few_shot,
     "shapes_episodes": few_shot,
     "shapes_drawing": drawing_exam,

@@ -181,9 +181,10 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
         captions, _ = likelihood(rows, told, image_embeds=model.embed_images(image_states=seen), image_rows=images)
         texts, hidden = likelihood(ids[:, k:], labels[:, k:])
 
-        u = place.gather(fusion.pictures(model.connector.pooled(seen))[images])
+        # Scaled before they are gathered: each process adds its own rows' gradient of the scale, as of all else.
+        u = place.gather(fusion.logit_scale.exp() * fusion.pictures(model.connector.pooled(seen))[images])
         t = place.gather(fusion.texts(hidden[last[0], last[1] - k]))
-        nce = info_nce(u, t, fusion.logit_scale.exp())
+        nce = info_nce(u, t)
         share = (place.sum(lengths.sum().double().view(1)) / totals[:1]).to(nce.dtype)[0]
         whole = share * nce
         once = whole - whole.detach() * (1 - 1 / place.processes)  # every process has the same value, and measures are added

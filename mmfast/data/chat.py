@@ -186,6 +186,12 @@ class Encoder:
         """ids and labels of turns."""
         return encode(self.tokenizer, self.template, turns, system=system, **self._sizes())
 
+    @property
+    def end_token(self) -> int:
+        """What the last answer ends with."""
+        own = TEMPLATES[self.template].end
+        return self.tokenizer.convert_tokens_to_ids(own) if own else self.tokenizer.eos_token_id
+
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
         if record.boxes:
