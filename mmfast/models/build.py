@@ -22,8 +22,8 @@ from mmfast.models.fusions import AdapterFusion, PrefixFusion, RetrievalFusion, 
 from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
 from mmfast.nn.projector import PooledProjector, Projector, TokenProjector
-from mmfast.nn.query_connector import QueryConnector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
+from mmfast.nn.query_connector import QueryConnector
 from mmfast.nn.vqgan import VQGAN
 
 
@@ -135,7 +135,8 @@ def _skip(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva) -> int:
     return 0 if isinstance(choice, spec.Siglip | spec.Eva) else int(not choice.keep_class_token)
 
 
-def _queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnector:
+def queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnector:
+    """A Q-Former's connector, with the layers of its BERT if it has one."""
     connector = QueryConnector(
         width_in, width_out, tokens=choice.tokens, width=choice.width, depth=choice.depth, heads=choice.heads, ffn=choice.ffn,
         every=choice.every, vocab=choice.vocab if choice.text else None, positions=choice.positions, shared=choice.shared,
@@ -179,7 +180,7 @@ CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
-    spec.QFormer: _queries,
+    spec.QFormer: queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
 }
 FUSIONS = {

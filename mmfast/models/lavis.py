@@ -148,7 +148,9 @@ def load_lavis(model: MultimodalModel, path: str | Path) -> None:
 
 def save_lavis(model: MultimodalModel, path: str | Path, projection: str = "opt_proj") -> None:
     """Writes what LAVIS's ``load_checkpoint`` reads."""
-    torch.save({"model": {name: tensor.detach().float().cpu().contiguous() for name, tensor in lavis_state(model, projection).items()}}, path)
+    torch.save(
+        {"model": {name: tensor.detach().float().cpu().contiguous() for name, tensor in lavis_state(model, projection).items()}}, path
+    )
 
 
 def _connector(model: MultimodalModel) -> nn.Module:

@@ -265,7 +265,9 @@ def text_side(system: spec.System, tokenizer) -> chat.TextSide:
         raise ValueError(f"connector.weights {choice.weights}: no tokenizer can be read: {_first_line(error)}") from error
     own.add_special_tokens({"bos_token": spec.DECODE})
     if len(own) > choice.vocab:
-        raise ValueError(f"connector.weights {choice.weights}: its tokenizer has {len(own)} words with {spec.DECODE}, connector.vocab {choice.vocab}")
+        raise ValueError(
+            f"connector.weights {choice.weights}: its tokenizer has {len(own)} words with {spec.DECODE}, connector.vocab {choice.vocab}"
+        )
     return chat.TextSide(own, own.cls_token_id, own.sep_token_id, own.bos_token_id, own.pad_token_id)
 
 

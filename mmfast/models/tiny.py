@@ -90,7 +90,9 @@ def _small(choice):
             depth = 1 - choice.layer if choice.layer < -1 else 2
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
         case QFormer():  # it reads the language model's words, as there are no others
-            return replace(choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0)
+            return replace(
+                choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
+            )
         case AdapterPrompts():
             return replace(choice, layers=2)
     return choice

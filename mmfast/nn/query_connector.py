@@ -86,7 +86,14 @@ class QueryConnector(nn.Module):
             yield from self.projection.parameters()
         elif self.reads_text:
             embeddings = self.qformer.embeddings
-            parts = [embeddings["word_embeddings"], embeddings["position_embeddings"], self.vision_proj, self.text_proj, self.itm_head, self.cls]
+            parts = [
+                embeddings["word_embeddings"],
+                embeddings["position_embeddings"],
+                self.vision_proj,
+                self.text_proj,
+                self.itm_head,
+                self.cls,
+            ]
             for layer in self.qformer.encoder["layer"]:
                 parts += [layer.intermediate, layer.output]
             for part in parts:
