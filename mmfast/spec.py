@@ -331,9 +331,14 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class Fixed:
-    """One square of ``size`` pixels: shorter side resized, centre cropped, values 0 .. 1 less mean over std (CLIP's by default)."""
+    """One square of ``size`` pixels, values 0 .. 1 less mean over std (CLIP's by default).
+
+    ``fit``: how a picture that is no square becomes one. crop: shorter side resized, middle kept. squash: both sides resized, to other
+    proportions. pad, pad_mean: in the middle of a black square, or one of the mean's colour, which is resized.
+    """
 
     size: int = 224
+    fit: Literal["crop", "squash", "pad", "pad_mean"] = "crop"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -341,7 +346,7 @@ class Fixed:
 # ----------------------------------------------------------------------------------------------------------- training
 
 # Data sets that need no path; mmfast.data.supervised makes them.
-BUILT_IN = ("shapes", "shapes_captions", "shapes_text", "easy_vqa")
+BUILT_IN = ("shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "easy_vqa")
 
 
 @dataclass(frozen=True)
@@ -614,6 +619,10 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
     if system.weights and not isinstance(system.fusion, Prefix):
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
+        )
+    if isinstance(system.fusion, GatedCrossAttention) and not isinstance(system.connector, Resampler):
+        out.append(
+            f"connector: GatedCrossAttention reads the latents of a Resampler, in the tower's width, got {type(system.connector).__name__}"
         )
     if (
         isinstance(system.connector, Pooled | Tokens)

@@ -130,9 +130,9 @@ def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes
         return measure_all(session, recipe.stages[-1], scenes), None, exam
     template, details, measured = template_of(recipe), None, {}
     encode = session.encoder(template, recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
-    own = {data.name: EXAMS[data.name] for data in data_of(system_of(recipe)) if data.path is None and data.name in EXAMS}
+    own = [EXAMS[data.name] for data in data_of(system_of(recipe)) if data.path is None and data.name in EXAMS]
     if own:
-        for take in own.values():
+        for take in dict.fromkeys(own):  # sets may share one
             measured |= take(session, system_of(recipe))
     elif session.knows_the_world:
         exam = exam or Exam(session, scenes=scenes)
@@ -160,7 +160,7 @@ def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> 
     session, shown = Session(system_of(recipe), seed=0, with_model=False), []
     if isinstance(recipe, Alignment):
         encode = session.encoder(recipe.template, recipe.max_length)
-        sources = {recipe.name: PreferencePairs(Records(recipe.data), encode, size=session.system.image.size)}
+        sources = {recipe.name: PreferencePairs(Records(recipe.data), encode, plan=session.system.image)}
     else:
         sources = {s.name: session.source(s.data, s.template, s.max_length) if s in readable else None for s in stages}
     for name, source in sources.items():

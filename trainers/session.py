@@ -71,8 +71,7 @@ class Session:
         if self.system.weights or self.system.language.weights:
             return tokenizer_for(self.system)
         names = {part.name for stage in self.system.stages for part in parts_of(stage.data)}
-        words = supervised.EasyVQA.vocabulary() if "easy_vqa" in names else self.world.vocabulary
-        return word_tokenizer(words, self.system.added_tokens)
+        return word_tokenizer(supervised.vocabulary(names, self.world), self.system.added_tokens)
 
     @property
     def is_untrained(self) -> bool:
@@ -82,7 +81,7 @@ class Session:
     @property
     def knows_the_world(self) -> bool:
         """Whether the model speaks the shapes world's words, so that its claims can be judged."""
-        return self.tokenizer.get_vocab().keys() == {*self.world.vocabulary, *self.system.added_tokens}
+        return self.tokenizer.get_vocab().keys() >= {*self.world.vocabulary}
 
     @property
     def blind(self) -> bool:
@@ -167,14 +166,14 @@ class Session:
         return self._sources[key]
 
     def _make_source(self, data: Data | Mixture, encode: chat.Encoder | chat.TextSide):
-        size = self.system.image.size
+        plan = self.system.image
         parts = parts_of(data)
         if all(part.path is not None for part in parts):
             if any(part.streaming for part in parts):
                 if len(parts) > 1:
                     raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
-                return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, size=size)
-            return Conversations([Records(part) for part in parts], encode, size=size, seed=self.seed)
+                return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, plan=plan)
+            return Conversations([Records(part) for part in parts], encode, plan=plan, seed=self.seed)
         if len(parts) == 1 and data.name in BUILT_IN:
             return supervised.make(parts[0], self.world, encode)
         name = next(part.name for part in parts if part.path is None)

@@ -35,6 +35,9 @@ class Template:
 TEMPLATES = {
     # Nothing but the words: the tiny models.
     "bare": Template(end_each=False),
+    # Few-shot episodes, whose words mmfast.data.episodes has; a picture and its caption as examples of one are, without more words.
+    "frozen": Template(end_each=False),
+    "flamingo": Template(after="<|endofchunk|>"),
     # LLaVA's alignment stage: the picture, then its caption; the question is dropped.
     "plain": Template(after="\n", end_each=False, keep_question=False),
     # FROMAGe: the picture, then a text from its beginning token to the token that is compared with pictures.

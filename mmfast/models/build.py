@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
-from mmfast.models.fusions import AdapterFusion, PrefixFusion, RetrievalFusion, blocks
+from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, blocks
 from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
-from mmfast.nn.projector import PooledProjector, Projector, TokenProjector
+from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.query_connector import QueryConnector
 from mmfast.nn.vqgan import VQGAN
@@ -180,12 +180,18 @@ CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
+    spec.Resampler: lambda choice, width_in, width_out: ResampledProjector(
+        width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
+        activation=choice.activation, max_num_frames=choice.frames or None, interpolate_frames=True,
+    ),
     spec.QFormer: queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
-}
+}  # fmt: skip
+# (choice, language model, the tower's width)
 FUSIONS = {
     spec.Prefix: lambda choice, language, width: PrefixFusion(),
     spec.AdapterPrompts: lambda choice, language, width: AdapterFusion(choice, language),
+    spec.GatedCrossAttention: GatedFusion,
     spec.Retrieval: RetrievalFusion,
 }
 
@@ -218,8 +224,8 @@ class MultimodalModel(nn.Module):
         parts = {
             "encoder": self.encoder,
             "connector": self.connector,
+            "adapter": self.fusion,  # what a fusion has to learn: gated prompts, gated blocks
             **({"queries": self.connector} if isinstance(self.connector, QueryConnector) else {}),  # what of it, train_only says
-            "adapter": self.fusion,  # what a fusion has to learn: gated prompts
             "language": self.language,
             "embeddings": self.language.get_input_embeddings(),
             # Their rows of the embeddings and of the head, which may be the same.
@@ -288,9 +294,9 @@ class MultimodalModel(nn.Module):
             self._masks.append(parameter.register_hook(new_rows_alone))
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        """The language model's layers, the units that a sharded step gathers one at a time."""
-        return blocks(self.language)
+    def blocks(self) -> list[nn.Module]:
+        """The units that a sharded step gathers one at a time: the language model's layers, and what a fusion puts between them."""
+        return [*blocks(self.language), *getattr(self.fusion, "blocks", ())]
 
     @property
     def trained(self) -> list[str]:
@@ -321,14 +327,20 @@ class MultimodalModel(nn.Module):
         for part in (self.language, self.encoder.vision):
             if isinstance(part, VQGAN):  # frozen beside a language model it keeps nothing; its own stage says that it cannot
                 continue
-            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            again = {"context_fn": self.fusion.recomputing} if part is self.language and hasattr(self.fusion, "recomputing") else {}
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **again})
+        if hasattr(self.fusion, "checkpoint_activations"):
+            self.fusion.checkpoint_activations()
         self.train(self.training)
 
     # -- forward
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """pixels [M, 3, H, W] -> the tower's states [M, N, D_tower], without a graph when the tower is frozen."""
+        """pixels [M, 3, H, W] -> the tower's states [M, N, D_tower], without a graph when the tower is frozen; videos [M, F, 3, H, W], each one
+        medium to the connector, -> [M, F, N, D_tower]."""
         with nullcontext() if self.encoder_learns else torch.no_grad():
+            if pixel_values.dim() == 5:
+                return self.encoder(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
             return self.encoder(pixel_values)
 
     def embed_images(
@@ -431,9 +443,13 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         image_token, new_tokens = vocab - count - 1, list(range(vocab - count, vocab))
     else:
         image_token, new_tokens = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", list(system.added_tokens)))
+    if isinstance(system.fusion, spec.GatedCrossAttention):  # <image> is read by the language model, and new to it
+        new_tokens = [image_token, *new_tokens]
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)
     table, choice = language.get_input_embeddings(), system.connector
     if isinstance(choice, spec.QFormer) and not choice.vocab:  # its words are the language model's
         choice = replace(choice, vocab=table.num_embeddings)
-    connector = CONNECTORS[type(choice)](choice, encoder.width, table.embedding_dim)
+    # What is read between the layers stays in the tower's width; what is in the sequence has the language model's.
+    gated = isinstance(system.fusion, spec.GatedCrossAttention)
+    connector = CONNECTORS[type(choice)](choice, encoder.width, None if gated else table.embedding_dim)
     return MultimodalModel(system, encoder, connector, language, image_token=image_token, new_tokens=new_tokens)

@@ -22,7 +22,9 @@ RECIPE = System(
             objective="queries",
             data=Data("blip_129m"),
             max_length=32,
-            optim=Optim(lr=1e-4, steps=250_000, batch=1680, warmup=2000, betas=(0.9, 0.98), weight_decay=0.05, decay_vectors=False, clip=0.0),
+            optim=Optim(
+                lr=1e-4, steps=250_000, batch=1680, warmup=2000, betas=(0.9, 0.98), weight_decay=0.05, decay_vectors=False, clip=0.0
+            ),
         ),
         Stage(
             "speak",
@@ -31,7 +33,15 @@ RECIPE = System(
             template="plain",
             max_length=64,
             optim=Optim(
-                lr=1e-4, steps=80_000, batch=1920, warmup=2000, floor=0.5, betas=(0.9, 0.98), weight_decay=0.05, decay_vectors=False, clip=0.0
+                lr=1e-4,
+                steps=80_000,
+                batch=1920,
+                warmup=2000,
+                floor=0.5,
+                betas=(0.9, 0.98),
+                weight_decay=0.05,
+                decay_vectors=False,
+                clip=0.0,
             ),
         ),
     ),
