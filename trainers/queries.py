@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfast.data import chat
+from mmfast.eval import chair
 from mmfast.losses import hard_negatives, image_text_contrast, smoothed_cross_entropy
+from mmfast.models.matching import captions, rank
 from mmfast.nn.query_connector import similarity
 from mmfast.spec import Stage
 
@@ -72,8 +74,8 @@ def queries_objective(session: Session, stage: Stage, states: Tensor | None) -> 
     depend on how a step is cut. Features to contrast with are gathered without gradient, so that one process computes what many do; pictures
     to match are gathered with it.
     """
-    model, place, decode = session.model, session.place, session.text_side(stage.max_length).decode
-    connector, pad = model.connector, session.text_side(stage.max_length).pad_token
+    model, place, side = session.model, session.place, session.text_side(stage.max_length)
+    connector, pad, decode = model.connector, side.pad_token, side.decode
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
         rows, words = totals[0].float(), totals[1].float()
@@ -112,3 +114,36 @@ def queries_objective(session: Session, stage: Stage, states: Tensor | None) -> 
         }  # fmt: skip
 
     return Objective(step, model)
+
+
+@torch.no_grad()
+def measure(session: Session, scenes: list, states: Tensor, *, top: int = 16) -> dict[str, float]:
+    """How a Q-Former compares held-out scenes with their clean captions, and what it says of them by itself.
+
+    ``retrieval``: a text's picture among all, ``retrieval_text``: a picture's text; by the contrast, and ``reranked``: the best ``top`` anew by
+    matching. ``matching/accuracy``: pairs that belong together, and as many whose picture or text is the most similar wrong one.
+    """
+    from .exams import recall
+
+    world, side, connector = session.world, session.text_side(64), session.model.eval().connector
+    told = [world.caption(scene).text for scene in scenes]
+    ids, mask = (x.to(states.device) for x in side.texts(told))
+    measured: dict[str, float] = {}
+    for name, best in (("retrieval", 0), ("reranked", top)):
+        of_pictures, of_texts = rank(connector, states, ids, mask, top=best)
+        measured |= recall(of_texts, name) | recall(of_pictures, f"{name}_text")
+        if not best:
+            cosine = of_pictures
+    same = torch.tensor([[a == b for b in told] for a in told], device=states.device)
+    wrong, image, rows = cosine.masked_fill(same, -2), connector.normed(states), torch.arange(len(told), device=states.device)
+    right = []
+    for pictures, texts, belongs in ((rows, rows, 1), (wrong.argmax(0), rows, 0), (rows, wrong.argmax(1), 0)):
+        said = torch.cat(
+            [connector.match(image[p], ids[t], mask[t]) for p, t in zip(pictures.split(250), texts.split(250), strict=True)]
+        ).argmax(1)
+        right.append((said == belongs).double().mean().item())
+    measured["matching/accuracy"] = right[0] / 2 + (right[1] + right[2]) / 4
+    own = captions(connector, states, first=side.decode, last=side.last, max_new_tokens=60)
+    texts = [side.tokenizer.decode(row[: row.index(side.last)] if side.last in row else row) for row in own.tolist()]
+    judged = chair.caption_metrics(world, scenes, texts, chair.Cooccurrence(world, world.scenes("train", 2000)))
+    return measured | {f"own_caption/{name}": judged[name] for name in ("recall", "chair_i")}
