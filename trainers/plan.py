@@ -34,9 +34,11 @@ from .checkpoint import RunError
 from .describe import columns
 from .runs import is_run, read_recipe, system_of
 from .session import parts_of
+from .place import Place
+from .queries import losses
 from .supervised import WordHead
 
-GROUPS = tuple(part for part in PARTS if part != "new_tokens")  # every parameter is in one of these
+GROUPS = tuple(part for part in PARTS if part not in ("new_tokens", "queries"))  # every parameter is in one of these
 GIB = 2**30
 BUILT_IN = (*SETS, "shapes_own")
 _TRACED = 3  # blocks of a stack: the first, one in the middle, the last
@@ -362,8 +364,16 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
         with saved_bytes(model, stacks) as saved, autocast:
             if model.encoder_learns:
                 states = model.encoder(torch.zeros(pictures, 3, encoder.size, encoder.size))
-            seen = model.connector(states) if head is None or head.project is None else None
-            if head is not None:
+            seen = None
+            if "queries" not in its.train and (head is None or head.project is None):
+                seen = model.connector(states)
+            if "queries" in its.train:
+                ids, one = torch.zeros(rows, length, dtype=torch.long), torch.ones(())
+                image = model.connector.normed(states)
+                losses(
+                    model.connector, image, ids, torch.ones_like(ids), torch.arange(rows), rows=one, words=one, decode=0, place=Place(one.device)
+                )
+            elif head is not None:
                 table = model.language.get_input_embeddings().weight[torch.zeros(len(head.bias), dtype=torch.long)]
                 for logits in head(states, seen, table):
                     nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros(logits.shape))
@@ -410,11 +420,11 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     """Parameters and memory of one stage in one of ``processes`` processes, with every row ``length`` positions long (default: as long as
     the stage or the language model lets it be)."""
     system, compute, optim, its = system_of(recipe), recipe.compute, job.optim, setting(recipe, job)
-    shape, words = sized(system), its.head is not None
+    shape, words = sized(system), its.head is not None or "queries" in job.train  # whether the language model stands aside
     pictures = math.ceil(optim.batch / processes)
     rows = pictures * (len(job.views) if isinstance(job, Alignment) else 1)
     length = length or min(job.max_length, shape.language.context)
-    if length <= shape.image_places:
+    if length <= shape.image_places and not words:
         raise RunError(f"rows of {length} positions cannot hold a picture of {shape.image_places} tokens; give a longer --length")
     sharded = compute.parallel == "fsdp" and processes > 1
     counted = count(system, its)
@@ -429,7 +439,7 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     if sharded:
         states = {name: math.ceil(value / processes) for name, value in states.items()}
         # Units are the language model's blocks, one at work and the next on its way, and all the rest, whole until the step is over.
-        # A stage of words runs no block and is one unit.
+        # A stage of words or queries runs no block and is one unit.
         block, blocks, learns = (0, 0, 0) if words else (counted.block, counted.blocks, counted.blocks_trained)
         gathered = half * (everything - blocks + trained - learns + 2 * block)
     elif processes > 1 and optim.accumulate > 1:  # DDP's buckets are the gradients, but not while micro-batches are added up
@@ -690,4 +700,5 @@ def _advice_lines(recipe, plan: Plan, gpu_memory: float, processes: int, length:
 
 
 def _trains(job: Stage | Alignment, part: str) -> bool:
-    return part in job.train or (part == "embeddings" and "language" in job.train)
+    inner = {"embeddings": "language", "connector": "queries"}
+    return part in job.train or inner.get(part) in job.train

@@ -12,7 +12,7 @@ from mmfast.data import chat
 from mmfast.eval import chair
 from mmfast.losses import hard_negatives, image_text_contrast, smoothed_cross_entropy
 from mmfast.models.matching import captions, rank
-from mmfast.nn.query_connector import similarity
+from mmfast.nn.query_connector import QueryConnector, similarity
 from mmfast.spec import Stage
 
 from .loop import Objective
@@ -67,51 +67,62 @@ class _Gathered(torch.autograd.Function):
         return place.sum(gradient.contiguous()).split(counts)[place.rank], None
 
 
-def queries_objective(session: Session, stage: Stage, states: Tensor | None) -> Objective:
-    """``L = contrast + matching + captioning``, each with weight 1.
+def losses(
+    connector: QueryConnector, image: Tensor, ids: Tensor, mask: Tensor, keys: Tensor, *, rows: Tensor | float, words: Tensor | float, decode: int,
+    place: Place,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Contrast, matching and captioning of a micro-batch, as shares of a step with ``rows`` rows and ``words`` words; and the share of pairs that
+    are matched rightly.
 
     Contrast and hard negatives see the rows of one micro-batch on all processes, and nothing of the step's other micro-batches: they alone
     depend on how a step is cut. Features to contrast with are gathered without gradient, so that one process computes what many do; pictures
     to match are gathered with it.
+
+    Args:
+        image: normed states [B, N, W], each row's own. ids, mask: [B, S]. keys: [B].
+        decode: the token that takes the first one's place where text is written.
     """
-    model, place, side = session.model, session.place, session.text_side(stage.max_length)
-    connector, pad, decode = model.connector, side.pad_token, side.decode
+    read = connector.read(image)
+    images, texts = connector.images(read), connector.texts(ids, mask)
+    all_keys = place.gather(keys)
+    i2t = similarity(images, place.gather(texts.detach())).float() / connector.temp
+    t2i = similarity(place.gather(images.detach()), texts).T.float() / connector.temp
+    contrast = image_text_contrast(i2t, t2i, keys, all_keys, total=rows)
+
+    image_for, text_for = hard_negatives(t2i, keys, all_keys), hard_negatives(i2t, keys, all_keys)
+    wide, real, all_images = ids, mask, image
+    if place.processes > 1:
+        more = int(place.gather(ids.new_tensor([ids.shape[1]])).max()) - ids.shape[1]
+        wide, real, all_images = F.pad(ids, (0, more)), F.pad(mask, (0, more)), _Gathered.apply(image, place)
+    all_ids, all_mask = place.gather(wide), place.gather(real)
+    logits = connector.match(
+        torch.cat([image, all_images[image_for], image]), torch.cat([wide, wide, all_ids[text_for]]), torch.cat([real, real, all_mask[text_for]])
+    ).float()
+    belongs = (torch.arange(len(logits), device=logits.device) < len(ids)).long()
+    matching = F.cross_entropy(logits, belongs, reduction="sum") / (3 * rows)
+
+    told, _ = connector.continued(read.cache, torch.cat([torch.full_like(ids[:, :1], decode), ids[:, 1:]], 1), mask)
+    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, chat.IGNORE)
+    captioning = smoothed_cross_entropy(told[:, :-1], labels, total=words)
+    right = (logits.argmax(1) == belongs).sum() / (3 * rows)
+    return {"contrast": contrast, "matching": matching, "captioning": captioning, "right": right}
+
+
+def queries_objective(session: Session, stage: Stage, states: Tensor | None) -> Objective:
+    """``L = contrast + matching + captioning``, each with weight 1; ``states`` of all pictures, where there are any, in place of pixels."""
+    model, place, decode = session.model, session.place, session.text_side(stage.max_length).decode
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
-        rows, words = totals[0].float(), totals[1].float()
-        ids, mask, keys = batch["ids"], batch["mask"], batch["keys"]
         if states is not None:
             seen = states[batch["picture_ids"].to(states.device)].to(place.device)
         else:
             seen = model.encode(session.pixels(batch["pictures"]))
-        image = connector.normed(seen)[batch["shown"]]
-        read = connector.read(image)
-
-        images, texts = connector.images(read), connector.texts(ids, mask)
-        all_keys = place.gather(keys)
-        i2t = similarity(images, place.gather(texts.detach())).float() / connector.temp
-        t2i = similarity(place.gather(images.detach()), texts).T.float() / connector.temp
-        contrast = image_text_contrast(i2t, t2i, keys, all_keys, total=rows)
-
-        image_for, text_for = hard_negatives(t2i, keys, all_keys), hard_negatives(i2t, keys, all_keys)
-        width = int(place.gather(ids.new_tensor([ids.shape[1]])).max())
-        all_ids = place.gather(F.pad(ids, (0, width - ids.shape[1]), value=pad))
-        all_mask = place.gather(F.pad(mask, (0, width - ids.shape[1])))
-        wide, real = (F.pad(x, (0, width - ids.shape[1]), value=v) for x, v in ((ids, pad), (mask, 0)))
-        pictures = torch.cat([image, _Gathered.apply(image, place)[image_for], image])
-        logits = connector.match(pictures, torch.cat([wide, wide, all_ids[text_for]]), torch.cat([real, real, all_mask[text_for]])).float()
-        belongs = (torch.arange(len(logits), device=logits.device) < len(ids)).long()
-        matching = F.cross_entropy(logits, belongs, reduction="sum") / (3 * rows)
-
-        told, _ = connector.continued(read.cache, torch.cat([torch.full_like(ids[:, :1], decode), ids[:, 1:]], 1), mask)
-        labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, chat.IGNORE)
-        captioning = smoothed_cross_entropy(told[:, :-1], labels, total=words)
-
-        right = ((logits.argmax(1) == belongs).sum() / (3 * rows)).detach()
-        return contrast + matching + captioning, {
-            "loss/contrast": contrast.detach(), "loss/matching": matching.detach(), "loss/captioning": captioning.detach(),
-            "matching_accuracy": right, "tokens": ids.numel() * 4,
-        }  # fmt: skip
+        image = model.connector.normed(seen)[batch["shown"]]
+        rows, words = totals.float().unbind()
+        found = losses(model.connector, image, batch["ids"], batch["mask"], batch["keys"], rows=rows, words=words, decode=decode, place=place)
+        right = found.pop("right")
+        measures = {f"loss/{name}": value.detach() for name, value in found.items()}
+        return sum(found.values()), {**measures, "matching_accuracy": right, "tokens": batch["ids"].numel()}
 
     return Objective(step, model)
 
