@@ -616,6 +616,8 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
             out.append(f"encoder.layer: expected at least {-encoder.depth - 1} and at most {encoder.depth}, got {encoder.layer}")
         if system.image.size != encoder.size:
             out.append(f"image.size: {system.image.size} and encoder.size {encoder.size} must agree")
+    if isinstance(system.connector, QFormer) and (read or not (system.weights or system.connector.weights)):
+        multiple("connector.width", system.connector.width, "connector.heads", system.connector.heads)
     if system.weights and not isinstance(system.fusion, Prefix):
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"

@@ -27,15 +27,15 @@ from mmfast.models.fusions import ByRow
 from mmfast.models.pretrained import locate
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import BUILT_IN as SETS
-from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Linear, Lora, Mlp, Stage, System, Vqgan, nearest
+from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Linear, Lora, Mlp, QFormer, Stage, System, Vqgan, nearest
 
 from . import config
 from .checkpoint import RunError
 from .describe import columns
-from .runs import is_run, read_recipe, system_of
-from .session import parts_of
 from .place import Place
 from .queries import losses
+from .runs import is_run, read_recipe, system_of
+from .session import parts_of
 from .supervised import WordHead
 
 GROUPS = tuple(part for part in PARTS if part not in ("new_tokens", "queries"))  # every parameter is in one of these
@@ -103,7 +103,10 @@ def at_hand(system: System) -> tuple[System, list[str]]:
         return replace(system, weights=found(system.weights, "weights", system)), said
     encoder = replace(system.encoder, weights=found(system.encoder.weights, "encoder.weights", system.encoder))
     language = replace(system.language, weights=found(system.language.weights, "language.weights", system.language))
-    return replace(system, encoder=encoder, language=language), said
+    connector = system.connector
+    if isinstance(connector, QFormer):
+        connector = replace(connector, weights=found(connector.weights, "connector.weights", connector))
+    return replace(system, encoder=encoder, connector=connector, language=language), said
 
 
 def sized(system: System) -> System:
@@ -113,7 +116,10 @@ def sized(system: System) -> System:
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
     language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
-    return replace(found, weights=None, encoder=encoder, language=language, image=replace(found.image, size=encoder.size))
+    connector = replace(found.connector, weights=None) if isinstance(found.connector, QFormer) else found.connector
+    return replace(
+        found, weights=None, encoder=encoder, connector=connector, language=language, image=replace(found.image, size=encoder.size)
+    )
 
 
 def _vocabulary(system: System) -> int:
@@ -371,7 +377,15 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
                 ids, one = torch.zeros(rows, length, dtype=torch.long), torch.ones(())
                 image = model.connector.normed(states)
                 losses(
-                    model.connector, image, ids, torch.ones_like(ids), torch.arange(rows), rows=one, words=one, decode=0, place=Place(one.device)
+                    model.connector,
+                    image,
+                    ids,
+                    torch.ones_like(ids),
+                    torch.arange(rows),
+                    rows=one,
+                    words=one,
+                    decode=0,
+                    place=Place(one.device),
                 )
             elif head is not None:
                 table = model.language.get_input_embeddings().weight[torch.zeros(len(head.bias), dtype=torch.long)]

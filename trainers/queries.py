@@ -96,7 +96,9 @@ def losses(
         wide, real, all_images = F.pad(ids, (0, more)), F.pad(mask, (0, more)), _Gathered.apply(image, place)
     all_ids, all_mask = place.gather(wide), place.gather(real)
     logits = connector.match(
-        torch.cat([image, all_images[image_for], image]), torch.cat([wide, wide, all_ids[text_for]]), torch.cat([real, real, all_mask[text_for]])
+        torch.cat([image, all_images[image_for], image]),
+        torch.cat([wide, wide, all_ids[text_for]]),
+        torch.cat([real, real, all_mask[text_for]]),
     ).float()
     belongs = (torch.arange(len(logits), device=logits.device) < len(ids)).long()
     matching = F.cross_entropy(logits, belongs, reduction="sum") / (3 * rows)
@@ -119,7 +121,9 @@ def queries_objective(session: Session, stage: Stage, states: Tensor | None) -> 
             seen = model.encode(session.pixels(batch["pictures"]))
         image = model.connector.normed(seen)[batch["shown"]]
         rows, words = totals.float().unbind()
-        found = losses(model.connector, image, batch["ids"], batch["mask"], batch["keys"], rows=rows, words=words, decode=decode, place=place)
+        found = losses(
+            model.connector, image, batch["ids"], batch["mask"], batch["keys"], rows=rows, words=words, decode=decode, place=place
+        )
         right = found.pop("right")
         measures = {f"loss/{name}": value.detach() for name, value in found.items()}
         return sum(found.values()), {**measures, "matching_accuracy": right, "tokens": batch["ids"].numel()}
