@@ -658,6 +658,8 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
             out.append(f"image.size: {system.image.size} and encoder.size {encoder.size} must agree")
     if getattr(encoder, "scales", ()) and (encoder.post_norm or encoder.unit):
         out.append("encoder.scales: post_norm and unit are about one layer's states; leave scales empty")
+    if isinstance(system.connector, QFormer) and (read or not (system.weights or system.connector.weights)):
+        multiple("connector.width", system.connector.width, "connector.heads", system.connector.heads)
     if system.weights and not isinstance(system.fusion, Prefix):
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
@@ -679,7 +681,9 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
     ):
         out.append("connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean")
     if isinstance(system.fusion, Retrieval) and not isinstance(system.connector, Tokens):
-        out.append(f"connector: Retrieval compares a picture's pooled state, which {type(system.connector).__name__} does not have; set Tokens")
+        out.append(
+            f"connector: Retrieval compares a picture's pooled state, which {type(system.connector).__name__} does not have; set Tokens"
+        )
     shared = isinstance(system.fusion, SharedTokens)
     if shared != isinstance(system.connector, Codes) or (shared and not isinstance(encoder, Vqgan)):
         out.append("fusion: SharedTokens goes with encoder Vqgan and connector Codes, and Codes with nothing else; set all three")

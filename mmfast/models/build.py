@@ -172,7 +172,8 @@ def _skip(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva) -> int:
     return 0 if isinstance(choice, spec.Siglip | spec.Eva) else int(not choice.keep_class_token)
 
 
-def _queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnector:
+def queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnector:
+    """A Q-Former's connector, with the layers of its BERT if it has one."""
     connector = QueryConnector(
         width_in, width_out, tokens=choice.tokens, width=choice.width, depth=choice.depth, heads=choice.heads, ffn=choice.ffn,
         every=choice.every, vocab=choice.vocab if choice.text else None, positions=choice.positions, shared=choice.shared,
@@ -233,7 +234,7 @@ CONNECTORS = {
         width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
         activation=choice.activation, max_num_frames=choice.frames or None, interpolate_frames=True,
     ),
-    spec.QFormer: _queries,
+    spec.QFormer: queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
     spec.Codes: lambda choice, width_in, width_out: nn.Identity(),
 }  # fmt: skip

@@ -8,6 +8,7 @@ parameters; some 1,200 steps of the last stage are where captions settle.
 
 from dataclasses import replace
 
+from mmfast.data.chat import TEMPLATES
 from mmfast.data.supervised import EPISODES
 from mmfast.spec import (
     AdapterPrompts,
@@ -158,7 +159,7 @@ def _stage(stage: Stage) -> Stage:
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
     # Templates have words that a tiny model does not know; that of pictures and captions has none, and those of episodes are known.
-    template = stage.template if stage.objective == "retrieval" or data.name in EPISODES else "bare"
+    template = stage.template if TEMPLATES[stage.template].picture_first or data.name in EPISODES else "bare"
     optim = replace(optim, level_new=stage.optim.level_new)
     return replace(stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim)
 
