@@ -206,6 +206,11 @@ class VQGAN(nn.Module):
         self.quant_conv, self.post_quant_conv = nn.Conv2d(latent, self.width, 1), nn.Conv2d(self.width, latent, 1)
         self.decoder = Decoder(**sizes) if decoder else None
 
+    @property
+    def codebook(self) -> Tensor:
+        """The vectors of the codes, ``[K, D]``."""
+        return self.quantize.embedding.weight if isinstance(self.quantize, VectorQuantizer2) else self.quantize.codebook
+
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels ``[B, 3, H, W]`` -> what the codebook is asked for, ``[B, D, h, w]``."""
         if pixels.dim() != 4 or pixels.shape[2] % self.patch or pixels.shape[3] % self.patch:

@@ -16,16 +16,16 @@ from transformers import PretrainedConfig
 from mmfast import spec
 from mmfast.models.build import MultimodalModel
 from mmfast.models.pretrained import config_of, load_weights
-from mmfast.models.published import llava
+from mmfast.models.published import chameleon, llava
 
 SHARD = "5GB"  # files of larger models are cut to this
-KNOWN = {"llava": llava}  # by model_type
+KNOWN = {"chameleon": chameleon, "llava": llava}  # by model_type
 
 
 def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None) -> MultimodalModel:
     """Read a Hugging Face folder (or hub name) of a known ``model_type``; frozen and in evaluation mode.
 
-    Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model. Anything else raises ``ValueError`` with what was found.
+    Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model, ``chameleon``. Anything else raises ``ValueError`` with what was found.
     """
     config, name = config_of(str(path)), Path(path).name
     kind = _known(config, str(path))
@@ -54,5 +54,7 @@ def _class_of(system: spec.System) -> ModuleType:
     match system.connector, system.fusion:
         case (spec.Linear() | spec.Mlp(), spec.Prefix()):
             return llava
+        case (spec.Codes(), spec.SharedTokens()):
+            return chameleon
     parts = f"{type(system.connector).__name__} and {type(system.fusion).__name__}"
     raise ValueError(f"{system.name}: no class of transformers has a model of {parts}")
