@@ -29,6 +29,8 @@ class Exam:
         world = session.world
         self.scenes = world.scenes(split, scenes)
         self.pictures = torch.from_numpy(world.render(self.scenes))
+        if session.blind:
+            self.pictures.zero_()
         self.statistics = chair.Cooccurrence(world, world.scenes("train", statistics_scenes))
         self.questions = pope.build(world, self.scenes, self.statistics)
 

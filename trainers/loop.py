@@ -344,6 +344,8 @@ def train(
                 stop, finite = record.pop("_0") > 0, record.pop("_1") == place.processes and math.isfinite(record["loss"])
                 if finite:
                     scaler.step(optimizer)
+                    if optim.level_new:
+                        model.level_new_rows()
                     bad = 0
                 else:
                     skipped, bad = skipped + 1, bad + 1
@@ -419,7 +421,8 @@ def _groups(objective: Objective, optim: Optim) -> list[dict[str, Any]]:
         return own
 
     rates, decays = by_part(optim.lr_of), by_part(optim.weight_decay_of)
-    decays |= {id(p): 0.0 for p in objective.model.partly_trained()}  # what is frozen in them must not shrink
+    partly = getattr(objective.model, "partly_trained", list)()
+    decays |= {id(p): 0.0 for p in partly}  # what is frozen in them must not shrink
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for p in objective.parameters():
         if p.requires_grad:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import chameleon, pretrained
-from mmfast.models.fusions import AdapterFusion, PrefixFusion, SharedTokensFusion, blocks
+from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, SharedTokensFusion, blocks
+from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
-from mmfast.nn.projector import PooledProjector, Projector, TokenProjector
+from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
+from mmfast.nn.query_connector import QueryConnector
 from mmfast.nn.vqgan import VQGAN
 
 
@@ -32,30 +34,39 @@ class Output:
 
 
 class Tower(nn.Module):
-    """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1."""
+    """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1.
 
-    def __init__(self, vision: nn.Module, *, layer: int, skip: int):
+    ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
+    """
+
+    def __init__(self, vision: nn.Module, *, layer: int, skip: int, post_norm: bool = False, unit: bool = False):
         super().__init__()
-        self.vision, self.layer, self.skip = vision, layer, skip
+        self.vision, self.layer, self.skip, self.post_norm, self.unit = vision, layer, skip, post_norm, unit
         self.width = vision.config.hidden_size
 
     def forward(self, pixels: Tensor) -> Tensor:
-        states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer]
-        return states[:, self.skip :]
+        states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer][:, self.skip :]
+        if self.post_norm:
+            states = self._inner.post_layernorm(states)
+        return F.normalize(states, dim=-1) if self.unit else states
+
+    @property
+    def _inner(self) -> nn.Module:
+        return getattr(self.vision, "vision_model", self.vision)
 
     @property
     def blocks(self) -> nn.ModuleList:
-        encoder = getattr(self.vision, "vision_model", self.vision).encoder
+        encoder = self._inner.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
-        tower = getattr(self.vision, "vision_model", self.vision)
+        tower = self._inner
         read = self.layer % (len(self.blocks) + 1)  # hidden state 0 is what block 0 reads
         for block in self.blocks[read:]:
             yield from block.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
-            if hasattr(tower, name):
+            if hasattr(tower, name) and not self.post_norm:
                 yield from getattr(tower, name).parameters()
         if hasattr(tower.embeddings, "mask_token"):  # DINOv2's own training
             yield tower.embeddings.mask_token
@@ -96,7 +107,7 @@ def _code_tower(choice: spec.Vqgan, dtype: torch.dtype | None) -> CodeTower:
     )  # fmt: skip
 
 
-def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | None) -> Tower:
+def _tower(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva, dtype: torch.dtype | None) -> Tower:
     if choice.weights:
         vision = pretrained.load_tower(choice, dtype)
     else:
@@ -108,6 +119,8 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
             image_size=choice.size,
         )
         sizes |= {"mlp_ratio": choice.ffn // choice.width} if isinstance(choice, spec.Dino) else {"intermediate_size": choice.ffn}
+        sizes |= {"initializer_range": 0.02} if isinstance(choice, spec.Eva) else {}  # transformers' own is 1e-10
+        sizes |= {"hidden_act": choice.activation} if isinstance(choice, spec.Clip) else {}
         kind = pretrained.TOWERS[type(choice)][0]
         vision = kind(kind.config_class(**sizes))
         # A random tower's position embeddings start at a tenth of its patches' size, and it takes long to learn where things are.
@@ -116,11 +129,25 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
                 nn.init.normal_(module.weight, std=0.5)
         if isinstance(choice, spec.Dino):
             nn.init.normal_(vision.embeddings.position_embeddings, std=0.5)
-    return Tower(vision, layer=choice.layer, skip=_skip(choice))
+        if isinstance(choice, spec.Eva):
+            nn.init.normal_(vision.embeddings.position_embedding, std=0.5)
+    behind = {"post_norm": choice.post_norm, "unit": choice.unit} if isinstance(choice, spec.Clip) else {}
+    return Tower(vision, layer=choice.layer, skip=_skip(choice), **behind)
 
 
-def _skip(choice: spec.Clip | spec.Siglip | spec.Dino) -> int:
-    return 0 if isinstance(choice, spec.Siglip) else int(not choice.keep_class_token)
+def _skip(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva) -> int:
+    return 0 if isinstance(choice, spec.Siglip | spec.Eva) else int(not choice.keep_class_token)
+
+
+def _queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnector:
+    connector = QueryConnector(
+        width_in, width_out, tokens=choice.tokens, width=choice.width, depth=choice.depth, heads=choice.heads, ffn=choice.ffn,
+        every=choice.every, vocab=choice.vocab if choice.text else None, positions=choice.positions, shared=choice.shared,
+        dropout=choice.dropout, norm_eps=choice.norm_eps,
+    )  # fmt: skip
+    if choice.weights:
+        load_bert(connector, choice.weights)
+    return connector
 
 
 def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) -> nn.Module:
@@ -129,7 +156,9 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         model = pretrained.load_language(choice, dtype)
         pretrained.resize_embeddings(model, vocab)
         return model
+    own = {"ffn_dim": choice.ffn, "init_std": choice.init, "dropout": 0.0} if choice.family == "opt" else {}
     sizes = dict(
+        **own,
         vocab_size=vocab,
         hidden_size=choice.width,
         num_hidden_layers=choice.depth,
@@ -155,13 +184,21 @@ CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
+    spec.Resampler: lambda choice, width_in, width_out: ResampledProjector(
+        width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
+        activation=choice.activation, max_num_frames=choice.frames or None, interpolate_frames=True,
+    ),
+    spec.QFormer: _queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
     spec.Codes: lambda choice, width_in, width_out: nn.Identity(),
-}
+}  # fmt: skip
+# (choice, language model, the tower's width)
 FUSIONS = {
-    spec.Prefix: lambda choice, language: PrefixFusion(),
-    spec.AdapterPrompts: AdapterFusion,
-    spec.SharedTokens: lambda choice, language: SharedTokensFusion(),
+    spec.Prefix: lambda choice, language, width: PrefixFusion(),
+    spec.AdapterPrompts: lambda choice, language, width: AdapterFusion(choice, language),
+    spec.GatedCrossAttention: GatedFusion,
+    spec.Retrieval: RetrievalFusion,
+    spec.SharedTokens: lambda choice, language, width: SharedTokensFusion(),
 }
 
 
@@ -181,7 +218,7 @@ class MultimodalModel(nn.Module):
         super().__init__()
         self.system, self.image_token, self.new_tokens = system, image_token, tuple(new_tokens)
         self.encoder, self.connector, self.language = encoder, connector, language
-        self.fusion = FUSIONS[type(system.fusion)](system.fusion, language)
+        self.fusion = FUSIONS[type(system.fusion)](system.fusion, language, encoder.width)
         if isinstance(self.fusion, SharedTokensFusion):  # its tower speaks the language model's tokens; before the codes come begin and end
             encoder.words = torch.tensor(self.new_tokens[2:])
         self._trained: tuple[str, ...] = ()
@@ -196,7 +233,8 @@ class MultimodalModel(nn.Module):
         parts = {
             "encoder": self.encoder,
             "connector": self.connector,
-            "adapter": self.fusion,  # what a fusion has to learn: gated prompts
+            "adapter": self.fusion,  # what a fusion has to learn: gated prompts, gated blocks
+            **({"queries": self.connector} if isinstance(self.connector, QueryConnector) else {}),  # what of it, train_only says
             "language": self.language,
             "embeddings": self.language.get_input_embeddings(),
             # Their rows of the embeddings and of the head, which may be the same.
@@ -209,8 +247,9 @@ class MultimodalModel(nn.Module):
     def train_only(self, parts: Sequence[str], *, lora: bool = False) -> list[nn.Parameter]:
         """Let exactly these parts learn, and the adapters with ``lora``; returns their parameters. All else is frozen, in evaluation mode.
 
-        ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them. What learns is
-        held in fp32, whatever the precision of the rest.
+        ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them; nor can any reach a
+        Q-Former's text side from a language model, or its projection from ``queries``. What learns is held in fp32, whatever the precision of
+        the rest.
         """
         modules = [self.part(name) for name in parts]
         if "language" in parts and getattr(self.language, "is_quantized", False):
@@ -227,6 +266,9 @@ class MultimodalModel(nn.Module):
             parameter.requires_grad_(lora)
         for parameter in self.encoder.unread():
             parameter.requires_grad_(False)
+        if isinstance(self.connector, QueryConnector):
+            for parameter in self.connector.unread(compared="queries" in parts):
+                parameter.requires_grad_(False)
         self._trained, self._lora = tuple(parts), lora
         self._mask_old_rows()
         self.train(self.training)
@@ -237,6 +279,14 @@ class MultimodalModel(nn.Module):
         if "new_tokens" not in self._trained or {"language", "embeddings"} & set(self._trained):
             return []
         return list(self.part("new_tokens").parameters())
+
+    @torch.no_grad()
+    def level_new_rows(self) -> None:
+        """Gives the input embeddings of ``new_tokens`` the mean norm of the rows before them (FROMAGe, arXiv:2301.13823, its released code)."""
+        table = self.language.get_input_embeddings().weight
+        mean = table[: min(self.new_tokens)].norm(dim=1).mean()
+        for row in self.new_tokens:
+            table[row] *= mean / table[row].norm()
 
     def _mask_old_rows(self) -> None:
         while self._masks:
@@ -265,9 +315,9 @@ class MultimodalModel(nn.Module):
             self._dropouts += [m.register_forward_hook(lambda m, _, out: F.dropout(out, rate, m.training)) for m in adds]
 
     @property
-    def blocks(self) -> nn.ModuleList:
-        """The language model's layers, the units that a sharded step gathers one at a time."""
-        return blocks(self.language)
+    def blocks(self) -> list[nn.Module]:
+        """The units that a sharded step gathers one at a time: the language model's layers, and what a fusion puts between them."""
+        return [*blocks(self.language), *getattr(self.fusion, "blocks", ())]
 
     @property
     def trained(self) -> list[str]:
@@ -298,14 +348,20 @@ class MultimodalModel(nn.Module):
         for part in (self.language, self.encoder.vision):
             if isinstance(part, VQGAN):  # frozen beside a language model it keeps nothing; its own stage says that it cannot
                 continue
-            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            again = {"context_fn": self.fusion.recomputing} if part is self.language and hasattr(self.fusion, "recomputing") else {}
+            part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **again})
+        if hasattr(self.fusion, "checkpoint_activations"):
+            self.fusion.checkpoint_activations()
         self.train(self.training)
 
     # -- forward
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """pixels [M, 3, H, W] -> the tower's states [M, N, D_tower], without a graph when the tower is frozen."""
+        """pixels [M, 3, H, W] -> the tower's states [M, N, D_tower], without a graph when the tower is frozen; videos [M, F, 3, H, W], each one
+        medium to the connector, -> [M, F, N, D_tower]."""
         with nullcontext() if self.encoder_learns else torch.no_grad():
+            if pixel_values.dim() == 5:
+                return self.encoder(pixel_values.flatten(0, 1)).unflatten(0, pixel_values.shape[:2])
             return self.encoder(pixel_values)
 
     def embed_images(
@@ -418,7 +474,13 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         image_token, new_tokens = vocab - count - 1, list(range(vocab - count, vocab))
     else:
         image_token, new_tokens = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", list(system.added_tokens)))
+    if isinstance(system.fusion, spec.GatedCrossAttention):  # <image> is read by the language model, and new to it
+        new_tokens = [image_token, *new_tokens]
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)
-    widths = encoder.width, language.get_input_embeddings().embedding_dim
-    connector = CONNECTORS[type(system.connector)](system.connector, *widths)
+    table, choice = language.get_input_embeddings(), system.connector
+    if isinstance(choice, spec.QFormer) and not choice.vocab:  # its words are the language model's
+        choice = replace(choice, vocab=table.num_embeddings)
+    # What is read between the layers stays in the tower's width; what is in the sequence has the language model's.
+    gated = isinstance(system.fusion, spec.GatedCrossAttention)
+    connector = CONNECTORS[type(choice)](choice, encoder.width, None if gated else table.embedding_dim)
     return MultimodalModel(system, encoder, connector, language, image_token=image_token, new_tokens=new_tokens)

@@ -6,6 +6,7 @@ Source: Flamingo (arXiv:2204.14198, section 2.3 and figure 4); modules, argument
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmfast.nn.resampler import feed_forward
 from mmfast.ops import cross_attention, media_cross_attention
@@ -41,7 +42,7 @@ class GatedCrossAttention(nn.Module):
     Both gates are scalars that start at 0, so the block starts as the identity, and the first gradients reach the gates alone.
     Keys: ``attn.{norm,to_q,to_kv,to_out}``, ``attn_gate``, ``ff.{0,1,3}``, ``ff_gate``.
 
-    Differences: the paper's feed-forward has squared ReLU, open_flamingo and this module exact GELU. With
+    Differences: the paper's feed-forward has squared ReLU, open_flamingo's exact GELU. With
     ``only_attend_immediate_media=False`` open_flamingo lets text before the first medium see the mean of all media, those after it included;
     here such text sees nothing in either mode.
 
@@ -51,6 +52,10 @@ class GatedCrossAttention(nn.Module):
         dim_head, heads: of the attention, whatever D is.
         ff_mult: width of the feed-forward over D.
         only_attend_immediate_media: a token sees the latest medium before it, or all media before it.
+        activation: of the feed-forward, "gelu", "relu" or "squared_relu".
+
+    Attributes:
+        checkpointing: recompute the activations in backward instead of keeping them.
 
     forward:
         x: ``[B, S, D]``.
@@ -72,19 +77,35 @@ class GatedCrossAttention(nn.Module):
         heads: int = 8,
         ff_mult: int = 4,
         only_attend_immediate_media: bool = True,
+        activation: str = "gelu",
     ):
         super().__init__()
+        self.checkpointing = False
         self.attn = MaskedCrossAttention(
             dim=dim, dim_visual=dim_visual, dim_head=dim_head, heads=heads, only_attend_immediate_media=only_attend_immediate_media
         )
         self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.ff = feed_forward(dim, ff_mult)
+        self.ff = feed_forward(dim, ff_mult, activation)
         self.ff_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, media: Tensor, media_locations: Tensor | None = None, use_cached_media: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor,
+        media_locations: Tensor | None = None,
+        use_cached_media: bool = False,
+        text_time: Tensor | None = None,
+    ) -> Tensor:
         if media.dim() != 4 or media.shape[0] != x.shape[0]:
             raise ValueError(f"GatedCrossAttention: expected media [B={x.shape[0]}, T, L, E], got {list(media.shape)}")
-        x = x + self.attn(x, media, self._text_time(x, media_locations, use_cached_media)) * self.attn_gate.tanh()
+        if text_time is None:
+            text_time = self._text_time(x, media_locations, use_cached_media)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._read, x, media, text_time, use_reentrant=False)
+        return self._read(x, media, text_time)
+
+    def _read(self, x: Tensor, media: Tensor, text_time: Tensor | None) -> Tensor:
+        x = x + self.attn(x, media, text_time) * self.attn_gate.tanh()
         return x + self.ff(x) * self.ff_gate.tanh()
 
     @staticmethod

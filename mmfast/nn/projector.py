@@ -1,6 +1,8 @@
-"""Affine connectors between an encoder's width and a language model's."""
+"""Connectors between an encoder's width and a language model's."""
 
 from torch import Tensor, nn
+
+from mmfast.nn.resampler import PerceiverResampler
 
 
 class Projector(nn.Sequential):
@@ -51,5 +53,27 @@ class TokenProjector(nn.Module):
         self.tokens, self.pool = tokens, pool
         self.linear = nn.Linear(width_in, tokens * width_out)
 
+    def pooled(self, states: Tensor) -> Tensor:
+        """``[M, N, width_in] -> [M, width_in]``."""
+        return states[:, 0] if self.pool == "class" else states.mean(1)
+
     def forward(self, states: Tensor) -> Tensor:
-        return self.linear(states[:, 0] if self.pool == "class" else states.mean(1)).unflatten(-1, (self.tokens, -1))
+        return self.linear(self.pooled(states)).unflatten(-1, (self.tokens, -1))
+
+
+class ResampledProjector(nn.Module):
+    """A picture's states as the resampler's latents, ``[M, N, D] -> [M, L, D]``, or a video's, ``[M, F, N, D]``; with ``width_out`` one affine
+    map behind it takes them to that width, where they are to enter a language model's sequence.
+
+    Keys: ``resampler`` (see ``mmfast.nn.PerceiverResampler``, whose options these are), ``project``.
+    """
+
+    def __init__(self, width_in: int, width_out: int | None = None, **options):
+        super().__init__()
+        self.resampler = PerceiverResampler(dim=width_in, **options)
+        self.project = None if width_out is None else nn.Linear(width_in, width_out)
+
+    def forward(self, states: Tensor) -> Tensor:
+        frames = states[:, None] if states.dim() == 3 else states
+        latents = self.resampler(frames[:, None])[:, 0]
+        return latents if self.project is None else self.project(latents)

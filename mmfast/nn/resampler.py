@@ -5,14 +5,28 @@ T media per sample, F frames per medium, N tokens per frame, L latents, D width.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfast.ops import cross_attention
 
 
-def feed_forward(dim: int, mult: int = 4) -> nn.Sequential:
-    """LayerNorm and a two-layer network of ``mult`` times the width, exact GELU, no biases. Keys: ``0``, ``1``, ``3``."""
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim * mult, bias=False), nn.GELU(), nn.Linear(dim * mult, dim, bias=False))
+class SquaredReLU(nn.Module):
+    """``max(x, 0)^2`` (Primer, arXiv:2109.08668), the activation of Flamingo's own layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
+
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU, "squared_relu": SquaredReLU}
+
+
+def feed_forward(dim: int, mult: int = 4, activation: str = "gelu") -> nn.Sequential:
+    """LayerNorm and a two-layer network of ``mult`` times the width, no biases; ``gelu`` is exact. Keys: ``0``, ``1``, ``3``."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"feed_forward: unknown activation {activation!r}, expected one of {', '.join(map(repr, ACTIVATIONS))}")
+    wide = dim * mult
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, wide, bias=False), ACTIVATIONS[activation](), nn.Linear(wide, dim, bias=False))
 
 
 class PerceiverAttention(nn.Module):
@@ -42,7 +56,7 @@ class PerceiverResampler(nn.Module):
     A block: ``z = z + attention(z on [media; z])``, ``z = z + feed_forward(z)``, both pre-norm; the media are normalised anew in every block
     and never updated; a last LayerNorm. No masks, no dropout, no biases, scale ``dim_head ** -0.5``.
 
-    Differences: the paper's feed-forward has squared ReLU, open_flamingo and this module exact GELU. Idefics has ReLU and other names.
+    Differences: the paper's feed-forward has squared ReLU, open_flamingo's exact GELU, Idefics' ReLU (and other names).
 
     Args:
         dim: D.
@@ -52,9 +66,12 @@ class PerceiverResampler(nn.Module):
         max_num_media: learned embeddings of the place among the media, added to all their tokens; None (the released weights): none.
         max_num_frames: learned embeddings of the frame within its medium; None: none.
         ff_mult: width of the feed-forward over D.
+        activation: of the feed-forward, "gelu", "relu" or "squared_relu".
+        interpolate_frames: a medium of more frames than there are embeddings gets them stretched over it, linearly and with the first and the
+            last kept (the paper trains with 8 frames and answers with 30); otherwise it is an error.
 
     Raises:
-        ValueError: x is not ``[B, T, F, N, D]``, or holds more media or frames than there are embeddings.
+        ValueError: x is not ``[B, T, F, N, D]``, or holds more media or frames than there are embeddings; an unknown activation.
     """
 
     def __init__(
@@ -68,13 +85,17 @@ class PerceiverResampler(nn.Module):
         max_num_media: int | None = None,
         max_num_frames: int | None = None,
         ff_mult: int = 4,
+        activation: str = "gelu",
+        interpolate_frames: bool = False,
     ):
         super().__init__()
+        self.interpolate_frames = interpolate_frames
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
         self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads), feed_forward(dim, ff_mult)]) for _ in range(depth)
+            nn.ModuleList([PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads), feed_forward(dim, ff_mult, activation)])
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)
 
@@ -82,11 +103,14 @@ class PerceiverResampler(nn.Module):
         if x.dim() != 5 or x.shape[-1] != self.latents.shape[-1]:
             raise ValueError(f"PerceiverResampler: expected x [B, T, F, N, D={self.latents.shape[-1]}], got {list(x.shape)}")
         batch, media, frames = x.shape[:3]
-        for count, name, table in ((frames, "frames", self.frame_embs), (media, "media", self.media_time_embs)):
+        frame_embs = self.frame_embs
+        if frame_embs is not None and self.interpolate_frames and frames > len(frame_embs):
+            frame_embs = F.interpolate(frame_embs.T[None], frames, mode="linear", align_corners=True)[0].T
+        for count, name, table in ((frames, "frames", frame_embs), (media, "media", self.media_time_embs)):
             if table is not None and count > len(table):
                 raise ValueError(f"PerceiverResampler: x {list(x.shape)} holds {count} {name}, there are embeddings for {len(table)}")
-        if self.frame_embs is not None:
-            x = x + self.frame_embs[:frames, None]
+        if frame_embs is not None:
+            x = x + frame_embs[:frames, None]
         if self.media_time_embs is not None:
             x = x + self.media_time_embs[:media, None]
         x = x.flatten(2, 3).flatten(0, 1)

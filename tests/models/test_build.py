@@ -65,6 +65,29 @@ def test_images_in_any_form():
     torch.testing.assert_close(one, both, atol=1e-6, rtol=0)
 
 
+def test_the_norm_behind_the_tower():
+    """Of every state, as CLIP norms its class token alone (FROMAGe's pooled state); with ``unit`` of length 1 (Kosmos-2)."""
+    last = replace(SYSTEM.encoder, layer=-1, keep_class_token=True)
+    model, pixels = build(replace(SYSTEM, encoder=replace(last, post_norm=True))), inputs()["pixel_values"]
+    tower, norm = model.encoder.vision, model.encoder.vision.post_layernorm
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    whole, states = tower.eval()(pixels), model.encode(pixels)
+    torch.testing.assert_close(states[:, 0], whole.pooler_output)
+    torch.testing.assert_close(states, norm(whole.last_hidden_state))
+    model.encoder.unit = True
+    torch.testing.assert_close(model.encode(pixels), states / states.norm(dim=-1, keepdim=True))
+    learns = {id(p) for p in model.train_only(("encoder",))}
+    assert {id(p) for p in norm.parameters()} <= learns, "read, so it trains with the tower"
+    bare = build(replace(SYSTEM, encoder=last))
+    assert not {id(p) for p in bare.encoder.vision.post_layernorm.parameters()} & {id(p) for p in bare.train_only(("encoder",))}
+
+
+@pytest.mark.parametrize("name", ["quick_gelu", "gelu"])
+def test_the_activation_of_a_tower_without_weights(name):
+    assert build(replace(SYSTEM, encoder=replace(SYSTEM.encoder, activation=name))).encoder.vision.config.hidden_act == name
+
+
 def test_connectors():
     for connector, keys in [
         (spec.Linear(), ["0.weight", "0.bias"]),
@@ -105,3 +128,55 @@ def test_what_cannot_be_built_says_so():
         build(replace(SYSTEM, connector=spec.Prefix()))
     with pytest.raises(ValueError, match=r"unknown part 'langauge' \(did you mean 'language'\?\)"):
         build(SYSTEM).train_only(("langauge",))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_the_rows_of_new_tokens_learn(tied):
+    """Whatever the loss, the old rows of embeddings and head get no gradient; with the whole table in training they do."""
+    system = replace(SYSTEM, fusion=spec.GatedCrossAttention(), language=replace(SYSTEM.language, tied=tied))
+    assert system.added_tokens == ("<|endofchunk|>",)
+    model = build(replace(SYSTEM, language=system.language))
+    model.system, model.new_tokens = system, (48,)
+    ids = torch.tensor([[1, 5, 48, 6, 48, 7]])
+    for parts, new in ((("new_tokens",), True), (("embeddings",), False), (("new_tokens",), True)):
+        model.zero_grad(set_to_none=True)
+        trained = {n for n, p in model.named_parameters() if p.requires_grad} if model.train_only(parts) else set()
+        model(ids, labels=ids).loss.backward()
+        table = model.language.get_input_embeddings().weight
+        others = torch.arange(50) != 48
+        assert table.grad[48].any()
+        assert bool(table.grad[others].any()) != new
+        if new and not tied:
+            head = model.language.get_output_embeddings().weight
+            assert head.grad[48].any()
+            assert not head.grad[others].any()
+        assert all("embed_tokens" in name or "lm_head" in name for name in trained)
+    assert [p.shape[0] for p in model.partly_trained()] == [50] * (1 if tied else 2)
+    model.train_only(("connector",))
+    assert model.partly_trained() == []
+
+
+def test_new_tokens_without_added_tokens_are_refused():
+    with pytest.raises(ValueError, match="new_tokens are to train, and its choices add no token"):
+        build(SYSTEM).train_only(("new_tokens",))
+
+
+def test_tokens_that_choices_add_have_ids_of_their_own():
+    from mmfast.data.synthetic import World
+    from mmfast.models.tokenizer import word_tokenizer
+
+    system = replace(SYSTEM, encoder=spec.Vqgan(codes=14), fusion=spec.SharedTokens(), regions=spec.BoxTokens(bins=2))
+    added = system.added_tokens
+    assert added[:3] == ("<racm3:break>", "<eoss>", "IMGIMGAZ")
+    assert added[2 + 12] == "IMGIMGBCZ"
+    assert added[16:] == (
+        "<phrase>", "</phrase>", "<object>", "</object>", "</delimiter_of_multi_objects/>", "<grounding>", "<patch_index_0000>",
+        "<patch_index_0001>", "<patch_index_0002>", "<patch_index_0003>",
+    )  # fmt: skip
+    words = World().vocabulary
+    tokenizer = word_tokenizer(words, added)
+    assert tokenizer.convert_tokens_to_ids(list(added)) == list(range(len(words), len(words) + len(added)))
+    text = "a<phrase> red circle</phrase><object><patch_index_0003></object>IMGIMGBDZ"
+    assert tokenizer.convert_ids_to_tokens(tokenizer(text, add_special_tokens=False)["input_ids"]) == [
+        "a", "<phrase>", "red", "circle", "</phrase>", "<object>", "<patch_index_0003>", "</object>", "IMGIMGBDZ",
+    ]  # fmt: skip

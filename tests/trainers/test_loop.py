@@ -220,24 +220,44 @@ def test_steps_that_are_no_number_are_skipped_counted_and_end_the_run(tmp_path):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+class Parts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def part(self, name):
+        return getattr(self, name)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
 def test_parts_learn_at_their_own_rates(tmp_path):
-    class Parts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-
-        def part(self, name):
-            return getattr(self, name)
-
-        def forward(self, x):
-            return self.a(x) + self.b(x)
-
     torch.manual_seed(0)
     model = Parts()
     before = [p.detach().clone() for p in model.parameters()]
     trained(tmp_path, Optim(lr=0.1, steps=1, batch=4, warmup=0, lr_of={"b": 0.003}), model=model)
     moved = [(p - q).abs().max().item() for p, q in zip(model.parameters(), before, strict=True)]
     assert moved == pytest.approx([0.1, 0.1, 0.003, 0.003], rel=1e-3), "AdamW's first step is the learning rate"
+
+
+def test_parts_decay_as_told(tmp_path):
+    """Without a gradient a step of AdamW is its decay alone: a factor 1 - lr x decay."""
+    optim = Optim(lr=0.1, steps=1, batch=4, warmup=0, weight_decay=0.5, weight_decay_of={"b": 0.2}, decay_vectors=False)
+    for partly, expected in ((False, [0.95, 1.0, 0.98, 1.0]), (True, [0.95, 1.0, 1.0, 1.0])):
+        torch.manual_seed(0)
+        model = Parts()
+        if partly:
+            model.partly_trained = lambda model=model: [model.b.weight]
+        before = [p.detach().clone() for p in model.parameters()]
+
+        def step(batch, totals, model=model):
+            return sum(p.sum() * 0 for p in model.parameters()), {"tokens": 4}
+
+        options = loop.Options(seed=0, quiet=True)
+        loop.train(checkpoint.Run(tmp_path / str(partly)), loop.Objective(step, model), Numbers(), optim=optim, stage="s", options=options)
+        left = [(p / q).mean().item() for p, q in zip(model.parameters(), before, strict=True)]
+        assert left == pytest.approx(expected, rel=1e-5)
 
 
 def test_moving_average_is_what_a_stage_hands_on(tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mmfast import spec
-from mmfast.models.fusions.prefix import blocks, run_decoder
+from mmfast.models.fusions.prefix import blocks, run_decoder, starts
 from mmfast.nn.adapter import AdapterPrompt
 
 
@@ -72,7 +72,7 @@ class AdapterFusion(nn.Module):
         """As for ``PrefixFusion``, with image_embeds [M, N, D], N 1 or the prompts' number."""
         cu_seqlens = None
         if image_embeds is not None and kwargs.get("attention_mask") is None and kwargs.get("position_ids") is not None:
-            cu_seqlens = _starts(kwargs["position_ids"].expand(input_ids.shape))
+            cu_seqlens = starts(kwargs["position_ids"].expand(input_ids.shape))
         condition = None if image_embeds is None else self._by_row(input_ids, image_embeds, image_token, cu_seqlens).embeds
         prompts = _Prompts(self.layers, condition, cu_seqlens)
         return run_decoder(language, language.get_input_embeddings()(input_ids), adapter_prompts=prompts, **kwargs)
@@ -96,14 +96,6 @@ class AdapterFusion(nn.Module):
         if len(rows.unique()) != len(rows):
             raise ValueError("adapter prompts hold one image a row, and a row of the batch shows several")
         return ByRow(images.new_zeros(count, *images.shape[1:]).index_copy(0, rows, images))
-
-
-def _starts(position_ids: Tensor) -> Tensor | None:
-    """Where sequences start among all positions ``[B T]``, and their number last; None where rows hold one each."""
-    first = position_ids == 0
-    first[:, 0] = True
-    at = first.flatten().nonzero().flatten()
-    return None if len(at) == len(position_ids) else torch.cat([at, at.new_tensor([first.numel()])]).int()
 
 
 _NAME = "mmfast_adapter_prompts"

@@ -30,6 +30,14 @@ def slots(input_ids: Tensor, images: Tensor, image_token: int) -> Tensor:
     return slots
 
 
+def starts(position_ids: Tensor) -> Tensor | None:
+    """Where sequences start among all positions ``[B T]``, and their number last; None where rows hold one each."""
+    first = position_ids == 0
+    first[:, 0] = True
+    at = first.flatten().nonzero().flatten()
+    return None if len(at) == len(position_ids) else torch.cat([at, at.new_tensor([first.numel()])]).int()
+
+
 class PrefixFusion(nn.Module):
     """The i-th placeholder of the batch, read row by row, becomes the i-th image vector; then the language model runs as always."""
 

@@ -1,0 +1,151 @@
+"""Does the tiny form of every architecture do what its paper says? Each over several seeds, and against its controls.
+
+    python bench/trainers/architectures.py                        # all of them; about a minute or two each, seed and variant
+    python bench/trainers/architectures.py --only llava --seeds 0 --variants "" blind
+    python bench/trainers/architectures.py --tables               # trains nothing, prints what the file holds
+
+Every run is the command ``mmfast train NAME --tiny --device cpu --seed S`` and the variant's options, in a process and a folder of its own, so
+that nothing of an earlier run is there to make it quick; its seconds are all of it, from the start of Python to the end of the exam. What its
+``eval.json`` says becomes the rows of that recipe, variant and seed in ``bench/results/architectures.csv``, in place of those from before.
+Limits and controls: the page of each architecture in docs/.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = Path(os.environ.get("MMFAST_RESULTS", ROOT / "bench" / "results")) / "architectures.csv"
+COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "measure", "value"]
+
+# A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
+RUNS: dict[str, dict[str, list[str]]] = {
+    "llama_adapter": {"": [], "blind": ["--stages.answers.data.blind", "true"]},
+    "llava": {"": [], "blind": ["--stages.align.data.blind", "true", "--stages.instruct.data.blind", "true"]},
+}
+
+# The measures that a recipe's table shows; of one that is not named here all that have a "/" in their name, else SHOWN[""].
+SHOWN: dict[str, tuple[str, ...]] = {
+    "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
+}
+
+
+def run(recipe: str, variant: str, seed: int, folder: Path) -> list[dict]:
+    """Trains one of them into ``folder``, an empty one; its rows."""
+    command = [sys.executable, "-m", "mmfast.trainers", "train", recipe, "--tiny", "--device", "cpu", "--seed", str(seed), "--quiet"]
+    began = time.perf_counter()
+    subprocess.run([*command, "--out", str(folder / "run"), *RUNS[recipe][variant]], check=True, cwd=folder, env=_environment())
+    seconds = time.perf_counter() - began
+    measured = json.loads((folder / "run" / "eval.json").read_text())
+    common = {"recipe": recipe, "variant": variant, "seed": seed, **where(), "seconds": f"{seconds:.1f}"}
+    return [{**common, "measure": name, "value": f"{value:.6g}"} for name, value in measured.items() if isinstance(value, int | float)]
+
+
+def _environment() -> dict[str, str]:
+    """Ours, without a place where trained models are kept, and with this checkout to be imported."""
+    kept = {name: value for name, value in os.environ.items() if name != "MMFAST_CACHE"}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))}
+
+
+def where() -> dict[str, str]:
+    """Commit ("+" where the code has changed since), processor and threads."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    import timing
+
+    facts, git = timing.environment(), ["git", "status", "--porcelain", "mmfast", "trainers"]
+    changed = subprocess.run(git, capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
+    commit = facts["commit"].removesuffix("+changes")
+    return {"commit": commit + ("+" if changed else ""), "cpu": facts["device"], "threads": str(facts["threads"])}
+
+
+# ------------------------------------------------------------------------------------------------------------------ results
+
+
+def read(path: Path = FILE) -> list[dict]:
+    """All rows, none where nothing was measured yet."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(rows: Iterable[dict], path: Path = FILE) -> None:
+    """The file with these rows over those of the same recipe, variant and seed; in order, and replaced whole."""
+
+    def key(row: dict) -> tuple[str, str, int]:
+        return row["recipe"], row["variant"], int(row["seed"])
+
+    rows = list(rows)
+    new = {key(row) for row in rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".part"), "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted([*(row for row in read(path) if key(row) not in new), *rows], key=lambda row: (*key(row), row["measure"])))
+    path.with_suffix(".part").replace(path)
+
+
+def shown(recipe: str, measures: Iterable[str]) -> list[str]:
+    """Which of these measures the table of a recipe shows."""
+    measures = list(dict.fromkeys(measures))
+    named = SHOWN.get(recipe) or [name for name in measures if "/" in name] or SHOWN[""]
+    return [name for name in named if name in measures] or measures
+
+
+def table(recipe: str, rows: Sequence[dict], measures: Sequence[str] = ()) -> str:
+    """A Markdown table: a line a variant, a column a measure, mean over seeds and the range of the seeds behind it."""
+    own = [row for row in rows if row["recipe"] == recipe]
+    if not own:
+        return f"{recipe}: nothing measured yet"
+    names = list(measures) or shown(recipe, (row["measure"] for row in own))
+    lines = ["| " + " | ".join(["variant", "seeds", *names, "seconds"]) + " |", "|" + " --- |" * (len(names) + 3)]
+    for variant in dict.fromkeys(row["variant"] for row in own):
+        of = [row for row in own if row["variant"] == variant]
+        seeds = {row["seed"]: float(row["seconds"]) for row in of}
+        cells = [spread([float(row["value"]) for row in of if row["measure"] == name]) for name in names]
+        lines.append("| " + " | ".join([variant or "as it is", str(len(seeds)), *cells, f"{max(seeds.values()):.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """``0.51 (0.48 .. 0.55)``: mean, smallest and largest."""
+    if not values:
+        return "-"
+    middle = f"{sum(values) / len(values):.3g}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} .. {max(values):.3g})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), metavar="NAME", help=f"some of {', '.join(RUNS)}")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--variants", nargs="*", metavar="NAME", help='some variants; "" is the tiny form as it is')
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the run folders there")
+    parser.add_argument("--tables", action="store_true", help="train nothing, print the tables")
+    args = parser.parse_args()
+    names = args.only or list(RUNS)
+    for name in () if args.tables else names:
+        for variant in (v for v in RUNS[name] if args.variants is None or v in args.variants):
+            for seed in args.seeds:
+                with tempfile.TemporaryDirectory() as folder:
+                    kept = args.keep and args.keep / "-".join(filter(None, (name, variant, str(seed))))
+                    if kept:
+                        kept.mkdir(parents=True)
+                    rows = run(name, variant, seed, kept or Path(folder))
+                write(rows)
+                values = {row["measure"]: row["value"] for row in rows}
+                told = ", ".join(f"{m} {values[m]}" for m in shown(name, values))
+                print(f"{name} {variant or 'as it is'}, seed {seed}: {told}; {rows[0]['seconds']} s", flush=True)
+    for name in names:
+        print(f"\n{name}\n\n{table(name, read())}")
+
+
+if __name__ == "__main__":
+    main()
