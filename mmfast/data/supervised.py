@@ -135,12 +135,19 @@ def shapes_episodes(world: World, encode: chat.Encoder, count: int = 6000, *, to
     return Documents(world.render(pool.scenes), [say.document(e) for e in episodes], [e.pictures for e in episodes], encode)
 
 
+def shapes_crowded(world: World, encode: chat.Encoder, count: int = 3000) -> Documents:
+    """Pictures of up to twelve classes, without words: what an image tokenizer learns from in few steps."""
+    scenes = world.scenes("train", count, classes=(1, 12))
+    return Documents(world.render(scenes), ["<image>"] * len(scenes), [[i] for i in range(len(scenes))], encode)
+
+
 def shapes_drawing(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
-    """Scenes of one class, every fourth of two, with their clean captions: half of them the caption first, half the picture."""
-    scenes = [world.scenes("train", 1, i, classes=(2, 2) if i % 8 in (3, 6) else (1, 1))[0] for i in range(count)]
+    """Scenes of one class, a quarter of them of two, with their clean captions: half of them the caption first, half the picture."""
+    one = count * 3 // 4
+    scenes = [*world.scenes("train", one, classes=(1, 1)), *world.scenes("train", count - one, one, classes=(2, 2))]
     captions = [drawing_caption(world, scene) for scene in scenes]
     texts = [f"{caption}<image>" if i % 2 else f"<image>{caption}" for i, caption in enumerate(captions)]
-    return Documents(world.render(scenes), texts, [[i] for i in range(count)], encode)
+    return Documents(world.render(scenes), texts, [[i] for i in range(len(scenes))], encode)
 
 
 def drawing_caption(world: World, scene: Scene) -> str:
@@ -214,6 +221,7 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
         "shapes_captions": lambda: Shapes(world, encode, encode.pad_token, turns=0, planted=False),
         "shapes_text": lambda: shapes_text(world, encode),
         "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),
+        "shapes_crowded": lambda: shapes_crowded(world, encode),
         "shapes_drawing": lambda: shapes_drawing(world, encode),
         "shapes_single": lambda: shapes_single(world, encode),
         "shapes_episodes": lambda: shapes_episodes(world, encode),

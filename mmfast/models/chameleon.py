@@ -45,7 +45,11 @@ _LAYER = {
     "attention_norm.weight": ("input_layernorm.weight", None),
     "ffn_norm.weight": ("post_attention_layernorm.weight", None),
 }
-_AROUND = {"tok_embeddings.weight": ("model.embed_tokens.weight", 1), "norm.weight": ("model.norm.weight", None), "output.weight": ("lm_head.weight", 0)}
+_AROUND = {
+    "tok_embeddings.weight": ("model.embed_tokens.weight", 1),
+    "norm.weight": ("model.norm.weight", None),
+    "output.weight": ("lm_head.weight", 0),
+}
 
 
 def official_state(shards: Sequence[Mapping[str, Tensor]], *, heads: int, kv_heads: int) -> dict[str, Tensor]:
@@ -77,7 +81,9 @@ def official_state(shards: Sequence[Mapping[str, Tensor]], *, heads: int, kv_hea
         else:
             whole = torch.cat(parts, split)
             if ours.endswith(("q_proj.weight", "k_proj.weight")):
-                whole = _halves(whole.unflatten(0, (heads if "q_proj" in ours else kv_heads, -1)).movedim(1, -1)).movedim(-1, 1).flatten(0, 1)
+                whole = (
+                    _halves(whole.unflatten(0, (heads if "q_proj" in ours else kv_heads, -1)).movedim(1, -1)).movedim(-1, 1).flatten(0, 1)
+                )
         state[f"model.layers.{found[1]}.{ours}" if found else ours] = whole
     return state
 

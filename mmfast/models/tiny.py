@@ -36,7 +36,10 @@ _MIXED = Data("shapes_drawing")
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
 STAND_INS: dict[str, tuple[Data, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
-    "chameleon_pictures": (_DATA, Optim(lr=3e-3, steps=300, batch=16, warmup=20, hold=0.5, floor=0.05, betas=(0.9, 0.98), clip=1.0)),
+    "chameleon_pictures": (
+        Data("shapes_crowded"),
+        Optim(lr=6e-3, steps=500, batch=8, warmup=20, hold=0.5, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
+    ),
     "chameleon_stage_1": (_MIXED, Optim(lr=4e-3, steps=600, batch=64, warmup=40, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_stage_2": (_MIXED, Optim(lr=4e-4, steps=100, batch=64, warmup=0, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_sft": (_MIXED, replace(_SHORT, lr=1e-4)),
@@ -107,9 +110,9 @@ def _small(choice):
         case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads
             depth = 1 - choice.layer if choice.layer < -1 else 2
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
-        case Vqgan():  # a code for each cell of the world's grid
+        case Vqgan():  # codes that follow what chooses them learn in tens of steps
             return replace(
-                choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, width=16, codes=128, groups=4, codebook="ema",
+                choice, size=64, channels=8, multipliers=(1, 1, 2, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
                 decay=0.9, dead_below=0.05,
             )  # fmt: skip
         case QFormer():  # it reads the language model's words, as there are no others
@@ -134,12 +137,16 @@ def _stages(system: System) -> tuple[Stage, ...]:
 
 def _stage(stage: Stage) -> Stage:
     data, optim = STAND_INS.get(stage.data.name, _STAND_IN)
+    # A critic would begin long after the last step; squared errors leave the mean picture sooner.
+    drawing = replace(stage.drawing, error="l2", adversarial=0.0) if stage.objective == "tokenizer" else stage.drawing
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
     # Templates have words that a tiny model does not know; that of pictures and captions has none.
     template = stage.template if stage.objective == "retrieval" else "bare"
     optim = replace(optim, level_new=stage.optim.level_new)
-    return replace(stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim)
+    return replace(
+        stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim, drawing=drawing
+    )
 
 
 def tiny_alignment(alignment: Alignment) -> Alignment:

@@ -271,6 +271,24 @@ class VQGAN(nn.Module):
         return self.decode(codes).clamp(-1, 1)
 
 
+def start_plain(vq: VQGAN) -> VQGAN:
+    """Weights to train from, in place of PyTorch's: convolutions keep the variance of what they read, without biases, and what residual
+    branches add starts at 0.
+
+    So encoder and decoder start as chains of plain convolutions. With PyTorch's start (which VQGAN's code has) what a picture holds is lost on
+    the way: a short training first learns the mean picture and only then to see.
+    """
+    for module in vq.modules():
+        if isinstance(module, nn.Conv2d):
+            bound = (3 / module.weight[0].numel()) ** 0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.zeros_(module.bias)
+    for module in vq.modules():
+        if isinstance(module, ResBlock | AttnBlock):
+            nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj_out).weight)
+    return vq
+
+
 def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a published checkpoint that a ``VQGAN`` loads: of the file's ``state_dict``, without the losses' networks; of a whole
     Chameleon of transformers the part called ``vqmodel``."""
