@@ -26,7 +26,7 @@ from mmfast.nn.pool import AttentionPool
 from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.query_connector import QueryConnector
-from mmfast.nn.vqgan import VQGAN
+from mmfast.nn.vqgan import VQGAN, start_plain
 
 
 @dataclass
@@ -132,12 +132,11 @@ def _code_tower(choice: spec.Vqgan, dtype: torch.dtype | None) -> CodeTower:
         )  # fmt: skip
     else:
         quantize = VectorQuantizer2(choice.codes, choice.width, choice.beta, legacy=choice.legacy, gradient=choice.gradient)
-    return CodeTower(
-        VQGAN(
-            size=choice.size, channels=choice.channels, multipliers=choice.multipliers, blocks=choice.blocks, attention=choice.attention,
-            latent=choice.latent, quantize=quantize, groups=choice.groups, dropout=choice.dropout,
-        )
+    vq = VQGAN(
+        size=choice.size, channels=choice.channels, multipliers=choice.multipliers, blocks=choice.blocks, attention=choice.attention,
+        latent=choice.latent, quantize=quantize, groups=choice.groups, dropout=choice.dropout,
     )  # fmt: skip
+    return CodeTower(start_plain(vq))
 
 
 def _tower(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva, dtype: torch.dtype | None) -> Tower:
