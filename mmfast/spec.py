@@ -12,11 +12,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 # The parts of a model that a stage may train.
-PARTS = ("encoder", "connector", "adapter", "language", "embeddings", "new_tokens")
-Part = Literal["encoder", "connector", "adapter", "language", "embeddings", "new_tokens"]
+# "queries": of a Q-Former what compares pictures with texts; "connector": what the language model reads pictures through.
+PARTS = ("encoder", "connector", "queries", "adapter", "language", "embeddings", "new_tokens")
+Part = Literal["encoder", "connector", "queries", "adapter", "language", "embeddings", "new_tokens"]
 
 # ------------------------------------------------------------------------------------------ the six choices, a class a kind
 
@@ -230,7 +231,11 @@ class QFormer:
     positions: int = 512
     shared: int = 256
     dropout: float = 0.1
-    weights: str | None = None  # of a BERT whose layers it starts from
+    norm_eps: float = 1e-6  # of the norm before it; LAVIS has 1e-5
+    weights: str | None = None  # a BERT whose layers, words and tokenizer it starts from
+
+
+DECODE = "[DEC]"  # the Q-Former's first token where it writes text
 
 
 @dataclass(frozen=True)
@@ -271,7 +276,7 @@ class Retrieval:
     """A prefix, and a token whose last hidden state is compared with pictures in a space of ``shared`` dimensions (FROMAGe, arXiv:2301.13823)."""
 
     shared: int = 256
-    token: str = "[RET]"
+    token: ClassVar[str] = "[RET]"  # the template "fromage" ends texts with it
 
 
 @dataclass(frozen=True)
@@ -326,9 +331,14 @@ class LanguageModel:
 
 @dataclass(frozen=True)
 class Fixed:
-    """One square of ``size`` pixels: shorter side resized, centre cropped, values 0 .. 1 less mean over std (CLIP's by default)."""
+    """One square of ``size`` pixels, values 0 .. 1 less mean over std (CLIP's by default).
+
+    ``fit``: how a picture that is no square becomes one. crop: shorter side resized, middle kept. squash: both sides resized, to other
+    proportions. pad, pad_mean: in the middle of a black square, or one of the mean's colour, which is resized.
+    """
 
     size: int = 224
+    fit: Literal["crop", "squash", "pad", "pad_mean"] = "crop"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -336,7 +346,7 @@ class Fixed:
 # ----------------------------------------------------------------------------------------------------------- training
 
 # Data sets that need no path; mmfast.data.supervised makes them.
-BUILT_IN = ("shapes", "easy_vqa")
+BUILT_IN = ("shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "easy_vqa")
 
 
 @dataclass(frozen=True)
@@ -389,6 +399,7 @@ class Optim:
     decay_vectors: bool = True  # whether weight decay also applies to biases, norms and gates
     clip: float = 1.0
     ema: float = 0.0  # decay of a moving average of the weights, kept and saved beside them; 0: none
+    level_new: bool = False  # after each step the input rows of new_tokens get the mean norm of the rows before them (FROMAGe)
 
 
 @dataclass(frozen=True)
@@ -447,6 +458,7 @@ class Stage:
     optim: Optim
     objective: Literal["lm", "words", "tokenizer", "retrieval", "queries"] = "lm"
     drawing: Drawing = Drawing()
+    contrast: float = 1.0  # weight of the contrastive loss of retrieval
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator, beside lm (arXiv:2204.02311)
     lora: Lora | None = None  # adapters that train beside ``train``
     template: str = "vicuna_v1"
@@ -483,6 +495,8 @@ class System:
     def added_tokens(self) -> tuple[str, ...]:
         """Tokens that the choices need and a tokenizer of text does not have, ``<image>`` aside; the part ``new_tokens`` is their rows."""
         added: list[str] = []
+        if isinstance(self.connector, QFormer) and self.connector.text and not self.connector.vocab:
+            added.append(DECODE)
         if isinstance(self.fusion, GatedCrossAttention) and self.fusion.end:
             added.append(self.fusion.end)
         if isinstance(self.fusion, Retrieval):

@@ -10,7 +10,7 @@ import torch
 
 from mmfast.data import images as pictures
 from mmfast.models.generate import text_pieces
-from mmfast.spec import System, nearest
+from mmfast.spec import BUILT_IN, System, nearest
 
 from .checkpoint import RunError
 
@@ -20,7 +20,7 @@ COMMANDS = {"/image": "/image FILE  show a picture with the next question", "/re
 def joint(system: System) -> str:
     """What stands between a picture and its question: a space in the built-in data sets, a line end in LLaVA's records."""
     last = system.stages[-1].data if system.stages else None
-    return " " if last is not None and getattr(last, "path", None) is None and last.name in ("shapes", "easy_vqa") else "\n"
+    return " " if last is not None and getattr(last, "path", None) is None and last.name in BUILT_IN else "\n"
 
 
 def question(system: System, prompt: str, count: int) -> str:
@@ -62,7 +62,7 @@ def chat(
     if len(ids) >= context:
         raise RunError(f"the conversation takes {len(ids)} places of the model's {context}, so no answer fits; ask less or begin anew")
     device = next(model.parameters()).device
-    shown = [pictures.load(path, system.image.size) for path in (*earlier, *images)]
+    shown = [pictures.load(path, system.image) for path in (*earlier, *images)]
     seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device))} if shown else {}
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     was_training = model.training
@@ -112,7 +112,7 @@ def converse(
             elif word == "/image":
                 if not rest:
                     raise RunError("/image needs a file")
-                pictures.load(rest.strip(), session.system.image.size)  # told now, not with the question
+                pictures.load(rest.strip(), session.system.image)  # told now, not with the question
                 waiting.append(rest.strip())
                 write(f"{len(waiting)} picture{'s' * (len(waiting) > 1)} for the next question\n")
             elif word.startswith("/") and word[1:].isalpha():

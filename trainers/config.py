@@ -591,8 +591,8 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
             built_in = data.path is None and data.name in BUILT_IN
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
     if isinstance(job, Stage) and job.objective == "words":
-        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in ("shapes", "easy_vqa")
-        rules(told, "objective", "words needs to know what is true of a picture, as the built-in shapes and easy_vqa do; choose lm")
+        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in BUILT_IN
+        rules(told, "objective", f"words needs to know what is true of a picture, as the built-in {', '.join(BUILT_IN)} do; choose lm")
 
 
 def _check_mixture(mixture: Mixture, rules: _Rules) -> None:

@@ -99,9 +99,13 @@ def make_processor(session, template: str):
 
     system, skip = session.model.system, session.model.encoder.skip
     side, patches = system.image.size, (system.encoder.size // system.encoder.patch) ** 2
+    if system.image.fit not in ("crop", "squash"):
+        raise RunError(f"{system.name}: no stock processor pads pictures to a square; image.fit {system.image.fit} cannot be exported")
+    square, crop = {"height": side, "width": side}, system.image.fit == "crop"
     pictures = CLIPImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
+        size={"shortest_edge": side} if crop else square,
+        do_center_crop=crop,
+        crop_size=square,
         image_mean=list(system.image.mean),
         image_std=list(system.image.std),
     )

@@ -340,6 +340,8 @@ def train(
                 stop, finite = record.pop("_0") > 0, record.pop("_1") == place.processes and math.isfinite(record["loss"])
                 if finite:
                     scaler.step(optimizer)
+                    if optim.level_new:
+                        model.level_new_rows()
                     bad = 0
                 else:
                     skipped, bad = skipped + 1, bad + 1

@@ -40,6 +40,17 @@ class Place:
             dist.all_reduce(values)
         return values
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """All processes' rows ``[N, ..]``, in the order of their ranks; this process's own keep their gradient, the others' are constants."""
+        if self.processes == 1:
+            return rows
+        counts = self.sum(torch.eye(self.processes, dtype=torch.float64)[self.rank] * len(rows)).long().tolist()
+        sent = rows.new_zeros(max(counts), *rows.shape[1:])
+        sent[: len(rows)] = rows.detach()
+        got = [torch.empty_like(sent) for _ in counts]
+        dist.all_gather(got, sent)
+        return torch.cat([rows if i == self.rank else part[:n] for i, (part, n) in enumerate(zip(got, counts, strict=True))])
+
     def seed(self, seed: int) -> None:
         """``torch.manual_seed`` for the generators of this place alone. For every kind of device that has not been used yet that function notes
         the caller's stack, which takes longer than all else around a step."""

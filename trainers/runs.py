@@ -130,9 +130,9 @@ def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes
         return measure_all(session, recipe.stages[-1], scenes), None, exam
     template, details, measured = template_of(recipe), None, {}
     encode = session.encoder(template, recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
-    own = {data.name: EXAMS[data.name] for data in data_of(system_of(recipe)) if data.path is None and data.name in EXAMS}
+    own = [EXAMS[data.name] for data in data_of(system_of(recipe)) if data.path is None and data.name in EXAMS]
     if own:
-        for take in own.values():
+        for take in dict.fromkeys(own):  # sets may share one
             measured |= take(session, system_of(recipe))
     elif session.knows_the_world:
         exam = exam or Exam(session, scenes=scenes)
@@ -160,7 +160,7 @@ def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> 
     session, shown = Session(system_of(recipe), seed=0, with_model=False), []
     if isinstance(recipe, Alignment):
         encode = session.encoder(recipe.template, recipe.max_length)
-        sources = {recipe.name: PreferencePairs(Records(recipe.data), encode, size=session.system.image.size)}
+        sources = {recipe.name: PreferencePairs(Records(recipe.data), encode, plan=session.system.image)}
     else:
         sources = {s.name: session.source(s.data, s.template, s.max_length) if s in readable else None for s in stages}
     for name, source in sources.items():
@@ -221,7 +221,7 @@ def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
             parts = tuple(replace(part, **given) for part in parts_of(stage.data))
             return replace(stage, data=replace(stage.data, parts=parts) if isinstance(stage.data, Mixture) else parts[0])
         own = stage.data if isinstance(stage.data, Data) else Data(stage.data.name)  # a mixture gives way to the one set
-        return replace(stage, data=replace(own, **given)) if stage.objective == "lm" else stage
+        return replace(stage, data=replace(own, **given)) if stage.objective in ("lm", "queries") else stage
 
     return replace(recipe, stages=tuple(map(other, recipe.stages)))
 
@@ -242,7 +242,7 @@ def _check_records(recipe, session, eval_data: Data | None) -> None:
     else:
         for stage in recipe.stages:
             if any(data.path is not None for data in data_of(replace(recipe, stages=(stage,)))):
-                session.source(stage.data, stage.template, stage.max_length)
+                session.source_of(stage)
     if eval_data is not None:
         session.source(eval_data, template_of(recipe), recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
 

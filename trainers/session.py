@@ -16,9 +16,9 @@ from mmfast.data.sources import Conversations, Streamed
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import build
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
-from mmfast.models.pretrained import resolved, tokenizer_for
+from mmfast.models.pretrained import resolved, text_side, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import BUILT_IN, Data, Lora, Mixture, System
+from mmfast.spec import BUILT_IN, Data, Lora, Mixture, Stage, System
 
 from .checkpoint import RunError
 from .place import Place
@@ -41,6 +41,7 @@ class Session:
         self.perceptual: nn.Module | None = None  # (drawn, pixels) -> [B], for a tokenizer's stage; set it before training
         self.touched: set[str] = set()  # names of all parameters that some stage has trained, as they are without adapters
         self.adapters: Lora | None = None
+        self._text_side: chat.TextSide | None = None
         self.world = World(WorldConfig(seed=seed))
         self.origin = Path(system.weights) if system.weights and is_run(system.weights) else None
         origin = self._open_origin()
@@ -70,8 +71,7 @@ class Session:
         if self.system.weights or self.system.language.weights:
             return tokenizer_for(self.system)
         names = {part.name for stage in self.system.stages for part in parts_of(stage.data)}
-        words = supervised.EasyVQA.vocabulary() if "easy_vqa" in names else self.world.vocabulary
-        return word_tokenizer(words, self.system.added_tokens)
+        return word_tokenizer(supervised.vocabulary(names, self.world), self.system.added_tokens)
 
     @property
     def is_untrained(self) -> bool:
@@ -81,7 +81,7 @@ class Session:
     @property
     def knows_the_world(self) -> bool:
         """Whether the model speaks the shapes world's words, so that its claims can be judged."""
-        return self.tokenizer.get_vocab().keys() == {*self.world.vocabulary, *self.system.added_tokens}
+        return self.tokenizer.get_vocab().keys() >= {*self.world.vocabulary}
 
     @property
     def blind(self) -> bool:
@@ -148,22 +148,32 @@ class Session:
         t = self.tokenizer
         return chat.Encoder(t, template, self.system.image_places, self.image_token, t.pad_token_id, max_length)
 
-    def source(self, data: Data | Mixture, template: str, max_length: int = 2048):
-        """The stages of a system mostly read the same data: it is made once."""
-        key = repr((data, template, max_length))
+    def text_side(self, max_length: int = 32) -> chat.TextSide:
+        """``encode(turns)`` for a Q-Former that compares pictures with texts."""
+        if self._text_side is None:
+            self._text_side = text_side(self.system, self.tokenizer)
+        return replace(self._text_side, max_length=max_length)
+
+    def source_of(self, stage: Stage):
+        """What a stage draws from."""
+        return self.source(stage.data, stage.template, stage.max_length, compared=stage.objective == "queries")
+
+    def source(self, data: Data | Mixture, template: str, max_length: int = 2048, *, compared: bool = False):
+        """The stages of a system mostly read the same data: it is made once. ``compared``: as a Q-Former's text side reads it."""
+        key = repr((data, None if compared else template, max_length))
         if key not in self._sources:
-            self._sources[key] = self._make_source(data, template, max_length)
+            self._sources[key] = self._make_source(data, self.text_side(max_length) if compared else self.encoder(template, max_length))
         return self._sources[key]
 
-    def _make_source(self, data: Data | Mixture, template: str, max_length: int):
-        encode, size = self.encoder(template, max_length), self.system.image.size
+    def _make_source(self, data: Data | Mixture, encode: chat.Encoder | chat.TextSide):
+        plan = self.system.image
         parts = parts_of(data)
         if all(part.path is not None for part in parts):
             if any(part.streaming for part in parts):
                 if len(parts) > 1:
                     raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
-                return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, size=size)
-            return Conversations([Records(part) for part in parts], encode, size=size, seed=self.seed)
+                return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, plan=plan)
+            return Conversations([Records(part) for part in parts], encode, plan=plan, seed=self.seed)
         if len(parts) == 1 and data.name in BUILT_IN:
             return supervised.make(parts[0], self.world, encode)
         name = next(part.name for part in parts if part.path is None)

@@ -17,9 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mmfast.data import chat
+from mmfast.losses.contrastive import info_nce
 from mmfast.ops import linear_logp
 from mmfast.spec import Alignment, Compute, Linear, Mlp, Stage, System, to_dict
 
+from . import queries
 from .checkpoint import Run, RunError, load_model, load_state
 from .evaluate import make_probe
 from .loop import Objective, Options, train
@@ -85,7 +88,7 @@ def token_logps(session: Session, batch: dict[str, Tensor], states: Tensor | Non
 
 def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, options: Options) -> int:
     """One stage of a system over the shared loop."""
-    model, source = session.model, session.source(stage.data, stage.template, stage.max_length)
+    model, source = session.model, session.source_of(stage)
     source.packing, source.pad_to = options.compute.packing, options.compute.pad_to
     trained = session.let_train(stage.train, stage.lora)
     if options.place.main and not options.quiet:
@@ -117,6 +120,77 @@ def answer_objective(session: Session, states: Tensor | None) -> Objective:
         return -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
 
     return Objective(step, model, blocks=model.blocks)
+
+
+def retrieval_stage(session: Session, stage: Stage, source, run: Run, options: Options):
+    states = cached_states(session, source)
+    source.with_pictures = states is None
+    return retrieval_objective(session, states, stage.contrast), source, make_probe(session, source, stage.template, run, options)
+
+
+def retrieval_objective(session: Session, states: Tensor | None, contrast: float = 1.0) -> Objective:
+    """FROMAGe's two modes on the same rows (arXiv:2301.13823, section 3; what the paper leaves open as in the released code).
+
+    Captioning: the picture, and cross-entropy of the caption and of the beginning token that stands between them; for half of the steps,
+    drawn by each process, two neighbouring rows are one. Retrieval: the text alone, cross-entropy of its words and of [RET] behind them, and
+    the contrast of [RET] with pictures. Both cross-entropies are means over the step's tokens, so they do not depend on how it is cut. A
+    contrast cannot obey that: it sees one micro-batch of all processes, and those of a step are weighed by their tokens. Each process makes
+    the whole of it, and its own rows have gradients, which are added: together they are the gradient.
+    """
+    model, place, k = session.model, session.place, session.system.image_places
+    head, fusion = model.language.get_output_embeddings(), model.fusion
+
+    def likelihood(ids: Tensor, labels: Tensor, **images: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = model.hidden(ids, **images)
+        return linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias).sum(), hidden
+
+    def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
+        ids, labels, images = batch["input_ids"], batch["labels"], batch["image_rows"]
+        if len(images) != len(ids) or not (ids[:, :k] == model.image_token).all():
+            raise RunError("objective retrieval reads pictures with one caption each, in template fromage; another record is among them")
+        seen = states[batch["picture_ids"].to(states.device)].to(place.device) if states is not None else None
+        seen = model.encode(session.pixels(batch["pictures"])) if seen is None else seen
+        scored = labels != chat.IGNORE
+        lengths = scored.sum(1)
+        last = torch.arange(len(ids), device=ids.device), k + lengths  # [RET]
+
+        told = labels.clone()
+        told[last] = chat.IGNORE
+        told[:, k] = ids[:, k]
+        rows = ids
+        if len(ids) > 1 and torch.rand(()) < 0.5:
+            rows, told = joined(ids, told, model.image_token)
+        captions, _ = likelihood(rows, told, image_embeds=model.embed_images(image_states=seen), image_rows=images)
+        texts, hidden = likelihood(ids[:, k:], labels[:, k:])
+
+        u = place.gather(fusion.pictures(model.connector.pooled(seen))[images])
+        t = place.gather(fusion.texts(hidden[last[0], last[1] - k]))
+        nce = info_nce(u, t, fusion.logit_scale.exp())
+        share = (place.sum(lengths.sum().double().view(1)) / totals[:1]).to(nce.dtype)[0]
+        whole = share * nce
+        once = whole - whole.detach() * (1 - 1 / place.processes)  # every process has the same value, and measures are added
+        total = totals[0].to(captions.dtype)
+        loss = -(captions + texts) / total + contrast * once
+        right = (u @ t.T).argmax(0) == torch.arange(len(t), device=t.device)
+        return loss, {
+            "tokens": rows.numel() + ids.numel(),
+            "loss/caption": -captions.detach() / total,
+            "loss/text": -texts.detach() / total,
+            "loss/contrast": once.detach(),
+            "recall@1": share * right.float().mean() / place.processes,
+        }
+
+    return Objective(step, model, blocks=model.blocks)
+
+
+def joined(ids: Tensor, labels: Tensor, image_token: int) -> tuple[Tensor, Tensor]:
+    """Neighbouring rows ``[B, T]`` end to end, ``[B // 2, 2 T]``: pictures and scored tokens of the first, of the second, then what no label
+    needs. An odd last row stands alone, behind its own ``T`` columns of nothing."""
+    if len(ids) % 2:
+        ids, labels = F.pad(ids, (0, 0, 0, 1)), F.pad(labels, (0, 0, 0, 1), value=chat.IGNORE)
+    ids, labels = (t.reshape(len(t) // 2, -1) for t in (ids, labels))
+    order = ((ids != image_token) & (labels == chat.IGNORE)).long().argsort(dim=1, stable=True)
+    return ids.gather(1, order), labels.gather(1, order)
 
 
 def cached_states(session: Session, source) -> Tensor | None:
@@ -172,8 +246,16 @@ def tokenizer_stage(session: Session, stage: Stage, source, run: Run, options: O
     return tokenizer.tokenizer_stage(session, stage, options), pictures, tokenizer.make_probe(session, pictures)
 
 
+def queries_stage(session: Session, stage: Stage, source, run: Run, options: Options):
+    states = cached_states(session, source)
+    source.with_pictures = states is None
+    return queries.queries_objective(session, stage, states), queries.Texts(source), None
+
+
 # An objective's name, to what minimises it: (session, stage, source, run, options) -> objective, what it draws from, what it measures meanwhile.
-OBJECTIVES = {"lm": lm_stage, "words": words_stage, "tokenizer": tokenizer_stage}
+OBJECTIVES = {
+    "lm": lm_stage, "words": words_stage, "tokenizer": tokenizer_stage, "retrieval": retrieval_stage, "queries": queries_stage,
+}  # fmt: skip
 
 
 def train_system(

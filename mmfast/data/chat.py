@@ -28,13 +28,20 @@ class Template:
     after: str = ""  # an answer
     end_each: bool = True  # the end token after every answer, or after the last alone
     keep_question: bool = True
+    end: str = ""  # in place of the tokenizer's end token; a text that is cut ends with it all the same
+    picture_first: bool = False  # the first question's pictures stand before the beginning token
 
 
 TEMPLATES = {
     # Nothing but the words: the tiny models.
     "bare": Template(end_each=False),
+    # Few-shot episodes, whose words mmfast.data.episodes has; a picture and its caption as examples of one are, without more words.
+    "frozen": Template(end_each=False),
+    "flamingo": Template(after="<|endofchunk|>"),
     # LLaVA's alignment stage: the picture, then its caption; the question is dropped.
     "plain": Template(after="\n", end_each=False, keep_question=False),
+    # FROMAGe: the picture, then a text from its beginning token to the token that is compared with pictures.
+    "fromage": Template(end_each=False, keep_question=False, end="[RET]", picture_first=True),
     # Vicuna v1, LLaVA's instruction stage.
     "vicuna_v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
@@ -72,13 +79,16 @@ def encode(
         ValueError: unknown template, a prompt that is longer than ``max_length``, or answers all beyond it.
     """
     check_template(template)
-    form, line = TEMPLATES[template], _Line(tokenizer, image_tokens, image_token)
+    form = TEMPLATES[template]
+    line = _Line(tokenizer, image_tokens, image_token, end=form.end, begin=not form.picture_first)
     own = form.system_with_input if form.system_with_input and turns and INPUT in turns[0][0] else form.system
     line.add(own if system is None else system + form.after_system)
     for i, (question, answer) in enumerate(turns):
         if not form.keep_question:
             question = "<image>" * question.count("<image>")
         line.add(form.before + question + form.between)
+        if form.picture_first and i == 0:
+            line.begin()
         if answer is None:
             if len(line.ids) > max_length:
                 raise ValueError(f"the prompt has {len(line.ids)} tokens with its pictures, more than max_length={max_length}")
@@ -100,12 +110,19 @@ def encode_document(
 
 
 class _Line:
-    """Token ids and labels that grow piece by piece."""
+    """Token ids and labels that grow piece by piece. ``end``: a token in place of the tokenizer's own, which survives every cut."""
 
-    def __init__(self, tokenizer: Any, image_tokens: int, image_token: int):
+    def __init__(self, tokenizer: Any, image_tokens: int, image_token: int, *, end: str = "", begin: bool = True):
         self.tokenizer, self.image_tokens, self.image_token = tokenizer, image_tokens, image_token
-        first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self.ids, self.labels = first, [IGNORE] * len(first)
+        self.kept = tokenizer.convert_tokens_to_ids(end) if end else None
+        self.ids, self.labels = [], []
+        if begin:
+            self.begin()
+
+    def begin(self) -> None:
+        if self.tokenizer.bos_token_id is not None:
+            self.ids.append(self.tokenizer.bos_token_id)
+            self.labels.append(IGNORE)
 
     def add(self, text: str, supervised: bool = False) -> None:
         for i, piece in enumerate(text.split("<image>")):
@@ -117,8 +134,9 @@ class _Line:
             self.labels.extend(new if supervised else [IGNORE] * len(new))
 
     def end(self) -> None:
-        self.ids.append(self.tokenizer.eos_token_id)
-        self.labels.append(self.tokenizer.eos_token_id)
+        token = self.tokenizer.eos_token_id if self.kept is None else self.kept
+        self.ids.append(token)
+        self.labels.append(token)
 
     def cut(self, max_length: int) -> tuple[list[int], list[int]]:
         ids, labels, whole = self.ids[:max_length], self.labels[:max_length], len(self.ids)
@@ -126,6 +144,8 @@ class _Line:
         torn = ids.count(self.image_token) % self.image_tokens
         if torn:
             ids, labels = ids[:-torn], labels[:-torn]
+        if self.kept is not None and whole > max_length and ids:
+            ids, labels = [*ids[:-1], self.kept], [*labels[:-1], self.kept]
         if whole > max_length and any(x != IGNORE for x in self.labels) and all(x == IGNORE for x in labels):
             raise ValueError(
                 f"nothing to learn is left after the cut at max_length={max_length}; the whole has {whole} tokens with its pictures"
@@ -162,6 +182,44 @@ class Encoder:
 
     def _sizes(self) -> dict[str, int]:
         return {"image_tokens": self.image_tokens, "image_token": self.image_token, "max_length": self.max_length}
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """From conversations to what a model reads that compares pictures with texts: a picture's place (``image_token``, no word), then the first
+    token, the answers, the last token. What is longer than ``max_length`` tokens loses its end but not the last token.
+
+    ``decode``: the token that the first one becomes where text is to be written.
+    """
+
+    tokenizer: Any
+    first: int
+    last: int
+    decode: int
+    pad_token: int
+    max_length: int = 32
+    image_tokens: int = 1
+    image_token: int = -1
+
+    def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
+        pictures = sum(question.count("<image>") for question, _ in turns)
+        text = self.text(" ".join(answer for _, answer in turns if answer))
+        return [self.image_token] * pictures + text, [IGNORE] * pictures + text
+
+    def record(self, record: Any) -> tuple[list[int], list[int]]:
+        """ids and labels of a ``mmfast.data.records.Record``."""
+        if record.document is not None:
+            raise ValueError("is a document; pictures are compared with captions, a conversation each")
+        return self(record.turns)
+
+    def text(self, text: str) -> list[int]:
+        words = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [self.first, *words[: self.max_length - 2], self.last]
+
+    def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """ids and mask ``[B, S]`` of texts alone."""
+        rows = [self.text(text) for text in texts]
+        return pad(rows, self.pad_token), pad([[1] * len(row) for row in rows], 0)
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

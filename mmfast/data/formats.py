@@ -135,6 +135,8 @@ class _Reader:
                 return self.conversation(self.said(row[name], name), llava=name == "conversations")
         if has("texts") or has("text_list") or has("items"):
             return self.document(*self.interleaved())
+        if has("question_image") or has("image_1"):
+            return self.episode()
         for question, answer in (("prompt", "completion"), ("question", "answer")):
             if has(question) or has(answer):
                 if not (has(question) and has(answer)):
@@ -173,6 +175,20 @@ class _Reader:
         if turns[-1][1] is None:
             raise ValueError("ends with a question that has no answer")
         return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
+
+    def episode(self) -> Record:
+        """A few-shot episode (Frozen's evaluation files): ``image_1``, ``caption_1``, .., ``question_image``, ``question`` and ``answer``. All
+        but the answer is one question."""
+        names = ("question_image", "question", "answer")
+        examples = range(1, 1 + sum(str(name).startswith("image_") for name in self.row))
+        for name in (*(f"{kind}_{i}" for i in examples for kind in ("image", "caption")), *names):
+            if name not in self.row:
+                raise ValueError(f'has {len(examples)} examples and a question, but no "{name}"')
+        said = [(f"image_{i}", f"caption_{i}") for i in examples] + [names[:2]]
+        texts = ["<image>" + self.unmarked(self.plain(self.row[text], f'"{text}"'), f'"{text}"') for _, text in said]
+        shows = [("<image>", self.row[image]) for image, _ in said]
+        asked, answer = _Said("user", " ".join(texts), shows), self.said(self.row["answer"], "answer", "assistant")
+        return self.conversation([asked, *answer], llava=False)
 
     def preference(self) -> Record:
         row = self.row

@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,35 +46,54 @@ class Picture:
             where = os.path.abspath(self.source)
         return where if self.frame is None else f"{where}#{self.frame}"
 
-    def load(self, size: int) -> np.ndarray:
+    def load(self, plan: Fixed | int) -> np.ndarray:
         """uint8 ``[size, size, 3]``; raises ValueError as ``images.load`` does."""
-        return load(self.source, size, self.frame, self.name)
+        return load(self.source, plan, self.frame, self.name)
 
     def check(self) -> None:
         """Decodes the picture and forgets it: ValueError if ``load`` would raise one."""
         _decode(self.source, self.frame, self.name, draft=True)
 
 
-def load(source: str | Path | bytes, size: int, frame: int | None = None, name: str = "") -> np.ndarray:
-    """A picture as uint8 ``[size, size, 3]``: upright (EXIF), RGB, shorter side resized (bicubic), centre cropped.
+def load(source: str | Path | bytes, plan: Fixed | int, frame: int | None = None, name: str = "") -> np.ndarray:
+    """A picture as uint8 ``[size, size, 3]``: upright (EXIF), RGB, made a square as the plan's ``fit`` says, resized (bicubic).
 
-    ``source`` is a file or a file's bytes, ``frame`` one picture of an animated file or a video (which needs the package ``av``).
+    ``source`` is a file or a file's bytes, ``frame`` one picture of an animated file or a video (which needs the package ``av``). A number
+    is a plan that crops.
 
     Raises:
         ValueError: missing, unreadable, truncated or larger than ``MAX_PIXELS``; the sentence names the file.
     """
+    return np.array(_square(_decode(source, frame, name), fixed(plan)))
+
+
+def fixed(plan: Fixed | int) -> Fixed:
+    """A plan, or that of squares of so many pixels, cropped."""
+    return Fixed(size=plan) if isinstance(plan, int) else plan
+
+
+def _square(picture: Image, plan: Fixed) -> Image:
     from PIL import Image as Pillow
 
-    picture = _decode(source, frame, name)
-    cut, resized, (left, top) = crop_plan(picture.size, size)
-    if cut != (0, 0, *picture.size):
-        picture = picture.crop(cut)
-    picture = picture.resize(resized, Pillow.Resampling.BICUBIC)
-    return np.array(picture.crop((left, top, left + size, top + size)))
+    if plan.fit == "crop":
+        cut, resized, (left, top) = crop_plan(picture.size, plan.size)
+        if cut != (0, 0, *picture.size):
+            picture = picture.crop(cut)
+        picture = picture.resize(resized, Pillow.Resampling.BICUBIC)
+        return picture.crop((left, top, left + plan.size, top + plan.size))
+    if plan.fit != "squash":
+        # The square of a strip of 1 x 100,000 pixels would take 30 GB: what is longer than the largest square shrinks first.
+        picture.thumbnail((isqrt(MAX_PIXELS),) * 2, Pillow.Resampling.BICUBIC)
+        fill = tuple(int(255 * value) for value in plan.mean) if plan.fit == "pad_mean" else (0, 0, 0)  # as LLaVA-1.5 rounds
+        side = max(picture.size)
+        padded = Pillow.new("RGB", (side, side), fill)
+        padded.paste(picture, tuple((side - s) // 2 for s in picture.size))
+        picture = padded
+    return picture.resize((plan.size, plan.size), Pillow.Resampling.BICUBIC)
 
 
 def crop_plan(size: tuple[int, int], side: int) -> tuple[tuple[int, int, int, int], tuple[int, int], tuple[int, int]]:
-    """What ``load`` does to a picture of ``size`` (width, height): the part that is cut out, what that is resized to, and the upper left
+    """What ``load`` does to a picture of ``size`` (width, height) that it crops: the part that is cut out, what that is resized to, and the upper left
     corner of the square ``side`` that is kept of it."""
     # A strip of 1 x 100,000 pixels must not become one of 336 x 33,600,000: only its middle is resized.
     short = min(size)

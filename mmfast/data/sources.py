@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmfast.data import chat
+from mmfast.data import chat, images
 from mmfast.data.formats import Record
 from mmfast.data.mixtures import Mixed
 from mmfast.data.records import Records, Stream, check
-from mmfast.spec import View
+from mmfast.spec import Fixed, View
 
 # Token ids that are kept after the check, over all records; beyond that a record is encoded each time it is drawn.
 KEEP_TOKENS = 50_000_000
@@ -28,9 +28,13 @@ class _Checked:
     """Good records of several sets as one list: their items, their distinct pictures, their encodings while these are few."""
 
     def __init__(
-        self, parts: Sequence[Records], texts: dict[str, Callable[[Record], tuple[list[int], list[int]]]], encoder: chat.Encoder, size: int
+        self,
+        parts: Sequence[Records],
+        texts: dict[str, Callable[[Record], tuple[list[int], list[int]]]],
+        encoder: chat.Encoder,
+        plan: Fixed | int,
     ):
-        self.parts, self.texts, self.encoder, self.size = parts, texts, encoder, size
+        self.parts, self.texts, self.encoder, self.plan = parts, texts, encoder, images.fixed(plan)
         self.items: list[tuple[int, int]] = []  # part and number
         self.sizes: list[int] = []
         self.packing, self.pad_to, self.with_pictures = False, 1, True
@@ -72,8 +76,8 @@ class _Checked:
         for at, number, place in found:
             if last != (at, number):  # a document's pictures mostly come one after another: it is parsed once for all of them
                 last, shown = (at, number), self.parts[at].parse(number).pictures
-            loaded.append(shown[place].load(self.size))
-        return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.size, self.size, 3, dtype=torch.uint8)
+            loaded.append(shown[place].load(self.plan))
+        return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.plan.size, self.plan.size, 3, dtype=torch.uint8)
 
     def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
         """The first items' last questions, with the token ids up to their answers and their pictures: what samples are made of."""
@@ -82,7 +86,7 @@ class _Checked:
             record = self.parts[at].parse(number)
             if record.turns:
                 turns = [*record.turns[:-1], (record.turns[-1][0], None)]
-                pictures = [picture.load(self.size) for picture in record.pictures]
+                pictures = [picture.load(self.plan) for picture in record.pictures]
                 stacked = torch.from_numpy(np.stack(pictures)) if pictures else torch.empty(0)
                 found.append((turns[-1][0], self.encoder(turns, record.system)[0], stacked))
         return found
@@ -153,12 +157,12 @@ class Conversations(_Checked):
 
     Args:
         encoder: from turns to token ids.
-        size: pictures become ``size`` x ``size``.
+        plan: what pictures become; a number: squares of so many pixels, cropped.
         seed: of the order in which a mixture is drawn.
     """
 
-    def __init__(self, parts: Sequence[Records], encoder: chat.Encoder, *, size: int, seed: int = 0):
-        super().__init__(parts, {"answer": encoder.record}, encoder, size)
+    def __init__(self, parts: Sequence[Records], encoder: chat.Encoder, *, plan: Fixed | int, seed: int = 0):
+        super().__init__(parts, {"answer": encoder.record}, encoder, plan)
         weights = [records.data.weight for records in parts]
         self.mixed = Mixed(self.sizes, None if all(w is None for w in weights) else weights, seed) if len(parts) > 1 else None
         self.permutation = self.mixed.order if self.mixed is not None else None
@@ -171,9 +175,9 @@ class Conversations(_Checked):
 class PreferencePairs(_Checked):
     """Preference pairs: each item has a chosen and a rejected answer under the same pictures. A batch holds every view, view after view."""
 
-    def __init__(self, records: Records, encoder: chat.Encoder, *, size: int, shuffled: bool = False):
+    def __init__(self, records: Records, encoder: chat.Encoder, *, plan: Fixed | int, shuffled: bool = False):
         texts = {name: _Answer(encoder, name) for name in ("chosen", "rejected")}
-        super().__init__([records], texts, encoder, size)
+        super().__init__([records], texts, encoder, plan)
         self.views: dict[str, View] = {name: View(name) for name in texts}
         self._from = list(range(len(self)))
         if shuffled:
@@ -207,8 +211,8 @@ class Streamed:
     """Conversations read through without an index (``Data.streaming``). Every process reads the whole stream and keeps its share of each
     micro-batch, so that all are always at the same place and one state serves any number of them."""
 
-    def __init__(self, stream: Stream, encoder: chat.Encoder, *, size: int):
-        self.stream, self.encoder, self.size, self.packing, self.pad_to = stream, encoder, size, False, 1
+    def __init__(self, stream: Stream, encoder: chat.Encoder, *, plan: Fixed | int):
+        self.stream, self.encoder, self.plan, self.packing, self.pad_to = stream, encoder, images.fixed(plan), False, 1
         self._encoded: tuple[list[int], list[int]] = ([], [])
         stream.check = self._encode
         self._records = iter(stream)
@@ -229,7 +233,7 @@ class Streamed:
         ids, labels = chat.pad([i for i, _, _ in mine], self.encoder.pad_token), chat.pad([ls for _, ls, _ in mine], chat.IGNORE)
         shown = [p for i, _, pictures in mine for p in pictures[: i.count(self.encoder.image_token) // self.encoder.image_tokens]]
         lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()
-        pictures = {"pictures": torch.from_numpy(np.stack([p.load(self.size) for p in shown]))} if shown else {}
+        pictures = {"pictures": torch.from_numpy(np.stack([p.load(self.plan) for p in shown]))} if shown else {}
         return {
             **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
             **pictures,

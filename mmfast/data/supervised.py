@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from mmfast.data import chat, images
+from mmfast.data.episodes import TAUGHT, WORDS, Pool, mixed, prompts_of
+from mmfast.data.formats import Record
 from mmfast.data.synthetic import COLOURS, PROMPT, SHAPES, World
 from mmfast.spec import Data
 
@@ -70,16 +72,17 @@ class Source:
 
 
 class Shapes(Source):
-    """The shapes world: a planted caption and four packed yes/no turns a scene."""
+    """The shapes world: a caption and four packed yes/no turns a scene, planted errors among them, or clean captions alone (``turns`` 0)."""
 
-    def __init__(self, world: World, encode: Encode, pad_token: int, *, split: str = "train", count: int = 10_000, turns: int = 4):
+    def __init__(
+        self, world: World, encode: Encode, pad_token: int, *, split: str = "train", count: int = 10_000, turns: int = 4, planted: bool = True
+    ):  # fmt: skip
         self.world, self.scenes = world, world.scenes(split, count)
-        captions = [encode([(f"<image> {PROMPT}", world.caption(s, planted=True).text)]) for s in self.scenes]
-        questions = []
-        for scene in self.scenes:
-            asked = world.turns(scene, turns, planted=True)
-            questions.append(encode([(f"<image> {asked[0][0]}", asked[0][1]), *asked[1:]]))
-        super().__init__(world.render(self.scenes), [chat.Rows(captions, pad_token), chat.Rows(questions, pad_token)], pad_token)
+        columns = [[encode([(f"<image> {PROMPT}", world.caption(s, planted=planted).text)]) for s in self.scenes]]
+        if turns:
+            asked = [world.turns(scene, turns, planted=planted) for scene in self.scenes]
+            columns.append([encode([(f"<image> {first}", answer), *rest]) for (first, answer), *rest in asked])
+        super().__init__(world.render(self.scenes), [chat.Rows(column, pad_token) for column in columns], pad_token)
 
     def words(self) -> tuple[list[str], Tensor, Tensor]:
         """Colour, shape and position words, whether each is true of a picture ``[M, W]``, and the classes in it ``[M, C]``."""
@@ -97,6 +100,39 @@ class Shapes(Source):
                 true[i, hit] = 1
             classes[i, self.world.class_ids(scene)] = 1
         return names, true, classes
+
+
+class Documents(Source):
+    """Interleaved documents over pictures in memory, all their text supervised. ``shown``: each one's pictures, in reading order."""
+
+    def __init__(self, pictures: np.ndarray, texts: Sequence[str], shown: Sequence[Sequence[int]], encode: chat.Encoder):
+        encoded = [encode.record(Record(i, f"#{i}", document=text)) for i, text in enumerate(texts)]
+        # One that was cut shows the pictures that are left of it.
+        left = [pictures[: ids.count(encode.image_token) // encode.image_tokens] for pictures, (ids, _) in zip(shown, encoded, strict=True)]
+        super().__init__(pictures, [chat.Rows(encoded, encode.pad_token)], encode.pad_token, left)
+
+
+def shapes_text(world: World, encode: chat.Encoder, count: int = 10_000) -> Documents:
+    """Captions as text alone, two of every scene: what a language model has read before it sees."""
+    texts = [" ".join(world.caption(s, variant=v).text for v in (0, 1)) for s in world.scenes("train", count)]
+    return Documents(np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8), texts, [[]] * count, encode)
+
+
+def shapes_single(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
+    """Pictures of one object, each with its name as an example of an episode has it: "This is a red circle."."""
+    pool, say = Pool(world, "single", count), prompts_of(encode.template)
+    texts = ["<image>" + say.example.format(answer=pool.name(i)) for i in range(len(pool.scenes))]
+    return Documents(world.render(pool.scenes), texts, [[i] for i in range(len(texts))], encode)
+
+
+def shapes_episodes(world: World, encode: chat.Encoder, count: int = 6000, *, told: bool = False) -> Documents:
+    """Episodes as interleaved documents; ``told``: of words alone, a picture's name in place of each picture."""
+    pool, say = Pool(world, "single", 3000), prompts_of(encode.template)
+    episodes = mixed(pool, count, purpose=2 if told else 1, plans=TAUGHT)
+    if told:
+        nothing = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
+        return Documents(nothing, [say.document(e, lambda p: f"{pool.name(p)} ") for e in episodes], [[] for _ in episodes], encode)
+    return Documents(world.render(pool.scenes), [say.document(e) for e in episodes], [e.pictures for e in episodes], encode)
 
 
 class EasyVQA(Source):
@@ -146,11 +182,27 @@ def easy_vqa_folder() -> Path:
     return Path(easy_vqa.__file__).parent / "data"
 
 
+def vocabulary(names: set[str], world: World) -> tuple[str, ...]:
+    """The words of a tiny model that reads these built-in sets."""
+    if "easy_vqa" in names:
+        return EasyVQA.vocabulary()
+    return (*world.vocabulary, *WORDS) if any(name in EPISODES for name in names) else world.vocabulary
+
+
+# The sets that are episodes, or belong to them.
+EPISODES = ("shapes_single", "shapes_episodes", "shapes_told")
+
+
 def make(data: Data, world: World, encode: chat.Encoder) -> Source:
     """The source of a built-in data set (``mmfast.spec.BUILT_IN``)."""
     source = {
         "shapes": lambda: Shapes(world, encode, encode.pad_token),
+        "shapes_captions": lambda: Shapes(world, encode, encode.pad_token, turns=0, planted=False),
+        "shapes_text": lambda: shapes_text(world, encode),
         "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),
+        "shapes_single": lambda: shapes_single(world, encode),
+        "shapes_episodes": lambda: shapes_episodes(world, encode),
+        "shapes_told": lambda: shapes_episodes(world, encode, told=True),
     }[data.name]()
     if data.blind:
         source.pictures = torch.zeros_like(source.pictures)

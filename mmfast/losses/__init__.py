@@ -1,5 +1,6 @@
 """Objectives as pure functions of log-probabilities and logits."""
 
+from mmfast.losses.image_text import hard_negatives, image_text_contrast, smoothed_cross_entropy
 from mmfast.losses.lm import token_cross_entropy, z_loss
 from mmfast.losses.preference import (
     anchor,
@@ -27,6 +28,8 @@ __all__ = [
     "critic_loss",
     "forward_kl",
     "generator_loss",
+    "hard_negatives",
+    "image_text_contrast",
     "kto_margin",
     "label_logp",
     "likelihood",
@@ -37,6 +40,7 @@ __all__ = [
     "reward_model_loss",
     "rloo_advantages",
     "segment_logp",
+    "smoothed_cross_entropy",
     "strongest_alternative",
     "token_cross_entropy",
     "wpo_weights",

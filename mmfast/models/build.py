@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,10 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
 from mmfast.models import pretrained
-from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, blocks
+from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, blocks
+from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
 from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
+from mmfast.nn.query_connector import QueryConnector
 from mmfast.nn.vqgan import VQGAN
 
 
@@ -101,7 +103,7 @@ def _code_tower(choice: spec.Vqgan, dtype: torch.dtype | None) -> CodeTower:
     )  # fmt: skip
 
 
-def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | None) -> Tower:
+def _tower(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva, dtype: torch.dtype | None) -> Tower:
     if choice.weights:
         vision = pretrained.load_tower(choice, dtype)
     else:
@@ -113,6 +115,7 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
             image_size=choice.size,
         )
         sizes |= {"mlp_ratio": choice.ffn // choice.width} if isinstance(choice, spec.Dino) else {"intermediate_size": choice.ffn}
+        sizes |= {"initializer_range": 0.02} if isinstance(choice, spec.Eva) else {}  # transformers' own is 1e-10
         sizes |= {"hidden_act": choice.activation} if isinstance(choice, spec.Clip) else {}
         kind = pretrained.TOWERS[type(choice)][0]
         vision = kind(kind.config_class(**sizes))
@@ -122,12 +125,25 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino, dtype: torch.dtype | Non
                 nn.init.normal_(module.weight, std=0.5)
         if isinstance(choice, spec.Dino):
             nn.init.normal_(vision.embeddings.position_embeddings, std=0.5)
+        if isinstance(choice, spec.Eva):
+            nn.init.normal_(vision.embeddings.position_embedding, std=0.5)
     behind = {"post_norm": choice.post_norm, "unit": choice.unit} if isinstance(choice, spec.Clip) else {}
     return Tower(vision, layer=choice.layer, skip=_skip(choice), **behind)
 
 
-def _skip(choice: spec.Clip | spec.Siglip | spec.Dino) -> int:
-    return 0 if isinstance(choice, spec.Siglip) else int(not choice.keep_class_token)
+def _skip(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva) -> int:
+    return 0 if isinstance(choice, spec.Siglip | spec.Eva) else int(not choice.keep_class_token)
+
+
+def _queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnector:
+    connector = QueryConnector(
+        width_in, width_out, tokens=choice.tokens, width=choice.width, depth=choice.depth, heads=choice.heads, ffn=choice.ffn,
+        every=choice.every, vocab=choice.vocab if choice.text else None, positions=choice.positions, shared=choice.shared,
+        dropout=choice.dropout, norm_eps=choice.norm_eps,
+    )  # fmt: skip
+    if choice.weights:
+        load_bert(connector, choice.weights)
+    return connector
 
 
 def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) -> nn.Module:
@@ -136,8 +152,10 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         model = pretrained.load_language(choice, dtype)
         pretrained.resize_embeddings(model, vocab)
         return model
+    own = {"ffn_dim": choice.ffn, "init_std": choice.init, "dropout": 0.0} if choice.family == "opt" else {}
     config = AutoConfig.for_model(
         choice.family,
+        **own,
         vocab_size=vocab,
         hidden_size=choice.width,
         num_hidden_layers=choice.depth,
@@ -165,6 +183,7 @@ CONNECTORS = {
         width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
         activation=choice.activation, max_num_frames=choice.frames or None, interpolate_frames=True,
     ),
+    spec.QFormer: _queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
 }  # fmt: skip
 # (choice, language model, the tower's width)
@@ -172,6 +191,7 @@ FUSIONS = {
     spec.Prefix: lambda choice, language, width: PrefixFusion(),
     spec.AdapterPrompts: lambda choice, language, width: AdapterFusion(choice, language),
     spec.GatedCrossAttention: GatedFusion,
+    spec.Retrieval: RetrievalFusion,
 }
 
 
@@ -204,6 +224,7 @@ class MultimodalModel(nn.Module):
             "encoder": self.encoder,
             "connector": self.connector,
             "adapter": self.fusion,  # what a fusion has to learn: gated prompts, gated blocks
+            **({"queries": self.connector} if isinstance(self.connector, QueryConnector) else {}),  # what of it, train_only says
             "language": self.language,
             "embeddings": self.language.get_input_embeddings(),
             # Their rows of the embeddings and of the head, which may be the same.
@@ -216,8 +237,9 @@ class MultimodalModel(nn.Module):
     def train_only(self, parts: Sequence[str], *, lora: bool = False) -> list[nn.Parameter]:
         """Let exactly these parts learn, and the adapters with ``lora``; returns their parameters. All else is frozen, in evaluation mode.
 
-        ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them. What learns is
-        held in fp32, whatever the precision of the rest.
+        ``language`` holds its embeddings. Tower blocks behind the state that is read stay frozen: no gradient can reach them; nor can any reach a
+        Q-Former's text side from a language model, or its projection from ``queries``. What learns is held in fp32, whatever the precision of
+        the rest.
         """
         modules = [self.part(name) for name in parts]
         if "language" in parts and getattr(self.language, "is_quantized", False):
@@ -234,6 +256,9 @@ class MultimodalModel(nn.Module):
             parameter.requires_grad_(lora)
         for parameter in self.encoder.unread():
             parameter.requires_grad_(False)
+        if isinstance(self.connector, QueryConnector):
+            for parameter in self.connector.unread(compared="queries" in parts):
+                parameter.requires_grad_(False)
         self._trained, self._lora = tuple(parts), lora
         self._mask_old_rows()
         self.train(self.training)
@@ -244,6 +269,14 @@ class MultimodalModel(nn.Module):
         if "new_tokens" not in self._trained or {"language", "embeddings"} & set(self._trained):
             return []
         return list(self.part("new_tokens").parameters())
+
+    @torch.no_grad()
+    def level_new_rows(self) -> None:
+        """Gives the input embeddings of ``new_tokens`` the mean norm of the rows before them (FROMAGe, arXiv:2301.13823, its released code)."""
+        table = self.language.get_input_embeddings().weight
+        mean = table[: min(self.new_tokens)].norm(dim=1).mean()
+        for row in self.new_tokens:
+            table[row] *= mean / table[row].norm()
 
     def _mask_old_rows(self) -> None:
         while self._masks:
@@ -412,8 +445,10 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
     if isinstance(system.fusion, spec.GatedCrossAttention):  # <image> is read by the language model, and new to it
         new_tokens = [image_token, *new_tokens]
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)
+    table, choice = language.get_input_embeddings(), system.connector
+    if isinstance(choice, spec.QFormer) and not choice.vocab:  # its words are the language model's
+        choice = replace(choice, vocab=table.num_embeddings)
     # What is read between the layers stays in the tower's width; what is in the sequence has the language model's.
     gated = isinstance(system.fusion, spec.GatedCrossAttention)
-    width_out = None if gated else language.get_input_embeddings().embedding_dim
-    connector = CONNECTORS[type(system.connector)](system.connector, encoder.width, width_out)
+    connector = CONNECTORS[type(choice)](choice, encoder.width, None if gated else table.embedding_dim)
     return MultimodalModel(system, encoder, connector, language, image_token=image_token, new_tokens=new_tokens)

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Blip2VisionModel,
     CLIPVisionModel,
     Dinov2Model,
     PretrainedConfig,
@@ -26,6 +27,7 @@ from transformers import (
 )
 
 from mmfast import spec
+from mmfast.data import chat
 
 IMAGE = "<image>"
 # A kind of tower: its class, and the model types whose weights fit it.
@@ -33,6 +35,7 @@ TOWERS = {
     spec.Clip: (CLIPVisionModel, ("clip_vision_model", "clip")),
     spec.Siglip: (SiglipVisionModel, ("siglip_vision_model", "siglip")),
     spec.Dino: (Dinov2Model, ("dinov2",)),
+    spec.Eva: (Blip2VisionModel, ("blip_2_vision_model", "blip-2")),
 }
 # What a causal language model does to its logits behind the head. We read hidden states and head alone, so these would be lost in silence.
 _BEHIND_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
@@ -240,6 +243,34 @@ def tokenizer_for(system: spec.System):
     return tokenizer
 
 
+def text_side(system: spec.System, tokenizer) -> chat.TextSide:
+    """How texts come to a Q-Former: by its BERT's tokenizer, or where it has no words of its own by the language model's ``tokenizer``."""
+    choice = system.connector
+    if not isinstance(choice, spec.QFormer) or not choice.text:
+        raise ValueError(f"{system.name}: objective queries needs a connector QFormer with text, got {choice}")
+    if not choice.vocab:
+        ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(spec.DECODE), tokenizer.pad_token_id
+        if ids[0] is None:  # Qwen2
+            ids = ids[1], *ids[1:]
+        return chat.TextSide(tokenizer, *ids)
+    if not choice.weights:
+        raise ValueError(
+            f"{system.name}: connector.vocab is {choice.vocab}, and the tokenizer of these words comes with connector.weights, a BERT; set it, or "
+            "vocab 0 for the language model's words"
+        )
+    folder, _ = locate(choice.weights, "connector.weights")
+    try:
+        own = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the tokenizer libraries raise whatever they like
+        raise ValueError(f"connector.weights {choice.weights}: no tokenizer can be read: {_first_line(error)}") from error
+    own.add_special_tokens({"bos_token": spec.DECODE})
+    if len(own) > choice.vocab:
+        raise ValueError(
+            f"connector.weights {choice.weights}: its tokenizer has {len(own)} words with {spec.DECODE}, connector.vocab {choice.vocab}"
+        )
+    return chat.TextSide(own, own.cls_token_id, own.sep_token_id, own.bos_token_id, own.pad_token_id)
+
+
 def load_tower(choice, dtype: torch.dtype | None = None) -> nn.Module:
     """The vision tower of some weights, fp32 unless said otherwise."""
     tower_config(choice)
@@ -247,7 +278,9 @@ def load_tower(choice, dtype: torch.dtype | None = None) -> nn.Module:
         from mmfast.models.published import from_pretrained
 
         return from_pretrained(choice.weights, dtype=dtype).encoder.vision
-    return load_weights(TOWERS[type(choice)][0], choice.weights, "encoder.weights", dtype or torch.float32)
+    # Within a whole BLIP-2 the tower's names have a first word more.
+    inner = {"key_mapping": {r"^vision_model\.": ""}} if isinstance(choice, spec.Eva) else {}
+    return load_weights(TOWERS[type(choice)][0], choice.weights, "encoder.weights", dtype or torch.float32, **inner)
 
 
 def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) -> nn.Module:

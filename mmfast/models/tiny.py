@@ -20,6 +20,7 @@ from mmfast.spec import (
     Mlp,
     NfResnet,
     Optim,
+    QFormer,
     Siglip,
     Stage,
     System,
@@ -34,6 +35,8 @@ _DATA = Data("shapes")
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
 STAND_INS: dict[str, tuple[Data, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
+    "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
+    "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
 }
 _STAND_IN = (_DATA, _LONG)
 
@@ -45,7 +48,8 @@ _WORDS = Stage(
     template="bare",
     optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
 )
-# What a language model is before anything is put into it that lets it see.
+# What a language model is before anything is put into it that lets it see. What it reads, by what the last stage shows; else the same.
+_TEXTS = {"shapes_captions": Data("shapes_text")}
 _TEXT = Stage(
     "text",
     train=("language", "embeddings"),
@@ -85,25 +89,34 @@ def _small(choice):
         case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads
             depth = 1 - choice.layer if choice.layer < -1 else 2
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
+        case QFormer():  # it reads the language model's words, as there are no others
+            return replace(
+                choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
+            )
         case AdapterPrompts():
             return replace(choice, layers=2)
     return choice
 
 
 def _stages(system: System) -> tuple[Stage, ...]:
+    own = [_stage(stage) for stage in system.stages]
     # A language model that is to stay as it is learns before; any other learns with the pictures, as there is none to start from.
     trained = any("language" in stage.train or stage.lora is not None for stage in system.stages)
     projected = isinstance(system.connector, Linear | Mlp)
     words = replace(_WORDS, train=("encoder", "connector", "embeddings") if projected else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
-    return (*seen, *(() if trained else (_TEXT,)), *(_stage(stage) for stage in system.stages))
+    text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data)) if own else _TEXT
+    return (*seen, *(() if trained else (text,)), *own)
 
 
 def _stage(stage: Stage) -> Stage:
     data, optim = STAND_INS.get(stage.data.name, _STAND_IN)
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
-    return replace(stage, train=train, lora=None, data=data, template="bare", optim=optim)
+    # Templates have words that a tiny model does not know; that of pictures and captions has none.
+    template = stage.template if stage.objective == "retrieval" else "bare"
+    optim = replace(optim, level_new=stage.optim.level_new)
+    return replace(stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim)
 
 
 def tiny_alignment(alignment: Alignment) -> Alignment:

@@ -53,8 +53,12 @@ class TokenProjector(nn.Module):
         self.tokens, self.pool = tokens, pool
         self.linear = nn.Linear(width_in, tokens * width_out)
 
+    def pooled(self, states: Tensor) -> Tensor:
+        """``[M, N, width_in] -> [M, width_in]``."""
+        return states[:, 0] if self.pool == "class" else states.mean(1)
+
     def forward(self, states: Tensor) -> Tensor:
-        return self.linear(states[:, 0] if self.pool == "class" else states.mean(1)).unflatten(-1, (self.tokens, -1))
+        return self.linear(self.pooled(states)).unflatten(-1, (self.tokens, -1))
 
 
 class ResampledProjector(nn.Module):

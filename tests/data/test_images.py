@@ -82,3 +82,40 @@ def test_normalise():
     pixels = torch.tensor([[[[0, 128, 255]]]], dtype=torch.uint8)
     plan = Fixed(mean=(0.0, 0.5, 0.25), std=(1.0, 0.25, 0.5))
     assert images.normalise(pixels, plan).flatten().tolist() == pytest.approx([0, (128 / 255 - 0.5) / 0.25, 1.5], abs=1e-6)
+
+
+def test_every_fit_makes_a_square_of_the_whole_picture_or_its_middle():
+    """A 40 x 20 picture: left half red, right half blue."""
+    source = Pillow.new("RGB", (40, 20), (0, 0, 255))
+    source.paste((255, 0, 0), (0, 0, 20, 20))
+    mean = (0.5, 0.25, 0.75)
+    made = {fit: np.array(images._square(source, Fixed(size=8, fit=fit, mean=mean))) for fit in ("crop", "squash", "pad", "pad_mean")}
+    assert all(a.shape == (8, 8, 3) for a in made.values())
+    assert made["crop"][4, 0].tolist() == made["squash"][0, 0].tolist() == made["pad"][4, 0].tolist() == [255, 0, 0]
+    assert made["crop"][4, 7].tolist() == made["squash"][7, 7].tolist() == made["pad"][4, 7].tolist() == [0, 0, 255]
+    assert made["pad"][0].max() == made["pad"][7].max() == 0
+    unscaled = np.array(images._square(source, Fixed(size=40, fit="pad_mean", mean=mean)))
+    assert np.array_equal(unscaled[10:30], np.array(source))
+    assert (unscaled[:10] == [127, 63, 191]).all()
+    assert (unscaled[30:] == [127, 63, 191]).all()
+    square = picture(64, 64)
+    same = [np.array(images._square(square, Fixed(size=16, fit=fit))) for fit in ("crop", "squash", "pad", "pad_mean")]
+    assert all(np.array_equal(same[0], other) for other in same[1:])
+
+
+def test_squashed_pixels_equal_the_published_processor(tmp_path):
+    """Kosmos-2 and BLIP-2 resize both sides and cut nothing."""
+    source = picture(301, 200)
+    source.save(tmp_path / "a.png")
+    processor = CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False)
+    want = processor(source, return_tensors="pt")["pixel_values"]
+    got = images.normalise(torch.from_numpy(images.load(tmp_path / "a.png", Fixed(fit="squash")))[None], Fixed())
+    assert (got - want).abs().max() <= 1.01 / 255 / min(Fixed().std)
+
+
+def test_a_strip_is_padded_without_a_huge_square(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 32 * 32)
+    made = np.array(images._square(Pillow.new("RGB", (320, 3), (255, 255, 255)), Fixed(size=32, fit="pad")))
+    assert made.shape == (32, 32, 3)
+    assert made[15].min() == 255
+    assert made[0].max() == 0

@@ -63,7 +63,7 @@ def shown(batch):
 
 
 def test_a_batch_of_all_kinds(tmp_path):
-    source = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    source = Conversations([Records(data(tmp_path, RECORDS))], encoder(), plan=4)
     assert (len(source), source.picture_count) == (4, 4)
     batch = source.batch(torch.tensor([2, 1, 0, 3]))
     assert [text(row) for row in batch["input_ids"].tolist()] == ["^@@qzzz$", "^textyy$", "^@@and@@x$", "^a@@b@@$"]
@@ -81,14 +81,14 @@ def test_a_batch_of_all_kinds(tmp_path):
 def test_what_is_cut_loses_its_pictures_too(tmp_path):
     long = [{"text": "abc<image>d<image>efg", "images": ["1.png", "2.png"]}]
     for limit, want, pictures in ((20, "^abc@@d@@efg$", [1, 2]), (8, "^abc@@d", [1]), (7, "^abc@@d", [1]), (5, "^abc", [])):
-        source = Conversations([Records(data(tmp_path, long))], encoder(max_length=limit), size=4)
+        source = Conversations([Records(data(tmp_path, long))], encoder(max_length=limit), plan=4)
         batch = source.batch(torch.tensor([0]))
         assert text(batch["input_ids"][0].tolist()) == want
         assert shown(batch) == pictures
 
 
 def test_packed_rows(tmp_path):
-    source = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    source = Conversations([Records(data(tmp_path, RECORDS))], encoder(), plan=4)
     source.packing = True
     batch = source.batch(torch.tensor([1, 2]))
     assert text(batch["input_ids"][0].tolist()) == "^textyy$^@@qzzz$"
@@ -98,7 +98,7 @@ def test_packed_rows(tmp_path):
 
 def test_a_document_is_parsed_once_for_all_its_pictures(tmp_path, monkeypatch):
     long = [{"text": "<image>".join("abcdef"), "images": [f"{i % 4}.png" for i in (1, 2, 3, 0, 2)]}, said("<image>", "x", 3)]
-    source = Conversations([Records(data(tmp_path, long))], encoder(), size=4)
+    source = Conversations([Records(data(tmp_path, long))], encoder(), plan=4)
     calls, parse = [], Records.parse
     monkeypatch.setattr(Records, "parse", lambda self, number: (calls.append(number), parse(self, number))[1])
     assert shown(source.batch(torch.tensor([1, 0]))) == [3, 1, 2, 3, 0, 2]
@@ -114,7 +114,7 @@ def test_a_tokenizer_whose_unknown_token_ends_texts_knows_all_words(tmp_path, ca
 
     for kind, want in ((Whole, ""), (Lacking, "data.jsonl: warning: 3 of 24 tokens (12.5%)")):
         spec = data(tmp_path, RECORDS)
-        Conversations([Records(spec)], chat.Encoder(kind(), "bare", image_tokens=2, image_token=IMAGE, pad_token=0), size=4)
+        Conversations([Records(spec)], chat.Encoder(kind(), "bare", image_tokens=2, image_token=IMAGE, pad_token=0), plan=4)
         out = capsys.readouterr().out
         assert want in out
         assert ("warning" in out) == bool(want)
@@ -125,17 +125,17 @@ def test_mixtures_draw_by_weight(tmp_path):
     (tmp_path / "b").mkdir()
     few = data(tmp_path / "a", [said(f"few{i}", "x") for i in range(4)], weight=3.0)
     many = data(tmp_path / "b", [said(f"many{i}", "x") for i in range(12)], weight=1.0)
-    source = Conversations([Records(few), Records(many)], encoder(), size=4, seed=5)
+    source = Conversations([Records(few), Records(many)], encoder(), plan=4, seed=5)
     drawn = [text(source.batch(source.permutation(0)[i : i + 1])["input_ids"][0].tolist()) for i in range(16)]
     assert sum("few" in t for t in drawn) == 12
     assert len({t for t in drawn if "many" in t}) == 4
-    assert Conversations([Records(few)], encoder(), size=4).permutation is None
+    assert Conversations([Records(few)], encoder(), plan=4).permutation is None
 
 
 def test_encodings_need_not_be_kept(tmp_path, monkeypatch):
-    kept = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    kept = Conversations([Records(data(tmp_path, RECORDS))], encoder(), plan=4)
     monkeypatch.setattr("mmfast.data.sources.KEEP_TOKENS", 0)
-    fresh = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    fresh = Conversations([Records(data(tmp_path, RECORDS))], encoder(), plan=4)
     assert not fresh._kept
     for index in ([0, 1], [3]):
         a, b = kept.batch(torch.tensor(index)), fresh.batch(torch.tensor(index))
@@ -143,7 +143,7 @@ def test_encodings_need_not_be_kept(tmp_path, monkeypatch):
 
 
 def test_a_source_travels_to_other_processes(tmp_path):
-    source = Conversations([Records(data(tmp_path, RECORDS))], encoder(), size=4)
+    source = Conversations([Records(data(tmp_path, RECORDS))], encoder(), plan=4)
     sent = pickle.dumps(source)
     assert len(sent) < 20_000, "no pixels in it"
     a, b = source.batch(torch.tensor([0, 3])), pickle.loads(sent).batch(torch.tensor([0, 3]))
@@ -156,7 +156,7 @@ def test_pairs(tmp_path):
         {"images": ["2.png"], "prompt": "q", "chosen": "yes", "rejected": "no"},
     ]
     mine = data(tmp_path, records)
-    source = PreferencePairs(Records(Pairs("mine", path=mine.path)), encoder(), size=4)
+    source = PreferencePairs(Records(Pairs("mine", path=mine.path)), encoder(), plan=4)
     batch = source.batch(torch.tensor([1, 0]))
     assert [text(row) for row in batch["input_ids"].tolist()] == ["^@@\nqyes$", "^@@\npgood$", "^@@\nqno$", "^@@\npbad$"]
     assert batch["counts"].tolist() == [2, 9, 7]
@@ -164,7 +164,7 @@ def test_pairs(tmp_path):
     assert shown(batch) == [2, 1, 2, 1]
     assert len(batch["pictures"]) == 2, "both answers share a picture"
     assert batch["index"].tolist() == [1, 0]
-    shuffled = PreferencePairs(Records(Pairs("mine", path=mine.path)), encoder(), size=4, shuffled=True)
+    shuffled = PreferencePairs(Records(Pairs("mine", path=mine.path)), encoder(), plan=4, shuffled=True)
     assert [text(row) for row in shuffled.batch(torch.tensor([0]))["input_ids"].tolist()] == ["^@@\npgood$", "^@@\npno$"]
 
 
@@ -172,7 +172,7 @@ def test_pairs_score_only_the_answers_that_differ(tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     pair = {"prompt": turns, "chosen": [{"role": "assistant", "content": "D"}], "rejected": [{"role": "assistant", "content": "E"}]}
     mine = data(tmp_path, [pair, pair])
-    batch = PreferencePairs(Records(Pairs("mine", path=mine.path)), encoder(), size=4).batch(torch.tensor([0]))
+    batch = PreferencePairs(Records(Pairs("mine", path=mine.path)), encoder(), plan=4).batch(torch.tensor([0]))
     assert text(batch["input_ids"][0].tolist()) == "^abcD$"
     assert [text([i for i in row if i != -100]) for row in batch["labels"].tolist()] == ["D$", "E$"]
 
@@ -186,22 +186,22 @@ def test_streams_continue_where_they_were(tmp_path, processes):
         return [[text(row) for row in source.take(4, rank, processes)["input_ids"].tolist()] for _ in range(n)]
 
     for rank in range(processes):
-        whole = Streamed(Stream(spec, seed=1, block=4), encoder(), size=4)
+        whole = Streamed(Stream(spec, seed=1, block=4), encoder(), plan=4)
         want = taken(whole, 6, rank)
-        first = Streamed(Stream(spec, seed=1, block=4), encoder(), size=4)
+        first = Streamed(Stream(spec, seed=1, block=4), encoder(), plan=4)
         assert taken(first, 2, rank) == want[:2]
-        second = Streamed(Stream(spec, seed=1, block=4), encoder(), size=4)
+        second = Streamed(Stream(spec, seed=1, block=4), encoder(), plan=4)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert taken(second, 4, rank) == want[2:]
     assert sum(map(len, want)) == 24 // processes
-    batch = Streamed(Stream(spec), encoder(), size=4).take(3)
+    batch = Streamed(Stream(spec), encoder(), plan=4).take(3)
     assert shown(batch) == [0, 1, 2]
     assert batch["counts"].tolist() == [2 + 3 + 4]
 
 
 def test_other_processes_are_handed_few_tensors(tmp_path):
     """Each tensor that a loader's process is given costs it a file handle, of which a system allows about a thousand."""
-    source = Conversations([Records(data(tmp_path, RECORDS * 100))], encoder(), size=8)
+    source = Conversations([Records(data(tmp_path, RECORDS * 100))], encoder(), plan=8)
     want = source.batch(torch.tensor([3, 1, 399]))
     handed = []
 
@@ -223,11 +223,11 @@ def test_other_processes_are_handed_few_tensors(tmp_path):
 def test_processes_share_a_stream_and_cut_records_lose_their_pictures(tmp_path):
     pytest.importorskip("datasets")
     spec = data(tmp_path, [said(f"<image>{i}", "x", i % 4) for i in range(4)], streaming=True)
-    shares = [Streamed(Stream(spec), encoder(), size=4).take(4, rank, 2) for rank in range(2)]
+    shares = [Streamed(Stream(spec), encoder(), plan=4).take(4, rank, 2) for rank in range(2)]
     assert [[text(row) for row in share["input_ids"].tolist()] for share in shares] == [["^@@0x$", "^@@2x$"], ["^@@1x$", "^@@3x$"]]
     assert [shown(share) for share in shares] == [[0, 2], [1, 3]]
     long = [{"text": "abc<image>d<image>efg", "images": ["1.png", "2.png"]}, said("<image>", "x", 3)]
-    batch = Streamed(Stream(data(tmp_path, long, streaming=True)), encoder(max_length=8), size=4).take(2)
+    batch = Streamed(Stream(data(tmp_path, long, streaming=True)), encoder(max_length=8), plan=4).take(2)
     assert [text(row) for row in batch["input_ids"].tolist()] == ["^abc@@d", "^@@x$"]
     assert shown(batch) == [1, 3]
 
@@ -235,7 +235,7 @@ def test_processes_share_a_stream_and_cut_records_lose_their_pictures(tmp_path):
 def test_the_plain_template_keeps_as_many_places_as_there_are_pictures(tmp_path):
     records = [said("a<image>b<image>", "x", 2, 1), said("words alone", "y"), said("<image>", "z", 3)]
     plain = chat.Encoder(Speller(), "plain", image_tokens=2, image_token=IMAGE, pad_token=0)
-    batch = Conversations([Records(data(tmp_path, records))], plain, size=4).batch(torch.tensor([0, 1, 2]))
+    batch = Conversations([Records(data(tmp_path, records))], plain, plan=4).batch(torch.tensor([0, 1, 2]))
     assert [text(row) for row in batch["input_ids"].tolist()] == ["^@@@@x\n", "^y\n", "^@@z\n"]
     assert shown(batch) == [2, 1, 3]
 
@@ -244,6 +244,6 @@ def test_a_records_later_pictures_are_opened_too(tmp_path):
     spec = data(tmp_path, [said("<image><image>", "x", 1, 2), said("<image>", "x", 2), said("<image>", "x", 1)])
     (tmp_path / "2.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"2 of 3 records are faulty") as error:
-        Conversations([Records(spec)], encoder(), size=4)
+        Conversations([Records(spec)], encoder(), plan=4)
     assert "record 0" in str(error.value)
     assert "record 1" in str(error.value)

@@ -50,6 +50,24 @@ def test_shapes_source_speaks_about_its_pictures():
         assert torch.nonzero(present).flatten().tolist() == sorted(world.class_ids(scene))
 
 
+def test_clean_captions_alone():
+    from mmfast.data import chat
+    from mmfast.models.tokenizer import word_tokenizer
+    from mmfast.spec import Data
+
+    world = World()
+    tokenizer = word_tokenizer(world.vocabulary)
+    source = supervised.make(Data("shapes_captions"), world, chat.Encoder(tokenizer, "bare", 2, 4, tokenizer.pad_token_id))
+    assert len(source) == source.picture_count == 10_000
+    batch = source.batch(torch.tensor([7, 30]))
+    for i, row, labels in zip((7, 30), batch["input_ids"], batch["labels"], strict=True):
+        clean = world.caption(source.scenes[i]).text
+        assert tokenizer.convert_ids_to_tokens(labels[labels != -100])[:-1] == clean.replace(",", " ,").replace(".", " .").split()
+        assert row.tolist()[:3] == [tokenizer.bos_token_id, 4, 4]
+    assert np.array_equal(batch["pictures"], world.render([source.scenes[7], source.scenes[30]]))
+    assert batch["counts"].tolist() == [(batch["labels"] != -100).sum()]
+
+
 def test_easy_vqa_source():
     pytest.importorskip("easy_vqa")
     source = supervised.EasyVQA(spell, 0)

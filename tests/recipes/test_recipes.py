@@ -2,17 +2,26 @@
 
 import dataclasses
 import json
+import math
+import re
+import types
+from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from mmfast.trainers import config
-from mmfast.trainers.loop import RunError
+from mmfast.trainers.__main__ import run as run_command
+from mmfast.trainers.checkpoint import Run
+from mmfast.trainers.loop import Batches, Objective, Options, RunError
+from mmfast.trainers.runs import measure, open_run
+from mmfast.trainers.supervised import OBJECTIVES, Session, train_system
 
-from mmfast.data import chat
+from mmfast.data import images, supervised
 from mmfast.data.synthetic import World
-from mmfast.models import build, tiny
-from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import Alignment, System, to_dict
+from mmfast.models import lora_parameters, tiny
+from mmfast.spec import Alignment, Stage, System, to_dict
 
 NAMES = list(config.recipe_names())
 
@@ -33,32 +42,138 @@ def test_json_and_back(name, shrink):
     assert config.from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_tiny_builds_and_trains_exactly_its_parts(name):
+# What a tiny form may have at most, where it cannot do with less: recipe, to parameters and why.
+LARGER: dict[str, tuple[int, str]] = {}
+
+
+def small(name: str, steps: int = 2) -> System:
+    """The tiny form as a system, with a handful of steps a stage. An alignment's parts train on what its policy's last stage reads."""
     recipe = tiny(config.load_recipe(name))
-    system = recipe.policy if isinstance(recipe, Alignment) else recipe
-    tokenizer = word_tokenizer(World().vocabulary)
-    model = build(system, tokenizer=tokenizer)
-    assert sum(p.numel() for p in model.parameters()) < 500_000
-    for name, parameter in model.named_parameters():
-        if name.endswith(".gate"):  # they start at 0, where they alone have gradients
-            torch.nn.init.constant_(parameter, 0.5)
-    ids, labels = chat.encode(
-        tokenizer,
-        "bare",
-        [("<image> describe the picture:", "a red circle")],
-        image_tokens=system.image_places,
-        image_token=model.image_token,
-    )
-    parts = [(recipe.train, recipe.template)] if isinstance(recipe, Alignment) else [(s.train, s.template) for s in recipe.stages]
-    for train, template in parts:
-        chat.check_template(template)
-        trained = {id(p) for p in model.train_only(train)}
-        model.zero_grad(set_to_none=True)
-        pixels = torch.randn(1, 3, system.image.size, system.image.size)
-        model(torch.tensor([ids]), pixel_values=pixels, labels=torch.tensor([labels])).loss.backward()
-        reached = {id(p) for p in model.parameters() if p.grad is not None and p.grad.any()}
-        assert reached == trained
+    if isinstance(recipe, Alignment):
+        stage = replace(recipe.policy.stages[-1], name="align", train=recipe.train, lora=recipe.lora, template=recipe.template)
+        recipe = replace(recipe.policy, stages=(*recipe.policy.stages, stage))
+    few = {stage.name: replace(stage.optim, steps=steps, batch=8, warmup=1) for stage in recipe.stages}
+    return replace(recipe, stages=tuple(replace(stage, optim=few[stage.name]) for stage in recipe.stages))
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch):
+    """Whatever a built-in set is made of, it is made of a few scenes, and of easy-vqa's questions every fiftieth, about pictures of noise."""
+    scenes = World.scenes
+    few = types.SimpleNamespace(loads=lambda text: json.loads(text)[::50])
+    monkeypatch.setattr(supervised, "json", few)
+    monkeypatch.setattr(images, "load", lambda path, size: np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
+    monkeypatch.setattr(World, "scenes", lambda world, split, count, *args, **kw: scenes(world, split, min(count, 48), *args, **kw))
+
+
+def opened(name: str) -> tuple[System, Session]:
+    system = small(name)
+    if any(stage.data.name == "easy_vqa" for stage in system.stages):
+        pytest.importorskip("easy_vqa", reason="the words and pictures of easy-vqa are in its package")
+    return system, Session(system, seed=0)
+
+
+def objective_of(session: Session, stage: Stage, folder) -> tuple[Objective, Callable[[int], dict]]:
+    """A stage's objective over a session whose parts learn as it says, and its batches by step."""
+    source = session.source(stage.data, stage.template, stage.max_length)
+    session.let_train(stage.train, stage.lora)
+    objective, items, _ = OBJECTIVES[stage.objective](session, stage, source, Run(folder), Options(quiet=True))
+    batches = Batches(items, stage.optim, 0, session.place)
+    return objective, lambda step: next(batches(step, step + 1))[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_is_small(name):
+    _, session = opened(name)
+    most, why = LARGER.get(name, (500_000, ""))
+    assert sum(p.numel() for p in session.model.parameters()) < most, why
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_what_a_stage_declares_and_nothing_else(name, tmp_path):
+    system, session = opened(name)
+    for stage in system.stages:
+        objective, batch = objective_of(session, stage, tmp_path / stage.name)
+        model, declared = session.model, {id(p) for p in session.model.train_only(stage.train, lora=stage.lora is not None)}
+        unread = {id(p) for p in model.encoder.unread()}
+        adapters = {id(p) for p in lora_parameters(model)}
+        asked = {id(p) for part in stage.train for p in model.part(part).parameters() if id(p) not in adapters} - unread
+        assert declared == asked | (adapters if stage.lora is not None else set()), stage.name
+        with torch.no_grad():  # gates and adapters start at 0, and let no gradient through to what stands behind them
+            for p in objective.parameters():
+                if p.requires_grad and not p.any():
+                    p.normal_(std=0.5)
+        objective.zero_grad(set_to_none=True)
+        model.train()
+        reached: set[int] = set()
+        for step in range(3):  # a part may be silent in one batch: a token that no row of it holds
+            loss, _ = objective(batch(step), batch(step)["counts"])
+            assert loss.isfinite()
+            loss.backward()
+        for p in objective.parameters():
+            if p.grad is not None and p.grad.any():
+                reached.add(id(p))
+        beside = {id(p) for p in objective.extra.parameters()}
+        assert reached - beside == declared, [n for n, p in model.named_parameters() if (id(p) in reached) != (id(p) in declared)]
+        assert beside <= reached
+        for p in model.partly_trained():
+            old = torch.ones(len(p), dtype=torch.bool)
+            old[list(model.new_tokens)] = False
+            assert not p.grad[old].any(), "only the rows of new tokens learn"
+
+
+def curve(folder) -> list[tuple]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["stage"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_short_run_and_one_that_is_cut_and_resumed(name, tmp_path):
+    """Through the real loop, stage after stage; the cut falls into the last stage, behind a checkpoint, and the curve goes on as if there had
+    been none. What comes out is measured."""
+    system, session = opened(name)
+    steps = 2 * len(system.stages)
+    whole = train_system(system, Run(tmp_path / "whole"), options=Options(quiet=True), session=session)
+    assert [step for step, *_ in curve(tmp_path / "whole")] == list(range(1, steps + 1))
+    assert all(math.isfinite(value) for row in curve(tmp_path / "whole") for value in row[2:])
+
+    def cut(record: dict) -> None:
+        if record["step"] == steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_system(system, Run(tmp_path / "cut"), options=Options(quiet=True, save_every=1, trackers=(cut,)))
+    resumed = train_system(system, Run(tmp_path / "cut", resume=True), options=Options(quiet=True, resume=True))
+    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    weights = resumed.model.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in whole.model.state_dict().items())
+    measured, *_ = measure(resumed, system, scenes=8)
+    assert measured
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_is_opened_as_it_was_left(name, tmp_path):
+    system, session = opened(name)
+    run = Run(tmp_path / "run")
+    run.write_json("recipe.json", to_dict(system) | {"seed": 0})
+    trained = train_system(system, run, options=Options(quiet=True), session=session)
+    again, recipe = open_run(tmp_path / "run")
+    assert recipe == system
+    weights = again.model.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in trained.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_list_show_and_diff(name, capsys):
+    assert not run_command(["list"])
+    assert re.search(rf"^{name}\b", capsys.readouterr().out, re.M)
+    for flags in ([], ["--tiny"]):
+        assert not run_command(["show", name, *flags])
+        assert capsys.readouterr().out.startswith(f"{name}  (")
+    for other in NAMES:
+        assert not run_command(["diff", name, other])
+        told = capsys.readouterr().out
+        assert ("do not differ" in told) == (other == name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -27,7 +27,10 @@ WRONG = [
     (["train", "llava", "--tiny", "--encoder.wdith", "3"], "Clip has no field 'wdith' (did you mean 'width'?)"),
     (["train", "llava", "--tiny", "--stages.instrct.optim.lr", "3"], "nothing is called 'instrct' there (did you mean 'instruct'?)"),
     (["train", "llava", "--tiny", "--stages.instruct.optim.lr", "fast"], "--stages.instruct.optim.lr: expected a number, got 'fast'"),
-    (["train", "llava", "--tiny", "--stages.instruct.objective", "lmm"], "expected one of lm, words, tokenizer, retrieval, queries, got 'lmm'"),
+    (
+        ["train", "llava", "--tiny", "--stages.instruct.objective", "lmm"],
+        "expected one of lm, words, tokenizer, retrieval, queries, got 'lmm'",
+    ),
     (["train", "llava", "--tiny", "--encoder"], "--encoder needs a value"),
     (["train", "llava", "--tiny", "--encoder", "clip"], "is a group of fields"),
     (["train", "llava", "--tiny", "stray"], "unexpected argument 'stray'"),

@@ -8,5 +8,6 @@ its parameters, the part ``adapter``.
 from mmfast.models.fusions.adapter import AdapterFusion, ByRow
 from mmfast.models.fusions.gated import GatedFusion, MediaByRow
 from mmfast.models.fusions.prefix import PrefixFusion, blocks, run_decoder
+from mmfast.models.fusions.retrieval import RetrievalFusion
 
-__all__ = ["AdapterFusion", "ByRow", "GatedFusion", "MediaByRow", "PrefixFusion", "blocks", "run_decoder"]
+__all__ = ["AdapterFusion", "ByRow", "GatedFusion", "MediaByRow", "PrefixFusion", "RetrievalFusion", "blocks", "run_decoder"]

@@ -1,0 +1,127 @@
+"""BLIP-2's connector: a norm over the tower's states, learned queries that read them, and the projection behind.
+
+Source: BLIP-2 (arXiv:2301.12597, section 3). Letters: M images, N states an image, W the tower's width, n queries, D the Q-Former's width, B
+texts, S text tokens, P the width of the space that pictures and texts share, V words.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmfast.nn.qformer import QFormer, QFormerCache
+
+
+class Read(NamedTuple):
+    """A picture as the queries read it: queries ``[M, n, D]``, and the keys and values that text may follow."""
+
+    queries: Tensor
+    cache: QFormerCache
+
+
+class QueryConnector(nn.Module):
+    """States ``[M, N, W]`` -> what a language model sees, ``[M, n, width_out]``.
+
+    With ``vocab`` the Q-Former reads text too, and what compares pictures with texts stands beside it (pre-training's first stage):
+
+    - contrast: ``similarity(images(read(x)), texts(ids, mask))``, x ``normed(states)``; two passes that do not see each other;
+    - matching: ``match(x, ids, mask)``, queries and text in one pass, both ways;
+    - captioning: ``continued(read(x).cache, ids, mask)``, text behind the cached queries, which do not see it.
+
+    Keys: ``ln_vision``, ``query_tokens`` [1, n, D], ``qformer`` (``mmfast.nn.QFormer``), ``projection``, and with text ``vision_proj``,
+    ``text_proj``, ``itm_head``, ``temp``, ``cls.{transform,norm}``, ``cls_bias``: BERT's masked-word head, whose last map is the table of words.
+
+    Args:
+        vocab: words of the Q-Former's own text side; None: it has none.
+        norm_eps: of ``ln_vision``: 1e-6 in transformers' classes, 1e-5 in LAVIS.
+    """
+
+    def __init__(
+        self, width_in: int, width_out: int, *, tokens: int = 32, width: int = 768, depth: int = 12, heads: int = 12, ffn: int = 3072,
+        every: int = 2, vocab: int | None = None, positions: int = 512, shared: int = 256, dropout: float = 0.1, norm_eps: float = 1e-6,
+    ):  # fmt: skip
+        super().__init__()
+        self.ln_vision = nn.LayerNorm(width_in, eps=norm_eps)
+        self.query_tokens = nn.Parameter(torch.empty(1, tokens, width).normal_(std=0.02))
+        self.qformer = QFormer(
+            hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=ffn, encoder_hidden_size=width_in,
+            cross_attention_frequency=every, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+            use_qformer_text_input=vocab is not None, vocab_size=vocab, max_position_embeddings=positions,
+        )  # fmt: skip
+        self.projection = nn.Linear(width, width_out)
+        if vocab is not None:
+            self.vision_proj, self.text_proj = nn.Linear(width, shared), nn.Linear(width, shared)
+            self.itm_head = nn.Linear(width, 2)
+            self.temp = nn.Parameter(torch.tensor(0.07))
+            self.cls = nn.ModuleDict({"transform": nn.Linear(width, width), "norm": nn.LayerNorm(width, eps=1e-12)})
+            self.cls_bias = nn.Parameter(torch.zeros(vocab))
+            for layer in self.qformer.encoder["layer"]:  # the queries' feed-forward starts as the text's
+                layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
+                layer.output_query.load_state_dict(layer.output.state_dict())
+
+    @property
+    def reads_text(self) -> bool:
+        return self.qformer.embeddings is not None
+
+    def forward(self, states: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """``ids``, ``mask`` [M, S]: an instruction that the queries read beside the picture (InstructBLIP, arXiv:2305.06500)."""
+        return self.projection(self.qformer(self.query_tokens, self.normed(states), text=ids, text_mask=mask).queries)
+
+    def normed(self, states: Tensor) -> Tensor:
+        """``ln_vision``, in fp32 whatever the tower was computed in; every pass below reads what it gives."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.ln_vision(states.to(self.ln_vision.weight.dtype))
+
+    def read(self, image: Tensor) -> Read:
+        """The queries alone over normed states [M, N, W]."""
+        queries, _, cache = self.qformer(self.query_tokens, image)
+        return Read(queries, cache)
+
+    def unread(self, *, compared: bool) -> Iterator[nn.Parameter]:
+        """Parameters out of reach for any gradient: the projection where pictures are ``compared`` with texts, all that text passes where a
+        language model reads the queries."""
+        if compared:
+            yield from self.projection.parameters()
+        elif self.reads_text:
+            embeddings = self.qformer.embeddings
+            parts = [
+                embeddings["word_embeddings"],
+                embeddings["position_embeddings"],
+                self.vision_proj,
+                self.text_proj,
+                self.itm_head,
+                self.cls,
+            ]
+            for layer in self.qformer.encoder["layer"]:
+                parts += [layer.intermediate, layer.output]
+            for part in parts:
+                yield from part.parameters()
+            yield from (self.temp, self.cls_bias)
+
+    # -- beside text
+
+    def images(self, read: Read) -> Tensor:
+        """Unit vectors of every query, [M, n, P]."""
+        return F.normalize(self.vision_proj(read.queries), dim=-1)
+
+    def texts(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Unit vectors of texts alone, read at their first token: ids and mask [B, S] -> [B, P]."""
+        return F.normalize(self.text_proj(self.qformer(text=ids, text_mask=mask).text[:, 0]), dim=-1)
+
+    def match(self, image: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits [B, 2], "no" and "yes", of normed states [B, N, W] and texts [B, S] belonging together: the mean over queries."""
+        return self.itm_head(self.qformer(self.query_tokens, image, text=ids, text_mask=mask).queries).mean(1)
+
+    def continued(self, cache: QFormerCache, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, QFormerCache]:
+        """Logits [B, S, V] of the word after each of ``ids`` [B, S], which follow what the cache holds, and the cache with them; ``mask``
+        covers cached text too."""
+        out = self.qformer(text=ids, text_mask=mask, cache=cache, mask_mode="multimodal_causal")
+        hidden = self.cls["norm"](F.gelu(self.cls["transform"](out.text)))
+        return F.linear(hidden, self.qformer.embeddings["word_embeddings"].weight, self.cls_bias), out.cache
+
+
+def similarity(images: Tensor, texts: Tensor) -> Tensor:
+    """Unit vectors [M, n, P] of pictures and [B, P] of texts -> [M, B]: the cosine of the query that is closest."""
+    return torch.einsum("mnp,bp->mbn", images, texts).amax(-1)
