@@ -8,6 +8,7 @@ parameters; some 1,200 steps of the last stage are where captions settle.
 
 from dataclasses import replace
 
+from mmfast.data.supervised import EPISODES
 from mmfast.spec import (
     AdapterPrompts,
     Alignment,
@@ -16,11 +17,13 @@ from mmfast.spec import (
     Data,
     Dino,
     Eva,
+    GatedCrossAttention,
     Linear,
     Mlp,
     NfResnet,
     Optim,
     QFormer,
+    Resampler,
     Siglip,
     Stage,
     System,
@@ -36,6 +39,7 @@ _DATA = Data("shapes")
 STAND_INS: dict[str, tuple[Data, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
     "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
+    "flamingo_mix": (Data("shapes_episodes"), replace(_LONG, steps=600)),
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
 }
 _STAND_IN = (_DATA, _LONG)
@@ -49,7 +53,7 @@ _WORDS = Stage(
     optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
 )
 # What a language model is before anything is put into it that lets it see. What it reads, by what the last stage shows; else the same.
-_TEXTS = {"shapes_captions": Data("shapes_text")}
+_TEXTS = {"shapes_captions": Data("shapes_text"), "shapes_episodes": Data("shapes_told")}
 _TEXT = Stage(
     "text",
     train=("language", "embeddings"),
@@ -93,6 +97,10 @@ def _small(choice):
             return replace(
                 choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
             )
+        case Resampler():
+            return replace(choice, tokens=8, depth=2, heads=4, head_width=16)
+        case GatedCrossAttention():
+            return replace(choice, every=min(choice.every, 2), heads=4, head_width=16)
         case AdapterPrompts():
             return replace(choice, layers=2)
     return choice
@@ -105,7 +113,7 @@ def _stages(system: System) -> tuple[Stage, ...]:
     projected = isinstance(system.connector, Linear | Mlp)
     words = replace(_WORDS, train=("encoder", "connector", "embeddings") if projected else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
-    text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data)) if own else _TEXT
+    text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data), template=own[-1].template) if own else _TEXT
     return (*seen, *(() if trained else (text,)), *own)
 
 
@@ -114,8 +122,8 @@ def _stage(stage: Stage) -> Stage:
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
     # Templates have words that a tiny model does not know; that of pictures and captions has none.
-    template = stage.template if stage.objective == "retrieval" else "bare"
-    optim = replace(optim, level_new=stage.optim.level_new)
+    template = stage.template if stage.objective == "retrieval" or data.name in EPISODES else "bare"
+    optim = replace(optim, level_new=stage.optim.level_new, weight_decay_of=stage.optim.weight_decay_of)
     return replace(stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim)
 
 
