@@ -239,6 +239,11 @@ DECODE = "[DEC]"  # the Q-Former's first token where it writes text
 
 
 @dataclass(frozen=True)
+class Codes:
+    """Nothing: what the tower tells of a picture are tokens of the language model already (``SharedTokens``)."""
+
+
+@dataclass(frozen=True)
 class Prefix:
     """Image tokens take the places of the <image> placeholders in the language model's sequence."""
 
@@ -326,7 +331,9 @@ class LanguageModel:
     context: int = 2048
     tied: bool = False
     norm_eps: float = 1e-6
+    norm: Literal["before", "after"] = "before"  # chameleon: each sub-layer's norm stands before it, or over what it adds (its 34B)
     init: float = 0.02
+    words: str | None = None  # the folder or hub name of a tokenizer, for a model that starts from nothing
 
 
 @dataclass(frozen=True)
@@ -346,7 +353,7 @@ class Fixed:
 # ----------------------------------------------------------------------------------------------------------- training
 
 # Data sets that need no path; mmfast.data.supervised makes them.
-BUILT_IN = ("shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "easy_vqa")
+BUILT_IN = ("shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "shapes_drawing", "easy_vqa")
 
 
 @dataclass(frozen=True)
@@ -381,7 +388,8 @@ class Mixture:
 @dataclass(frozen=True)
 class Optim:
     """AdamW and its schedule. Warm-up is linear, then the peak is held up to the share ``hold`` of all steps, then the rate falls to
-    ``floor`` of the peak along half a cosine or a line, or stays. (Cosine with ``floor`` is also what MAE and LLaMA-Adapter train with.)"""
+    ``floor`` of the peak along half a cosine or a line, by the same factor every step (exponential), or stays. (Cosine with ``floor`` is also
+    what MAE and LLaMA-Adapter train with.)"""
 
     lr: float
     steps: int | None = None
@@ -391,9 +399,10 @@ class Optim:
     warmup: float = 0.03  # a share of all steps below 1, else steps
     hold: float = 0.0
     floor: float = 0.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "exponential", "constant"] = "cosine"
     lr_of: dict[str, float] = field(default_factory=dict)  # parts that learn at another rate than ``lr``
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     weight_decay_of: dict[str, float] = field(default_factory=dict)  # parts that decay otherwise; new_tokens never do
     decay_vectors: bool = True  # whether weight decay also applies to biases, norms and gates
@@ -460,6 +469,7 @@ class Stage:
     drawing: Drawing = Drawing()
     contrast: float = 1.0  # weight of the contrastive loss of retrieval
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator, beside lm (arXiv:2204.02311)
+    dropout: float = 0.0  # of what each attention and each feed-forward layer of the language model adds
     lora: Lora | None = None  # adapters that train beside ``train``
     template: str = "vicuna_v1"
     max_length: int = 2048
@@ -473,7 +483,7 @@ class System:
     paper: str = ""
     weights: str | None = None
     encoder: Clip | Siglip | Dino | Eva | NfResnet | Vqgan = Clip()
-    connector: Linear | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer = Linear()
+    connector: Linear | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
     fusion: Prefix | AdapterPrompts | GatedCrossAttention | Retrieval | SharedTokens = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()
@@ -483,8 +493,13 @@ class System:
 
     @property
     def image_places(self) -> int:
-        """Positions that one picture takes in the language model's sequence."""
+        """Positions that one picture takes in the language model's sequence, ``borders`` aside."""
         return 1 if isinstance(self.fusion, AdapterPrompts | GatedCrossAttention) else self.image_tokens
+
+    @property
+    def borders(self) -> tuple[str, ...]:
+        """Tokens before and behind each picture, of its own."""
+        return (self.fusion.begin, self.fusion.end) if isinstance(self.fusion, SharedTokens) else ()
 
     @property
     def image_tokens(self) -> int:
@@ -630,6 +645,13 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         and not getattr(encoder, "keep_class_token", False)
     ):
         out.append("connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean")
+    shared = isinstance(system.fusion, SharedTokens)
+    if shared != isinstance(system.connector, Codes) or (shared and not isinstance(encoder, Vqgan)):
+        out.append("fusion: SharedTokens goes with encoder Vqgan and connector Codes, and Codes with nothing else; set all three")
+    if language.norm == "after" and language.family != "chameleon":
+        out.append(f"language.norm: after is an order of family chameleon, and this is {language.family}; set before")
+    if language.words and language.weights:
+        out.append("language.words: language.weights bring a tokenizer of their own; take one of them out")
     if language.quantize != "none":
         if system.weights:
             out.append(

@@ -525,7 +525,7 @@ def _check_compute(compute: Any, rules: _Rules) -> None:
 def _check_optim(optim: Optim, trained: set[str], rules: _Rules, processes: int) -> None:
     rules.within(
         optim, lr="(0, inf)", steps="[1, inf)", epochs="(0, inf)", batch="[1, inf)", accumulate="[1, inf)", warmup="[0, inf)",
-        hold="[0, 1]", floor="[0, 1]", betas="[0, 1)", weight_decay="[0, inf)", clip="[0, inf)", ema="[0, 1)",
+        hold="[0, 1]", floor="(0, 1]" if optim.schedule == "exponential" else "[0, 1]", eps="(0, inf)", betas="[0, 1)", weight_decay="[0, inf)", clip="[0, inf)", ema="[0, 1)",
     )  # fmt: skip
     rules(optim.steps is not None or optim.epochs is not None, "steps", "a stage needs steps or epochs, and has neither")
     fits = optim.batch % processes == 0

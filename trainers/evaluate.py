@@ -108,7 +108,9 @@ def measure_answers(session: Session, source: Any, *, batch: int = 64, limit: in
     loss, tokens, right, answers = 0.0, 0, 0, 0
     for index in torch.arange(min(len(source), limit or len(source))).split(batch):
         rows = session.place.to(source.batch(index))
-        hidden, labels = model.hidden(rows["input_ids"], **see(session, rows, states))[:, :-1], rows["labels"][:, 1:]
+        images = see(session, rows, states)
+        hidden = model.hidden(rows["input_ids"], **images)[:, :-1]
+        labels = model.targets(rows["labels"], rows["input_ids"], **images)[:, 1:]
         scored = labels != -100
         logits = head(hidden[scored].to(head.weight.dtype)).float()
         loss += torch.nn.functional.cross_entropy(logits, labels[scored], reduction="sum").item()

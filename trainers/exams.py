@@ -15,6 +15,8 @@ from mmfast.data.episodes import Episode, Plan, Pool, Prompts, mixed, prompts_of
 from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
+from .drawn import drawing_exam
+
 # ---------------------------------------------------------------------------------------------------------------- few shots
 
 SHOTS = (0, 1, 2, 4)
@@ -78,4 +80,8 @@ def answers(
     return said
 
 
-EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {"shapes_single": few_shot, "shapes_episodes": few_shot}
+EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {
+    "shapes_single": few_shot,
+    "shapes_episodes": few_shot,
+    "shapes_drawing": drawing_exam,
+}

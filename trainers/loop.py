@@ -190,6 +190,8 @@ def rate(optim: Optim, step: int, total: int) -> float:
         return optim.lr
     start = max(warm, optim.hold * total)
     at = min(1.0, max(0.0, (step - start) / max(total - start, 1)))
+    if optim.schedule == "exponential":
+        return optim.lr * optim.floor**at
     fall = 0.5 * (1 + math.cos(math.pi * at)) if optim.schedule == "cosine" else 1 - at
     return optim.lr * (fall * (1 - optim.floor) + optim.floor)
 
@@ -283,7 +285,9 @@ def train(
     if not parameters:
         raise RunError(f"stage {stage} trains nothing: no parameter of it requires a gradient")
     # The fused step is one kernel for all parameters; it exists for every device we run on.
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay, fused=not place.sharded or None)
+    optimizer = torch.optim.AdamW(
+        groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=not place.sharded or None
+    )
     ema = [p.detach().clone() for p in parameters] if optim.ema else []
     if saved is not None:
         _restore(objective, optimizer, ema, saved, path, place)

@@ -18,7 +18,7 @@ from mmfast.models import build
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
 from mmfast.models.pretrained import resolved, text_side, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import BUILT_IN, Data, Lora, Mixture, Stage, System
+from mmfast.spec import BUILT_IN, Data, Lora, Mixture, SharedTokens, Stage, System
 
 from .checkpoint import RunError
 from .place import Place
@@ -68,7 +68,7 @@ class Session:
         )  # fmt: skip
 
     def _tokenizer(self):
-        if self.system.weights or self.system.language.weights:
+        if self.system.weights or self.system.language.weights or self.system.language.words:
             return tokenizer_for(self.system)
         names = {part.name for stage in self.system.stages for part in parts_of(stage.data)}
         return word_tokenizer(supervised.vocabulary(names, self.world), self.system.added_tokens)
@@ -145,8 +145,10 @@ class Session:
 
     def encoder(self, template: str, max_length: int = 2048) -> chat.Encoder:
         """``encode(turns)`` for this tokenizer and picture size."""
-        t = self.tokenizer
-        return chat.Encoder(t, template, self.system.image_places, self.image_token, t.pad_token_id, max_length)
+        t, system = self.tokenizer, self.system
+        borders = tuple(t.convert_tokens_to_ids(list(system.borders)))
+        learn = isinstance(system.fusion, SharedTokens)
+        return chat.Encoder(t, template, system.image_places, self.image_token, t.pad_token_id, max_length, borders, learn)
 
     def text_side(self, max_length: int = 32) -> chat.TextSide:
         """``encode(turns)`` for a Q-Former that compares pictures with texts."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmfast.data import chat
 from mmfast.losses.contrastive import info_nce
 from mmfast.ops import linear_logp
-from mmfast.spec import Alignment, Compute, Linear, Mlp, Stage, System, to_dict
+from mmfast.spec import Alignment, Codes, Compute, Linear, Mlp, Stage, System, to_dict
 
 from . import queries
 from .checkpoint import Run, RunError, load_model, load_state
@@ -74,7 +74,10 @@ def idle(model: nn.Module) -> Tensor | float:
 
 def hidden_states(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> Tensor:
     """Last hidden states ``[B, T, D]`` of a batch."""
-    images = see(session, batch, states)
+    return _hidden(session, batch, see(session, batch, states))
+
+
+def _hidden(session: Session, batch: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
     hidden = session.model.hidden(batch["input_ids"], position_ids=batch.get("position_ids"), **images)
     return hidden if images else hidden + idle(session.model)
 
@@ -82,8 +85,16 @@ def hidden_states(session: Session, batch: dict[str, Tensor], states: Tensor | N
 def token_logps(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> tuple[Tensor, Tensor]:
     """Log-probability of every next token ``[B, T - 1]`` (0 where nothing is scored) and the row each belongs to. The head sees the positions
     before a scored token, and no other."""
-    hidden, head = hidden_states(session, batch, states), session.model.language.get_output_embeddings()
-    return linear_logp(hidden[:, :-1], head.weight, batch["labels"][:, 1:], head.bias), batch["rows"][:, 1:]
+    return token_stats(session, batch, states)[:2]
+
+
+def token_stats(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """``token_logps``, and the log of each softmax's denominator ``[B, T - 1]`` (0 where nothing is scored)."""
+    model, images = session.model, see(session, batch, states)
+    hidden, head = _hidden(session, batch, images), model.language.get_output_embeddings()
+    labels = model.targets(batch["labels"], batch["input_ids"], **images)
+    logp, stats = linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias, return_stats=True)
+    return logp, batch["rows"][:, 1:], stats.lse
 
 
 def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, options: Options) -> int:
@@ -97,6 +108,7 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
         )
     if options.compute.checkpointing:
         model.checkpoint_activations()
+    model.drop(stage.dropout)
     objective, items, probe = OBJECTIVES[stage.objective](session, stage, source, run, options)
     return train(
         run, objective, items, probe=probe, optim=stage.optim, stage=stage.name, options=options, first_step=first_step,
@@ -107,17 +119,23 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
 def lm_stage(session: Session, stage: Stage, source, run: Run, options: Options):
     states = cached_states(session, source)
     source.with_pictures = states is None
-    return answer_objective(session, states), source, make_probe(session, source, stage.template, run, options)
+    return answer_objective(session, states, stage.z_loss), source, make_probe(session, source, stage.template, run, options)
 
 
-def answer_objective(session: Session, states: Tensor | None) -> Objective:
-    """Cross-entropy of the answers' tokens: of each column of a source its mean over the step's tokens, added up."""
+def answer_objective(session: Session, states: Tensor | None, z_loss: float = 0.0) -> Objective:
+    """Cross-entropy of the answers' tokens: of each column of a source its mean over the step's tokens, added up; and beside it
+    ``z_loss mean(log^2 Z)`` of the same tokens (``mmfast.losses.lm.z_loss``)."""
     model = session.model
 
-    def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, float]]:
-        logp, rows = token_logps(session, batch, states)
+    def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
+        scored = token_stats if z_loss else token_logps
+        logp, rows, *lse = scored(session, batch, states)
         weights = (1 / totals.clamp_min(1)).to(logp.dtype)[batch["groups"]][rows]
-        return -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
+        loss, measures = -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
+        if lse:
+            z = z_loss * (lse[0].square() * weights).sum()
+            loss, measures = loss + z, {"loss/z": z.detach(), **measures}
+        return loss, measures
 
     return Objective(step, model, blocks=model.blocks)
 
@@ -195,7 +213,8 @@ def joined(ids: Tensor, labels: Tensor, image_token: int) -> tuple[Tensor, Tenso
 
 def cached_states(session: Session, source) -> Tensor | None:
     """The tower's states of all pictures, where the tower stays frozen and they fit in memory."""
-    size = session.system.encoder.tokens * session.system.encoder.width * 4
+    encoder = session.system.encoder
+    size = encoder.tokens * (8 if isinstance(session.system.connector, Codes) else encoder.width * 4)
     pictures = getattr(source, "picture_count", None)  # a stream does not know
     if session.model.encoder_learns or not pictures or pictures * size > _STATE_BYTES:
         return None

@@ -58,6 +58,8 @@ TEMPLATES = {
         before="### Instruction:\n",
         between="\n\n### Response:",
     ),
+    # Chameleon's fine-tuning: one reserved token between question and answer, and the end token behind an answer.
+    "chameleon": Template(between="<reserved08706>"),
 }
 
 
@@ -68,11 +70,12 @@ def check_template(name: str) -> None:
 
 def encode(
     tokenizer: Any, template: str, turns: Sequence[tuple[str, str | None]], *, image_tokens: int, image_token: int, max_length: int = 2048,
-    system: str | None = None,
+    system: str | None = None, borders: Sequence[int] = (), learn_pictures: bool = False,
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Token ids and labels of a conversation; an answer of None leaves the prompt open for generation.
 
-    Each ``<image>`` in a question becomes ``image_tokens`` places. What is longer than ``max_length`` (places counted) loses its end, and a
+    Each ``<image>`` becomes ``image_tokens`` places between ``borders`` (the ids before and behind a picture, if any). With ``learn_pictures``
+    those in a supervised text are supervised: the label of a place is the placeholder, for which the model puts the picture's own token. What is longer than ``max_length`` (places counted) loses its end, and a
     picture that would lose its own end goes whole. ``system`` takes the place of the template's.
 
     Raises:
@@ -80,7 +83,7 @@ def encode(
     """
     check_template(template)
     form = TEMPLATES[template]
-    line = _Line(tokenizer, image_tokens, image_token, end=form.end, begin=not form.picture_first)
+    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures, end=form.end, begin=not form.picture_first)
     own = form.system_with_input if form.system_with_input and turns and INPUT in turns[0][0] else form.system
     line.add(own if system is None else system + form.after_system)
     for i, (question, answer) in enumerate(turns):
@@ -100,10 +103,12 @@ def encode(
 
 
 def encode_document(
-    tokenizer: Any, text: str, *, image_tokens: int, image_token: int, max_length: int = 2048
-) -> tuple[list[int], list[int]]:
-    """Token ids and labels of an interleaved document: all its text is supervised, its pictures' places are not. Cut as in ``encode``."""
-    line = _Line(tokenizer, image_tokens, image_token)
+    tokenizer: Any, text: str, *, image_tokens: int, image_token: int, max_length: int = 2048, borders: Sequence[int] = (),
+    learn_pictures: bool = False,
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Token ids and labels of an interleaved document: all its text is supervised, and with ``learn_pictures`` its pictures are. As in
+    ``encode`` otherwise."""
+    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures)
     line.add(text, supervised=True)
     line.end()
     return line.cut(max_length)
@@ -112,8 +117,13 @@ def encode_document(
 class _Line:
     """Token ids and labels that grow piece by piece. ``end``: a token in place of the tokenizer's own, which survives every cut."""
 
-    def __init__(self, tokenizer: Any, image_tokens: int, image_token: int, *, end: str = "", begin: bool = True):
-        self.tokenizer, self.image_tokens, self.image_token = tokenizer, image_tokens, image_token
+    def __init__(
+        self, tokenizer: Any, image_tokens: int, image_token: int, borders: Sequence[int] = (), learn_pictures: bool = False, *, end: str = "",
+        begin: bool = True,
+    ):  # fmt: skip
+        self.tokenizer, self.learn_pictures = tokenizer, learn_pictures
+        self.picture = [*borders[:1], *[image_token] * image_tokens, *borders[1:]]
+        self.pictures: list[int] = []  # where each begins
         self.kept = tokenizer.convert_tokens_to_ids(end) if end else None
         self.ids, self.labels = [], []
         if begin:
@@ -127,8 +137,9 @@ class _Line:
     def add(self, text: str, supervised: bool = False) -> None:
         for i, piece in enumerate(text.split("<image>")):
             if i:
-                self.ids.extend([self.image_token] * self.image_tokens)
-                self.labels.extend([IGNORE] * self.image_tokens)
+                self.pictures.append(len(self.ids))
+                self.ids.extend(self.picture)
+                self.labels.extend(self.picture if supervised and self.learn_pictures else [IGNORE] * len(self.picture))
             new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             self.ids.extend(new)
             self.labels.extend(new if supervised else [IGNORE] * len(new))
@@ -139,11 +150,9 @@ class _Line:
         self.labels.append(token)
 
     def cut(self, max_length: int) -> tuple[list[int], list[int]]:
-        ids, labels, whole = self.ids[:max_length], self.labels[:max_length], len(self.ids)
-        # Places come in runs of whole pictures: what exceeds the last whole one belongs to a picture that was cut.
-        torn = ids.count(self.image_token) % self.image_tokens
-        if torn:
-            ids, labels = ids[:-torn], labels[:-torn]
+        whole = len(self.ids)
+        end = next((at for at in self.pictures if at < max_length < at + len(self.picture)), max_length)
+        ids, labels = self.ids[:end], self.labels[:end]
         if self.kept is not None and whole > max_length and ids:
             ids, labels = [*ids[:-1], self.kept], [*labels[:-1], self.kept]
         if whole > max_length and any(x != IGNORE for x in self.labels) and all(x == IGNORE for x in labels):
@@ -163,6 +172,8 @@ class Encoder:
     image_token: int
     pad_token: int
     max_length: int = 2048
+    borders: tuple[int, ...] = ()
+    learn_pictures: bool = False
 
     def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
         """ids and labels of turns."""
@@ -170,9 +181,11 @@ class Encoder:
 
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
-        if record.document is not None:
-            return encode_document(self.tokenizer, record.document, **self._sizes())
-        return self(record.turns, record.system)
+        return self(record.turns, record.system) if record.document is None else self.document(record.document)
+
+    def document(self, text: str) -> tuple[list[int], list[int]]:
+        """ids and labels of an interleaved document, all of it supervised."""
+        return encode_document(self.tokenizer, text, **self._sizes())
 
     def answer(self, record: Any, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of a preference record's conversation with this answer at its end; earlier answers are part of the prompt."""
@@ -181,7 +194,10 @@ class Encoder:
         return ids, [IGNORE] * min(len(prompt), len(ids)) + labels[len(prompt) :]
 
     def _sizes(self) -> dict[str, int]:
-        return {"image_tokens": self.image_tokens, "image_token": self.image_token, "max_length": self.max_length}
+        return {
+            "image_tokens": self.image_tokens, "image_token": self.image_token, "max_length": self.max_length, "borders": self.borders,
+            "learn_pictures": self.learn_pictures,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

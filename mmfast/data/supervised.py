@@ -13,7 +13,7 @@ from torch import Tensor
 from mmfast.data import chat, images
 from mmfast.data.episodes import TAUGHT, WORDS, Pool, mixed, prompts_of
 from mmfast.data.formats import Record
-from mmfast.data.synthetic import COLOURS, PROMPT, SHAPES, World
+from mmfast.data.synthetic import COLOURS, PROMPT, SHAPES, Scene, World
 from mmfast.spec import Data
 
 # encode(turns) -> ids, labels: chat.encode with the tokenizer, template and picture size filled in.
@@ -135,6 +135,27 @@ def shapes_episodes(world: World, encode: chat.Encoder, count: int = 6000, *, to
     return Documents(world.render(pool.scenes), [say.document(e) for e in episodes], [e.pictures for e in episodes], encode)
 
 
+class Drawing(Source):
+    """Scenes of one class, every fourth of two, and their clean captions, as documents to be learnt whole: half of them the caption first,
+    half the picture."""
+
+    def __init__(self, world: World, encode: chat.Encoder, *, split: str = "train", count: int = 6000):
+        self.world, self.scenes = world, self.scenes_of(world, split, count)
+        captions = [self.caption(world, scene) for scene in self.scenes]
+        rows = [encode.document(f"{text}<image>" if i % 2 else f"<image>{text}") for i, text in enumerate(captions)]
+        super().__init__(world.render(self.scenes), [chat.Rows(rows, encode.pad_token)], encode.pad_token)
+
+    @staticmethod
+    def scenes_of(world: World, split: str, count: int) -> list[Scene]:
+        return [world.scenes(split, 1, i, classes=(2, 2) if i % 8 in (3, 6) else (1, 1))[0] for i in range(count)]
+
+    @staticmethod
+    def caption(world: World, scene: Scene) -> str:
+        """The clauses alone: "a red circle top left and two blue stars middle right"."""
+        caption = world.caption(scene)
+        return caption.text[caption.clauses[0].start : -1]
+
+
 class EasyVQA(Source):
     """The ``easy-vqa`` package (MIT): 64 x 64 pictures of one coloured shape, with questions and one-word answers; an item is a question."""
 
@@ -203,6 +224,7 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
         "shapes_single": lambda: shapes_single(world, encode),
         "shapes_episodes": lambda: shapes_episodes(world, encode),
         "shapes_told": lambda: shapes_episodes(world, encode, told=True),
+        "shapes_drawing": lambda: Drawing(world, encode),
     }[data.name]()
     if data.blind:
         source.pictures = torch.zeros_like(source.pictures)

@@ -364,7 +364,7 @@ class World:
         return tuple((r * self.config.cell * 10 // 24) / 10 for r in (7, 8, 9, 10))
 
     @cached_property
-    def _sprites(self) -> np.ndarray:
+    def sprites(self) -> np.ndarray:
         """Coverage in sixteenths, int32 [shapes, 4 radii, 2 j + 1 rows, 2 j + 1 columns, cell, cell]."""
         c, j = self.config, self._jitter
         side = (np.arange(4 * c.cell, dtype=np.float64) * 2 + 1) / 8 - c.cell / 2  # 4 x 4 samples a pixel
@@ -406,7 +406,7 @@ class World:
                 centre = [(int(o.cy - o.row * c.cell - c.cell / 2) + j, int(o.cx - o.col * c.cell - c.cell / 2) + j) for _, o in rows]
                 shape, radius = (np.array(v) for v in zip(*((o.shape, self._radii.index(o.r)) for _, o in rows), strict=True))
                 dy, dx = np.array(centre).T
-                cover = self._sprites[shape, radius, dy, dx][..., None]
+                cover = self.sprites[shape, radius, dy, dx][..., None]
                 ink = colours[[o.colour for _, o in rows]][:, None, None, :]
                 canvas[image, row, col] = (canvas[image, row, col] * (16 - cover) + ink * cover + 8) // 16
             flat = canvas.transpose(0, 1, 3, 2, 4, 5).reshape(len(part), -1)

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
-from mmfast.models import pretrained
-from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, blocks
+from mmfast.models import chameleon, pretrained
+from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, SharedTokensFusion, blocks
 from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
 from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
@@ -73,13 +73,17 @@ class Tower(nn.Module):
 
 
 class CodeTower(nn.Module):
-    """An image tokenizer as a tower: pixels ``[M, 3, size, size]`` -> the vectors of their codes ``[M, N, D]``, row after row."""
+    """An image tokenizer as a tower: pixels ``[M, 3, size, size]`` -> the vectors of their codes ``[M, N, D]``, row after row; or with
+    ``words``, the token ids ``[K]`` of the codes in a language model's vocabulary, their ids ``[M, N]``."""
 
     def __init__(self, vision: VQGAN):
         super().__init__()
         self.vision, self.width = vision, vision.width
+        self.register_buffer("words", None, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if self.words is not None:
+            return self.words[self.vision.tokenise(pixels)]
         return self.vision.nearest(self.vision.encode(pixels))[0].flatten(2).transpose(1, 2)
 
     def unread(self) -> Iterator[nn.Parameter]:
@@ -152,10 +156,7 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         model = pretrained.load_language(choice, dtype)
         pretrained.resize_embeddings(model, vocab)
         return model
-    own = {"ffn_dim": choice.ffn, "init_std": choice.init, "dropout": 0.0} if choice.family == "opt" else {}
-    config = AutoConfig.for_model(
-        choice.family,
-        **own,
+    sizes = dict(
         vocab_size=vocab,
         hidden_size=choice.width,
         num_hidden_layers=choice.depth,
@@ -170,7 +171,11 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         bos_token_id=getattr(tokenizer, "bos_token_id", None),
         eos_token_id=getattr(tokenizer, "eos_token_id", None),
     )
-    return AutoModelForCausalLM.from_config(config)
+    if choice.family == "chameleon":
+        return chameleon.language(**sizes, swin_norm=choice.norm == "after")
+    if choice.family == "opt":  # names of its own, and dropout unless told
+        sizes |= {"ffn_dim": choice.ffn, "init_std": choice.init, "dropout": 0.0}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(choice.family, **sizes))
 
 
 # What builds each kind of choice; a new kind is a class in mmfast.spec and a line here.
@@ -185,6 +190,7 @@ CONNECTORS = {
     ),
     spec.QFormer: _queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
+    spec.Codes: lambda choice, width_in, width_out: nn.Identity(),
 }  # fmt: skip
 # (choice, language model, the tower's width)
 FUSIONS = {
@@ -192,6 +198,7 @@ FUSIONS = {
     spec.AdapterPrompts: lambda choice, language, width: AdapterFusion(choice, language),
     spec.GatedCrossAttention: GatedFusion,
     spec.Retrieval: RetrievalFusion,
+    spec.SharedTokens: lambda choice, language, width: SharedTokensFusion(),
 }
 
 
@@ -212,9 +219,12 @@ class MultimodalModel(nn.Module):
         self.system, self.image_token, self.new_tokens = system, image_token, tuple(new_tokens)
         self.encoder, self.connector, self.language = encoder, connector, language
         self.fusion = FUSIONS[type(system.fusion)](system.fusion, language, encoder.width)
+        if isinstance(self.fusion, SharedTokensFusion):  # its tower speaks the language model's tokens; before the codes come begin and end
+            encoder.words = torch.tensor(self.new_tokens[2:])
         self._trained: tuple[str, ...] = ()
         self._lora = False
         self._masks: list = []  # handles of the hooks on partly trained weights
+        self._dropouts: list = []
         self.train_only(())
 
     # -- which parts learn
@@ -292,6 +302,18 @@ class MultimodalModel(nn.Module):
 
             self._masks.append(parameter.register_hook(new_rows_alone))
 
+    def drop(self, rate: float) -> None:
+        """Dropout of what each attention and each feed-forward layer of the language model adds, while that trains; 0: none."""
+        while self._dropouts:
+            self._dropouts.pop().remove()
+        for layer in self.blocks if rate else ():
+            adds = [module for name, module in layer.named_modules() if name in ("self_attn.o_proj", "mlp.down_proj")]
+            if len(adds) != 2:
+                raise ValueError(
+                    f"{self.system.name}: dropout is put behind o_proj and down_proj, which {type(layer).__name__} has not; set it to 0"
+                )
+            self._dropouts += [m.register_forward_hook(lambda m, _, out: F.dropout(out, rate, m.training)) for m in adds]
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The units that a sharded step gathers one at a time: the language model's layers, and what a fusion puts between them."""
@@ -354,8 +376,16 @@ class MultimodalModel(nn.Module):
             if image_states is None and pixel_values is not None:
                 image_states = self.encode(pixel_values)
             if image_states is not None:
-                image_embeds = self.connector(image_states.to(next(self.connector.parameters()).dtype))
+                learned = next(self.connector.parameters(), image_states)  # a connector of nothing takes states as they are
+                image_embeds = self.connector(image_states.to(learned.dtype))
         return image_embeds if image_rows is None or image_embeds is None else image_embeds[image_rows]
+
+    def targets(self, labels: Tensor, input_ids: Tensor, image_embeds: Tensor | None = None, image_rows: Tensor | None = None) -> Tensor:
+        """Labels [B, T] with a picture's own tokens where a label is the placeholder, which only those of shared tokens may be."""
+        if image_embeds is None or not isinstance(self.fusion, SharedTokensFusion):
+            return labels
+        ids = self.fusion.tokens(input_ids, self.embed_images(image_embeds=image_embeds, image_rows=image_rows), self.image_token)
+        return labels.where(labels != self.image_token, ids)
 
     def hidden(
         self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **images: Tensor | None
@@ -383,7 +413,9 @@ class MultimodalModel(nn.Module):
 
         The loss is the weighted mean over scored tokens, labels shifted inside (``mmfast.losses.token_cross_entropy``).
         """
-        hidden = self.hidden(input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **images)
+        seen = self.embed_images(pixel_values, **{k: images.pop(k) for k in ("image_states", "image_embeds", "image_rows") if k in images})
+        hidden = self.hidden(input_ids, attention_mask=attention_mask, image_embeds=seen, **images)
+        labels = labels if labels is None else self.targets(labels, input_ids, seen)
         logits = self.language.get_output_embeddings()(hidden)
         loss = None if labels is None else token_cross_entropy(logits, labels, token_weights=token_weights, total=total)
         return Output(logits, loss)

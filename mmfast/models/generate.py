@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +26,7 @@ def steps(
     top_p: float = 1.0,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
+    allowed: Callable[[int], Tensor] | None = None,
     **images: Tensor | None,
 ) -> Iterator[Tensor]:
     """The next token of every prompt, ``[B]``, again and again, until the token ``end`` in all rows or the limit.
@@ -36,6 +37,7 @@ def steps(
         end: ends a row, and fills what comes after it.
         temperature: 0 takes the likeliest token, otherwise tokens are drawn with ``generator``.
         top_p: draw from the likeliest tokens that together have this probability (arXiv:1904.09751); 1: from all.
+        allowed: which tokens may come, bool ``[V]``, after so many new ones. Tokens that only pictures are made of never come by default.
         images: pixel_values, image_states or image_embeds, and image_rows, as for the model's forward.
     """
     if temperature < 0 or not 0 < top_p <= 1:
@@ -44,15 +46,16 @@ def steps(
     embeds = model.embed_images(**images)
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    step = input_ids
-    for _ in range(max_new_tokens):
+    step, codes = input_ids, getattr(model.encoder, "words", None)
+    for count in range(max_new_tokens):
         masks = {} if attention_mask is None else {"attention_mask": attention_mask, "position_ids": positions}
         hidden, cache = model.fusion(model.language, step, embeds, model.image_token, past_key_values=cache, use_cache=True, **masks)
         logits = head(hidden[:, -1]).float()
-        if temperature > 0:
-            token = torch.multinomial(nucleus((logits / temperature).softmax(-1), top_p), 1, generator=generator)[:, 0]
-        else:
-            token = logits.argmax(-1)
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed(count), -torch.inf)
+        elif codes is not None:
+            logits = logits.index_fill(-1, codes.to(logits.device), -torch.inf)
+        token = next_token(logits, temperature=temperature, top_p=top_p, generator=generator)
         if end is not None:
             token = torch.where(done, end, token)
             done |= token == end
@@ -63,6 +66,13 @@ def steps(
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(token), 1)], 1)
             positions = positions[:, -1:] + 1
+
+
+def next_token(logits: Tensor, *, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """A token for each row of ``logits [B, V]``: the likeliest, or drawn."""
+    if temperature > 0:
+        return torch.multinomial(nucleus((logits / temperature).softmax(-1), top_p), 1, generator=generator)[:, 0]
+    return logits.argmax(-1)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

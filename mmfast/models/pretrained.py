@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     Blip2VisionModel,
+    ChameleonForConditionalGeneration,
     CLIPVisionModel,
     Dinov2Model,
     PretrainedConfig,
@@ -28,6 +29,7 @@ from transformers import (
 
 from mmfast import spec
 from mmfast.data import chat
+from mmfast.models.chameleon import without_pictures
 
 IMAGE = "<image>"
 # A kind of tower: its class, and the model types whose weights fit it.
@@ -128,7 +130,7 @@ def tower_config(choice: spec.Clip | spec.Siglip | spec.Dino) -> PretrainedConfi
 
 def language_config(choice: spec.LanguageModel) -> PretrainedConfig:
     config = config_of(choice.weights, "language.weights")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in AutoModelForCausalLM._model_mapping and config.model_type != "chameleon":
         raise ValueError(f"language.weights {choice.weights}: model_type {config.model_type!r} is no causal language model")
     check_head(config, f"language.weights {choice.weights}")
     return config
@@ -191,6 +193,7 @@ def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec
         ffn=first("intermediate_size", "ffn_dim", "n_inner", default=4 * config.hidden_size),
         context=config.max_position_embeddings,
         tied=bool(config.tie_word_embeddings),
+        norm="after" if getattr(config, "swin_norm", False) else "before",
         norm_eps=first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=choice.norm_eps),
         init=first("initializer_range", "init_std", default=choice.init),
     )
@@ -222,10 +225,10 @@ def tokenizer_for(system: spec.System):
     A token for padding that is missing is the end token: padding is masked, so nothing is learnt from it. ``bos_token`` may be None
     (Qwen2): a conversation then starts without one.
     """
-    weights = system.weights or system.language.weights
+    weights = system.weights or system.language.weights or system.language.words
     if not weights:
         raise ValueError(f"{system.name}: a tokenizer comes with weights, and language.weights is None")
-    where = "weights" if system.weights else "language.weights"
+    where = "weights" if system.weights else "language.weights" if system.language.weights else "language.words"
     folder, options = locate(weights, where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -297,6 +300,8 @@ def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) 
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
         )
         dtype = dtype or torch.bfloat16
+    if language_config(choice).model_type == "chameleon":
+        return without_pictures(load_weights(ChameleonForConditionalGeneration, choice.weights, "language.weights", dtype or torch.float32))
     return load_weights(AutoModelForCausalLM, choice.weights, "language.weights", dtype or torch.float32, **options)
 
 

@@ -34,6 +34,7 @@ _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
 _SHORT = Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST)
 _LONG = Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST)
 _DATA = Data("shapes")
+_MIXED = Data("shapes_drawing")
 
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
 STAND_INS: dict[str, tuple[Data, Optim]] = {
@@ -41,6 +42,10 @@ STAND_INS: dict[str, tuple[Data, Optim]] = {
     "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
     "flamingo_mix": (Data("shapes_episodes"), replace(_LONG, steps=600)),
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
+    "chameleon_pictures": (_DATA, Optim(lr=3e-3, steps=300, batch=16, warmup=20, hold=0.5, floor=0.05, betas=(0.9, 0.98), clip=1.0)),
+    "chameleon_stage_1": (_MIXED, Optim(lr=4e-3, steps=600, batch=64, warmup=40, schedule="exponential", floor=0.1, **_FAST)),
+    "chameleon_stage_2": (_MIXED, Optim(lr=4e-4, steps=100, batch=64, warmup=0, schedule="exponential", floor=0.1, **_FAST)),
+    "chameleon_sft": (_MIXED, replace(_SHORT, lr=1e-4)),
 }
 _STAND_IN = (_DATA, _LONG)
 
@@ -69,7 +74,7 @@ def tiny(recipe: System | Alignment) -> System | Alignment:
 
 
 def tiny_system(system: System) -> System:
-    if not (system.weights or system.encoder.weights or system.language.weights):
+    if not (system.weights or system.encoder.weights or system.language.weights or system.language.words):
         return system  # it starts from nothing already
     return replace(
         system,
@@ -78,10 +83,23 @@ def tiny_system(system: System) -> System:
         connector=_small(system.connector),
         fusion=_small(system.fusion),
         language=replace(
-            system.language, weights=None, vocab=0, width=64, depth=3, heads=4, kv_heads=4, ffn=128, context=256, tied=True, init=0.05
+            system.language,
+            weights=None,
+            words=None,
+            vocab=0,
+            width=64,
+            depth=3,
+            heads=4,
+            kv_heads=4,
+            ffn=128,
+            context=256,
+            tied=True,
+            init=0.05,
         ),
-        # The shapes world's background becomes 0.
-        image=replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
+        # The shapes world's background becomes 0; a tokenizer's pixels are what they are.
+        image=replace(system.image, size=64)
+        if isinstance(system.encoder, Vqgan)
+        else replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
         stages=_stages(system),
         compute=Compute(device="cpu"),
     )
@@ -101,6 +119,11 @@ def _small(choice):
             return replace(choice, tokens=8, depth=2, heads=4, head_width=16)
         case GatedCrossAttention():
             return replace(choice, every=min(choice.every, 2), heads=4, head_width=16)
+        case Vqgan():  # a code for each cell of the world's grid
+            return replace(
+                choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, width=16, codes=128, groups=4, codebook="ema",
+                decay=0.9, dead_below=0.05,
+            )  # fmt: skip
         case AdapterPrompts():
             return replace(choice, layers=2)
     return choice

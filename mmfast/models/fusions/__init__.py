@@ -9,5 +9,16 @@ from mmfast.models.fusions.adapter import AdapterFusion, ByRow
 from mmfast.models.fusions.gated import GatedFusion, MediaByRow
 from mmfast.models.fusions.prefix import PrefixFusion, blocks, run_decoder
 from mmfast.models.fusions.retrieval import RetrievalFusion
+from mmfast.models.fusions.shared import SharedTokensFusion
 
-__all__ = ["AdapterFusion", "ByRow", "GatedFusion", "MediaByRow", "PrefixFusion", "RetrievalFusion", "blocks", "run_decoder"]
+__all__ = [
+    "AdapterFusion",
+    "ByRow",
+    "GatedFusion",
+    "MediaByRow",
+    "PrefixFusion",
+    "RetrievalFusion",
+    "SharedTokensFusion",
+    "blocks",
+    "run_decoder",
+]

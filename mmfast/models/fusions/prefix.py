@@ -27,6 +27,17 @@ def starts(position_ids: Tensor) -> Tensor | None:
     return None if len(at) == len(position_ids) else torch.cat([at, at.new_tensor([first.numel()])]).int()
 
 
+def slots(input_ids: Tensor, images: Tensor, image_token: int) -> Tensor:
+    """Which of ``input_ids [B, T]`` are placeholders: as many as ``images [M, N, ..]`` have tokens, or ``ValueError``."""
+    slots = input_ids == image_token
+    found, given = int(slots.sum()), images.shape[0] * images.shape[1]
+    if found != given:
+        raise ValueError(
+            f"the batch has {found} image placeholders, but its {images.shape[0]} images have {given} tokens ({images.shape[1]} each)"
+        )
+    return slots
+
+
 class PrefixFusion(nn.Module):
     """The i-th placeholder of the batch, read row by row, becomes the i-th image vector; then the language model runs as always."""
 
@@ -39,14 +50,7 @@ class PrefixFusion(nn.Module):
         """
         embeds = language.get_input_embeddings()(input_ids)
         if image_embeds is not None:
-            slots = input_ids == image_token
-            found, given = int(slots.sum()), image_embeds.shape[0] * image_embeds.shape[1]
-            if found != given:
-                raise ValueError(
-                    f"the batch has {found} image placeholders, but its {image_embeds.shape[0]} images have {given} tokens "
-                    f"({image_embeds.shape[1]} each)"
-                )
-            embeds = embeds.masked_scatter(slots[..., None], image_embeds.to(embeds.dtype))
+            embeds = embeds.masked_scatter(slots(input_ids, image_embeds, image_token)[..., None], image_embeds.to(embeds.dtype))
         return run_decoder(language, embeds, **kwargs)
 
     def carry(self, input_ids: Tensor, image_embeds: Tensor | None, image_token: int) -> None:
