@@ -20,12 +20,14 @@ from mmfast.spec import (
     Data,
     Dino,
     Eva,
+    GatedCrossAttention,
     Linear,
     Mixture,
     Mlp,
     NfResnet,
     Optim,
     QFormer,
+    Resampler,
     Siglip,
     Stage,
     System,
@@ -48,6 +50,7 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
     "conceptual_captions": (Data("shapes_single"), Optim(lr=3e-3, steps=1000, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST)),
     "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
+    "flamingo_mix": (Data("shapes_episodes"), replace(_LONG, steps=600)),
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
     "chameleon_pictures": (
         Data("shapes_crowded"),
@@ -132,6 +135,10 @@ def _small(choice):
             return replace(
                 choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
             )
+        case Resampler():
+            return replace(choice, tokens=8, depth=2, heads=4, head_width=16)
+        case GatedCrossAttention():
+            return replace(choice, every=min(choice.every, 2), heads=4, head_width=16)
         case Vqgan():  # codes that follow what chooses them learn in tens of steps
             return replace(
                 choice, size=64, channels=8, multipliers=(1, 1, 2, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
@@ -165,7 +172,7 @@ def _stage(stage: Stage) -> Stage:
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
     # Templates have words that a tiny model does not know; that of pictures and captions has none, and those of episodes are known.
     template = stage.template if TEMPLATES[stage.template].picture_first or data.name in EPISODES else "bare"
-    optim = replace(optim, level_new=stage.optim.level_new)
+    optim = replace(optim, level_new=stage.optim.level_new, weight_decay_of=stage.optim.weight_decay_of)
     return replace(
         stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim, drawing=drawing
     )
