@@ -275,7 +275,7 @@ def test_what_has_no_form_there(tmp_path):
     with pytest.raises(ValueError, match="image_attention_mask is read by gated cross-attention, not by Prefix"):
         build(prefix)(**batch())
     with pytest.raises(
-        ValueError, match="connector: NoConnector leaves states in the tower's width, .*; with Prefix set Linear or another"
+        ValueError, match=r"connector: NoConnector leaves states in the tower's width, .*; with Prefix set Linear or another"
     ):
         build(replace(prefix, connector=spec.NoConnector()))
     for field, value in (("hidden_act", "gelu"), ("alpha_type", "tensor")):
