@@ -683,6 +683,10 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append(
             f"connector: GatedCrossAttention reads the latents of a Resampler, in the tower's width, got {type(system.connector).__name__}"
         )
+    if told and gated and system.fusion.block == "idefics" and not system.fusion.immediate:
+        out.append(
+            "fusion.immediate: false is for Flamingo's blocks; Idefics' see the latest picture, or what an image_attention_mask says"
+        )
     if told and isinstance(system.connector, NoConnector) and not gated:
         out.append(
             f"connector: NoConnector leaves states in the tower's width, which GatedCrossAttention reads; with {type(system.fusion).__name__} "

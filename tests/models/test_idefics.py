@@ -258,6 +258,43 @@ def test_adapters_are_folded_in(tmp_path):
     same_logits(ours, IdeficsForVisionText2Text.from_pretrained(tmp_path / "b").eval(), inputs, loss=False)
 
 
+def test_without_any_picture(tmp_path):
+    """Blocks run all the same: their networks are gated, not their attention alone."""
+    theirs, inputs = stock(), batch()
+    ours, labels = from_pretrained(saved(theirs, tmp_path)), inputs.pop("labels")
+    inputs["image_attention_mask"] = torch.zeros_like(inputs["image_attention_mask"])
+    with torch.no_grad():
+        want = theirs(**inputs).logits
+        got = ours(inputs["input_ids"], inputs["attention_mask"], labels=labels).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=0)
+
+
+def test_computed_again_or_in_half_precision(tmp_path):
+    ours, inputs = from_pretrained(saved(stock(gates="vector", qk_norm=True), tmp_path)), batch()
+    inputs["image_attention_mask"] = torch.ones_like(inputs["image_attention_mask"])
+    ours.train_only(("adapter", "connector", "new_tokens"))
+    ours.train()
+
+    def gradients():
+        ours.zero_grad()
+        ours(**inputs).loss.backward()
+        return {n: p.grad.clone() for n, p in ours.named_parameters() if p.requires_grad}
+
+    kept = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, half in gradients().items():
+            error = (half - kept[name]).norm() / kept[name].norm()
+            assert error < 0.1, f"{name}: {error:.3f}"
+    ours.checkpoint_activations()
+    calls = []
+    for block in ours.fusion.blocks:
+        block.mlp.register_forward_hook(lambda *_: calls.append(1))
+    for name, again in gradients().items():
+        torch.testing.assert_close(again, kept[name], atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert len(calls) == 2 * len(ours.fusion.blocks), "the blocks were not computed again"
+
+
 def test_what_has_no_form_there(tmp_path):
     model = from_pretrained(saved(stock(), tmp_path))
     system = model.system
@@ -278,6 +315,8 @@ def test_what_has_no_form_there(tmp_path):
         ValueError, match=r"connector: NoConnector leaves states in the tower's width, .*; with Prefix set Linear or another"
     ):
         build(replace(prefix, connector=spec.NoConnector()))
+    with pytest.raises(ValueError, match=r"fusion.immediate: false is for Flamingo's blocks"):
+        build(replace(system, fusion=replace(system.fusion, immediate=False)))
     for field, value in (("hidden_act", "gelu"), ("alpha_type", "tensor")):
         stock().config.save_pretrained(tmp_path / field)
         written = tmp_path / field / "config.json"
