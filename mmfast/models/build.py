@@ -64,6 +64,11 @@ class Tower(nn.Module):
         encoder = self._inner.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
+    @property
+    def layer(self) -> int:
+        """The hidden state that is read, the last of several."""
+        return self.layers[-1]
+
     def last_block(self) -> nn.ModuleList:
         """The last block that is read, and the norm behind it where that is."""
         read = self.layer % (len(self.blocks) + 1)
