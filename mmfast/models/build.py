@@ -231,7 +231,6 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
 ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower, spec.NfResnet: _grid_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
-    spec.NoConnector: lambda choice, width_in, width_out: nn.Identity(),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
     spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads, choice.dropout),
@@ -241,6 +240,7 @@ CONNECTORS = {
     ),
     spec.QFormer: queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
+    spec.NoConnector: lambda choice, width_in, width_out: nn.Identity(),
     spec.Codes: lambda choice, width_in, width_out: nn.Identity(),
 }  # fmt: skip
 # (choice, language model, the tower's width)
@@ -490,6 +490,7 @@ class MultimodalModel(nn.Module):
 
         The loss is the weighted mean over scored tokens, labels shifted inside (``mmfast.losses.token_cross_entropy``).
         """
+        input_ids = self.with_slots(input_ids, images)
         seen = self.embed_images(pixel_values, **images)
         hidden = self.hidden(input_ids, attention_mask=attention_mask, position_ids=position_ids, image_embeds=seen)
         labels = labels if labels is None else self.targets(labels, input_ids, seen)
