@@ -151,8 +151,7 @@ def test_a_changed_weight_is_seen(tmp_path):
 def test_the_way_back_loads_in_the_stock_class(case, tmp_path):
     first = stock(**case)
     ours, inputs = from_pretrained(saved(first, tmp_path / "a")), batch(3)
-    ours.save_pretrained(tmp_path / "b")
-    theirs = IdeficsForVisionText2Text.from_pretrained(tmp_path / "b").eval()
+    theirs = IdeficsForVisionText2Text.from_pretrained(saved(ours, tmp_path / "b")).eval()
     assert theirs.config.additional_vocab_size == case.get("extra", 2)
     assert theirs.state_dict().keys() == first.state_dict().keys()
     for name, value in first.state_dict().items():
@@ -254,8 +253,7 @@ def test_adapters_are_folded_in(tmp_path):
     for name, p in ours.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(p, std=0.1)
-    ours.save_pretrained(tmp_path / "b")
-    same_logits(ours, IdeficsForVisionText2Text.from_pretrained(tmp_path / "b").eval(), inputs, loss=False)
+    same_logits(ours, IdeficsForVisionText2Text.from_pretrained(saved(ours, tmp_path / "b")).eval(), inputs, loss=False)
 
 
 def test_without_any_picture(tmp_path):
