@@ -555,7 +555,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     learns = not isinstance(system.fusion, Prefix | SharedTokens)
     rules(learns or "adapter" not in job.train, "train", f"adapter is what the fusion has to learn, and {kind} has nothing; take it out")
     rules(
-        bool(system.added_tokens) or "new_tokens" not in job.train,
+        bool(system.added_tokens or system.weights) or "new_tokens" not in job.train,
         "train",
         "new_tokens are the tokens that the choices add, and these add none; take it out",
     )
