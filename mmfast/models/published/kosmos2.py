@@ -92,7 +92,7 @@ def _pool(choice: spec.AttentionPool) -> tuple[int, int, float]:
 
 
 def _reads_last(tower: Tower) -> bool:
-    return tower.layer in (-1, len(tower.blocks))
+    return tower.read == len(tower.blocks)
 
 
 def _share(source: nn.Module, shell: nn.Module) -> None:
