@@ -292,6 +292,7 @@ class GatedCrossAttention:
     qk_norm: bool = False  # idefics
     gates: Literal["scalar", "vector"] = "scalar"  # idefics
     end: str = "<|endofchunk|>"  # token at the end of what is said of a picture; "": none
+    around: str = ""  # token on either side of a picture, one between adjacent ones; "": none
 
 
 @dataclass(frozen=True)
@@ -521,7 +522,9 @@ class System:
 
     @property
     def borders(self) -> tuple[str, ...]:
-        """Tokens before and behind each picture, of its own."""
+        """Tokens before and behind each picture; where they are the same, adjacent pictures share the one between them."""
+        if isinstance(self.fusion, GatedCrossAttention) and self.fusion.around:
+            return (self.fusion.around,) * 2
         spoken = isinstance(self.fusion, Prefix | SharedTokens) and self.fusion.begin
         return (self.fusion.begin, self.fusion.end) if spoken else ()
 
@@ -538,8 +541,8 @@ class System:
             added += [token for token in self.borders if token != "<image>"]
         if isinstance(self.connector, QFormer) and self.connector.text and not self.connector.vocab:
             added.append(DECODE)
-        if isinstance(self.fusion, GatedCrossAttention) and self.fusion.end:
-            added.append(self.fusion.end)
+        if isinstance(self.fusion, GatedCrossAttention):
+            added += filter(None, (self.fusion.around, self.fusion.end))
         if isinstance(self.fusion, Retrieval):
             added.append(self.fusion.token)
         if isinstance(self.fusion, SharedTokens) and isinstance(self.encoder, Vqgan):
@@ -675,11 +678,16 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
         )
-    if isinstance(system.fusion, GatedCrossAttention) and not isinstance(system.connector, Resampler | NoConnector):
+    gated, told = isinstance(system.fusion, GatedCrossAttention), read or not system.weights
+    if told and gated and not isinstance(system.connector, Resampler | NoConnector):
         out.append(
             f"connector: GatedCrossAttention reads the latents of a Resampler, in the tower's width, got {type(system.connector).__name__}"
         )
-    if isinstance(system.connector, NoConnector) and not isinstance(system.fusion, GatedCrossAttention):
+    if told and gated and system.fusion.block == "idefics" and not system.fusion.immediate:
+        out.append(
+            "fusion.immediate: false is for Flamingo's blocks; Idefics' see the latest picture, or what an image_attention_mask says"
+        )
+    if told and isinstance(system.connector, NoConnector) and not gated:
         out.append(
             f"connector: NoConnector leaves states in the tower's width, which GatedCrossAttention reads; with {type(system.fusion).__name__} "
             "set Linear or another"

@@ -230,7 +230,6 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
 ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower, spec.NfResnet: _grid_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
-    spec.NoConnector: lambda choice, width_in, width_out: nn.Identity(),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
     spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads, choice.dropout),
@@ -240,6 +239,7 @@ CONNECTORS = {
     ),
     spec.QFormer: queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
+    spec.NoConnector: lambda choice, width_in, width_out: nn.Identity(),
     spec.Codes: lambda choice, width_in, width_out: nn.Identity(),
 }  # fmt: skip
 # (choice, language model, the tower's width)
@@ -480,16 +480,18 @@ class MultimodalModel(nn.Module):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        position_ids: Tensor | None = None,
         token_weights: Tensor | None = None,
         total: Tensor | float | None = None,
         **images: Tensor | None,
     ) -> Output:
-        """input_ids, attention_mask, labels, token_weights [B, T]; pixel_values [M, 3, H, W], or one of ``embed_images``' other forms.
+        """input_ids, attention_mask, position_ids, labels, token_weights [B, T]; pixel_values [M, 3, H, W], or one of ``embed_images``' other forms.
 
         The loss is the weighted mean over scored tokens, labels shifted inside (``mmfast.losses.token_cross_entropy``).
         """
-        seen = self.embed_images(pixel_values, **{k: images.pop(k) for k in ("image_states", "image_embeds", "image_rows") if k in images})
-        hidden = self.hidden(input_ids, attention_mask=attention_mask, image_embeds=seen, **images)
+        input_ids = self.with_slots(input_ids, images)
+        seen = self.embed_images(pixel_values, **images)
+        hidden = self.hidden(input_ids, attention_mask=attention_mask, position_ids=position_ids, image_embeds=seen)
         labels = labels if labels is None else self.targets(labels, input_ids, seen)
         logits = self.language.get_output_embeddings()(hidden)
         loss = None if labels is None else token_cross_entropy(logits, labels, token_weights=token_weights, total=total)
