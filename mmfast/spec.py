@@ -212,7 +212,6 @@ class AttentionPool:
 
     tokens: int = 64
     heads: int = 32
-    dropout: float = 0.0  # of attention weights
 
 
 @dataclass(frozen=True)
@@ -339,7 +338,6 @@ class LanguageModel:
     norm_eps: float = 1e-6
     norm: Literal["before", "after"] = "before"  # chameleon: each sub-layer's norm stands before it, or over what it adds (its 34B)
     init: float = 0.02
-    dropout: float = 0.0  # of a model without weights, where its family has any
     words: str | None = None  # the folder or hub name of a tokenizer, for a model that starts from nothing
 
 

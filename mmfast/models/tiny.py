@@ -99,7 +99,6 @@ def tiny_system(system: System) -> System:
             context=256,
             tied=True,
             init=0.05,
-            dropout=0.0,
         ),
         # The shapes world's background becomes 0; a tokenizer's pixels are what they are.
         image=replace(system.image, size=64)
@@ -130,7 +129,7 @@ def _small(choice):
         case BoxTokens():  # of 4 pixels each
             return replace(choice, bins=16)
         case AttentionPool():
-            return replace(choice, tokens=16, heads=4, dropout=0.0)
+            return replace(choice, tokens=16, heads=4)
     return choice
 
 
