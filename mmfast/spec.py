@@ -506,6 +506,11 @@ class System:
         return 1 if isinstance(self.fusion, AdapterPrompts | GatedCrossAttention) else self.image_tokens
 
     @property
+    def projects(self) -> bool:
+        """Whether the connector makes vectors of the language model's width that words can be read from, several a picture."""
+        return isinstance(self.connector, Linear | Mlp | AttentionPool)
+
+    @property
     def borders(self) -> tuple[str, ...]:
         """Tokens before and behind each picture, of its own."""
         spoken = isinstance(self.fusion, Prefix | SharedTokens) and self.fusion.begin

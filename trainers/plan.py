@@ -27,7 +27,7 @@ from mmfast.models.fusions import ByRow
 from mmfast.models.pretrained import locate
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import BUILT_IN as SETS
-from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Linear, Lora, Mlp, Stage, System, Vqgan, nearest
+from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Lora, Stage, System, Vqgan, nearest
 
 from . import config
 from .checkpoint import RunError
@@ -228,8 +228,7 @@ def count(system: System, its: Setting) -> Count:
 def _word_head(system: System, its: Setting) -> WordHead | None:
     if its.head is None:
         return None
-    projects = isinstance(system.connector, Linear | Mlp)
-    return WordHead(sized(system).encoder.width, *its.head, None if projects else sized(system).language.width)
+    return WordHead(sized(system).encoder.width, *its.head, None if system.projects else sized(system).language.width)
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace

@@ -18,9 +18,7 @@ from mmfast.spec import (
     Data,
     Dino,
     Eva,
-    Linear,
     Mixture,
-    Mlp,
     NfResnet,
     Optim,
     QFormer,
@@ -137,8 +135,7 @@ def _stages(system: System) -> tuple[Stage, ...]:
     own = [_stage(stage) for stage in system.stages]
     # A language model that is to stay as it is learns before; any other learns with the pictures, as there is none to start from.
     trained = any("language" in stage.train or stage.lora is not None for stage in system.stages)
-    projected = isinstance(system.connector, Linear | Mlp)
-    words = replace(_WORDS, train=("encoder", "connector", "embeddings") if projected else ("encoder", "embeddings"))
+    words = replace(_WORDS, train=("encoder", "connector", "embeddings") if system.projects else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
     text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data)) if own else _TEXT
     return (*seen, *(() if trained else (text,)), *own)
