@@ -28,6 +28,7 @@ def steps(
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     allowed: Callable[[int], Tensor] | None = None,
+    rule: Callable[[int, Tensor], Tensor] | None = None,
     **images: Tensor | None,
 ) -> Iterator[Tensor]:
     """The next token of every prompt, ``[B]``, again and again, until the token ``end`` in all rows or the limit.
@@ -40,6 +41,7 @@ def steps(
         top_p: draw from the likeliest tokens that together have this probability (arXiv:1904.09751); 1: from all.
         no_repeat: no run of so many tokens comes a second time, the prompt's among them (transformers' ``no_repeat_ngram_size``); 0: any may.
         allowed: which tokens may come, bool ``[V]``, after so many new ones. Tokens that only pictures are made of never come by default.
+        rule: what is made of the logits ``[B, V]`` of those that may, after so many new ones (``mmfast.models.decoding``).
         images: pixel_values, image_states or image_embeds, image_rows, image_embeds_position_mask, as for the model's forward.
     """
     if no_repeat < 0:
@@ -63,6 +65,7 @@ def steps(
             logits = logits.index_fill(-1, codes.to(logits.device), -torch.inf)
         if no_repeat:
             logits = unrepeated(logits, told, no_repeat)
+        logits = logits if rule is None else rule(count, logits)
         token = next_token(logits, temperature=temperature, top_p=top_p, generator=generator)
         if end is not None:
             token = torch.where(done, end, token)
