@@ -394,16 +394,19 @@ class Data:
     blind: bool = False  # every picture black: the control of what the words alone give away
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
+    full: bool = False  # texts end to end in rows of max_length, cut where a row ends; records without pictures
     weight: float | None = None
     on_bad_record: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several data sets in one stage. An epoch has as many items as all of them together; where weights are given, items are drawn by them."""
+    """Several data sets in one stage. An epoch has as many items as all of them together; where weights are given, items are drawn by them:
+    as shares of ``items``, or so that the ``tokens`` drawn of each set (pictures' places among them) have these shares."""
 
     name: str
     parts: tuple[Data, ...]
+    by: Literal["items", "tokens"] = "items"
 
 
 @dataclass(frozen=True)

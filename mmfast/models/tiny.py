@@ -36,7 +36,7 @@ _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
 _SHORT = Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST)
 _LONG = Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST)
 _DATA = Data("shapes")
-_WEB = Mixture("kosmos_web", tuple(Data(f"shapes_{kind}", weight=1.0) for kind in ("text", "captions", "episodes")))
+_WEB = Mixture("kosmos_web", tuple(Data(f"shapes_{kind}", weight=1.0) for kind in ("text", "captions", "episodes")), by="tokens")
 _MIXED = Data("shapes_drawing")
 
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.

@@ -25,7 +25,8 @@ RECIPE = System(
             train=("last_block", "connector", "language", "embeddings"),
             data=Mixture(
                 "kosmos_web",
-                (Data("text", weight=0.5), Data("image_text_pairs", weight=0.5), Data("interleaved", weight=0.2)),
+                (Data("text", weight=0.5, full=True), Data("image_text_pairs", weight=0.5), Data("interleaved", weight=0.2)),
+                by="tokens",
             ),
             template="bare",
             dropout=0.1,

@@ -17,7 +17,7 @@ from .kosmos_1 import RECIPE as KOSMOS_1
 PRETRAIN = Mixture(
     "kosmos_2_pretrain",
     (
-        Data("text", weight=93),
+        Data("text", weight=93, full=True),
         Data("image_text_pairs", weight=1117),
         Data("grit", weight=1117, boxes=0.5),
         Data("interleaved", weight=47),
@@ -29,7 +29,7 @@ INSTRUCT = Mixture(
         Data("language_instructions", weight=117),
         Data("llava_instruct", weight=351),
         Data("grounded_instructions", weight=1404),
-        Data("text", weight=30),
+        Data("text", weight=30, full=True),
         Data("interleaved", weight=15),
     ),
 )
