@@ -64,16 +64,19 @@ class Tower(nn.Module):
         encoder = self._inner.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
+    @property
+    def read(self) -> int:
+        """How many blocks the states have passed."""
+        return max(layer % (len(self.blocks) + 1) for layer in self.layers)  # hidden state 0 is what block 0 reads
+
     def last_block(self) -> nn.ModuleList:
         """The last block that is read, and the norm behind it where that is."""
-        read = self.layer % (len(self.blocks) + 1)
-        return nn.ModuleList([*self.blocks[:read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
+        return nn.ModuleList([*self.blocks[: self.read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
 
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = self._inner
-        read = max(layer % (len(self.blocks) + 1) for layer in self.layers)  # hidden state 0 is what block 0 reads
-        for block in self.blocks[read:]:
+        for block in self.blocks[self.read :]:
             yield from block.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
             if hasattr(tower, name) and not self.post_norm:

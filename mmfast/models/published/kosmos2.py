@@ -88,7 +88,7 @@ def as_stock(model: MultimodalModel) -> Iterator[Kosmos2ForConditionalGeneration
 
 
 def _reads_last(tower: Tower) -> bool:
-    return tower.layer in (-1, len(tower.blocks))
+    return tower.layers in ((-1,), (len(tower.blocks),))
 
 
 def _share(source: nn.Module, shell: nn.Module) -> None:
