@@ -224,7 +224,6 @@ class AttentionPool:
 
     tokens: int = 64
     heads: int = 32
-    dropout: float = 0.0  # of attention weights
 
 
 @dataclass(frozen=True)
@@ -352,7 +351,6 @@ class LanguageModel:
     norm_eps: float = 1e-6
     norm: Literal["before", "after"] = "before"  # chameleon: each sub-layer's norm stands before it, or over what it adds (its 34B)
     init: float = 0.02
-    dropout: float = 0.0  # of a model without weights, where its family has any
     words: str | None = None  # the folder or hub name of a tokenizer, for a model that starts from nothing
 
 
@@ -397,16 +395,19 @@ class Data:
     blind: bool = False  # every picture black: the control of what the words alone give away
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
+    full: bool = False  # texts end to end in rows of max_length, cut where a row ends; records without pictures
     weight: float | None = None
     on_bad_record: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several data sets in one stage. An epoch has as many items as all of them together; where weights are given, items are drawn by them."""
+    """Several data sets in one stage. An epoch has as many items as all of them together; where weights are given, items are drawn by them:
+    as shares of ``items``, or so that the ``tokens`` drawn of each set (pictures' places among them) have these shares."""
 
     name: str
     parts: tuple[Data, ...]
+    by: Literal["items", "tokens"] = "items"
 
 
 @dataclass(frozen=True)
@@ -519,6 +520,11 @@ class System:
     def image_places(self) -> int:
         """Positions that one picture takes in the language model's sequence, ``borders`` aside."""
         return 1 if isinstance(self.fusion, AdapterPrompts | GatedCrossAttention) else self.image_tokens
+
+    @property
+    def projects(self) -> bool:
+        """Whether the connector makes vectors of the language model's width that words can be read from, several a picture."""
+        return isinstance(self.connector, Linear | Mlp | AttentionPool)
 
     @property
     def borders(self) -> tuple[str, ...]:

@@ -35,9 +35,7 @@ from mmfast.spec import (
     Compute,
     GatedCrossAttention,
     LanguageModel,
-    Linear,
     Lora,
-    Mlp,
     NfResnet,
     Prefix,
     QFormer,
@@ -268,9 +266,8 @@ def count(system: System, its: Setting) -> Count:
 def _word_head(system: System, its: Setting) -> WordHead | None:
     if its.head is None:
         return None
-    projects = isinstance(system.connector, Linear | Mlp)
     encoder = sized(system).encoder
-    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, None if projects else sized(system).language.width)
+    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, None if system.projects else sized(system).language.width)
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace

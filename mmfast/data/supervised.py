@@ -190,9 +190,13 @@ class _Drawn:
         return (self.pixels, self.pixels)
 
 
-def mixture(sources: Sequence[Source], weights: Sequence[float | None] | None, seed: int) -> Source:
-    """Several sources in one stage: each row of each of their columns is an item."""
+def mixture(sources: Sequence[Source], weights: Sequence[float | None], seed: int, *, by_tokens: bool = False) -> Source:
+    """Several sources in one stage: each row of each of their columns is an item. ``weights`` as of ``Mixed``, ``by_tokens`` as of
+    ``mmfast.data.sources.Conversations``."""
     pictures, rows, shown, sizes = [], [], [], []
+    if by_tokens:
+        tokens = [sum(int(c.lengths.sum()) for c in s.columns) / sum(map(len, s.columns)) for s in sources]
+        weights = [None if w is None else w / mean for w, mean in zip(weights, tokens, strict=True)]
     for source in sources:
         first = sum(map(len, pictures))
         pictures.append(source.pictures)

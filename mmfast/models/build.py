@@ -217,9 +217,7 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
     for ours, theirs in _OTHER_NAMES:
         if not hasattr(kind, ours) and hasattr(kind, theirs):
             sizes[theirs] = sizes.pop(ours)
-    for name in ("dropout", "attention_dropout"):
-        if hasattr(kind, name):
-            sizes[name] = choice.dropout
+    sizes |= {name: 0.0 for name in ("dropout", "attention_dropout") if hasattr(kind, name)}  # a stage's own
     language = pretrained.new_language(AutoConfig.for_model(choice.family, **sizes))
     if hasattr(language, "start_anew"):
         language.start_anew(choice.init)
@@ -232,7 +230,7 @@ CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
-    spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads, choice.dropout),
+    spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads),
     spec.Resampler: lambda choice, width_in, width_out: ResampledProjector(
         width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
         activation=choice.activation, qk_norm=choice.qk_norm, max_num_frames=choice.frames or None, interpolate_frames=True,
@@ -354,9 +352,15 @@ class MultimodalModel(nn.Module):
             self._masks.append(parameter.register_hook(new_rows_alone))
 
     def drop(self, rate: float) -> None:
-        """Dropout of what each attention and each feed-forward layer of the language model adds, while that trains; 0: none."""
+        """Dropout of what each attention and each feed-forward layer of the language model adds, while that trains, and with Kosmos' of all that
+        its code drops; 0: none."""
         while self._dropouts:
             self._dropouts.pop().remove()
+        if hasattr(self.language, "drop"):
+            self.language.drop(rate)
+            if isinstance(self.connector, AttentionPool):
+                self.connector.x_attn.dropout = rate
+            return
         for layer in self.blocks if rate else ():
             adds = [module for name, module in layer.named_modules() if name in ("self_attn.o_proj", "mlp.down_proj")]
             if len(adds) != 2:
