@@ -175,7 +175,9 @@ def official(shards, dim=16, heads=4, kv_heads=2, depth=2, ffn=24, vocab=20, see
     def new(*shape):
         return torch.randn(*shape, generator=g) * 0.5
 
-    shared = {f"layers.{i}.{n}_norm.weight": 1 + new(dim) for i in range(depth) for n in ("attention", "ffn")} | {"norm.weight": 1 + new(dim)}
+    shared = {f"layers.{i}.{n}_norm.weight": 1 + new(dim) for i in range(depth) for n in ("attention", "ffn")} | {
+        "norm.weight": 1 + new(dim)
+    }
     files = []
     for _ in range(shards):
         file = {"tok_embeddings.weight": new(vocab, dim // shards), "output.weight": new(vocab // shards, dim), **shared}
@@ -216,7 +218,8 @@ def official_logits(files, ids, *, heads, kv_heads, depth, swin):
         out = 0
         for file in files:
             q, k, value = (
-                (v @ file[f"layers.{i}.attention.{w}.weight"].T).view(T, h // n, d) for w, h in (("wq", heads), ("wk", kv_heads), ("wv", kv_heads))
+                (v @ file[f"layers.{i}.attention.{w}.weight"].T).view(T, h // n, d)
+                for w, h in (("wq", heads), ("wk", kv_heads), ("wv", kv_heads))
             )
             q, k = (
                 torch.nn.functional.layer_norm(
