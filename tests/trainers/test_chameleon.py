@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_exponential_decay():
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
     assert rates[54] == pytest.approx(2.0 * 0.1)  # halfway of the fall
     assert rates[104] == pytest.approx(2.0 * 0.01)
-    factors = [b / a for a, b in zip(rates[4:], rates[5:], strict=False)]
+    factors = [b / a for a, b in pairwise(rates[4:])]
     assert max(factors) - min(factors) < 1e-9
     stages = (replace(RECIPE.stages[1], optim=replace(RECIPE.stages[1].optim, floor=0.0)),)
     assert any("optim.floor: expected more than 0" in p for p in config.check(replace(RECIPE, stages=stages)))
