@@ -137,6 +137,16 @@ def test_exponential_decay():
     assert any("optim.floor: expected more than 0" in p for p in config.check(replace(RECIPE, stages=stages)))
 
 
+def test_terms_out_of_place():
+    first, second, *_ = RECIPE.stages
+    for stage, told in (
+        (replace(first, z_loss=1e-5), "stages.tokenizer.z_loss: is a term of objective lm, and this is tokenizer; set it to 0"),
+        (replace(second, z_loss=-1.0), "stages.pretrain.z_loss: expected at least 0, got -1.0"),
+        (replace(second, dropout=1.0), "stages.pretrain.dropout: expected at least 0 and less than 1, got 1.0"),
+    ):
+        assert told in config.check(replace(RECIPE, stages=(stage,)))
+
+
 def test_published_hyper_parameters():
     _, pretrain, anneal, sft = RECIPE.stages
     for stage in (pretrain, anneal):
