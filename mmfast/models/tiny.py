@@ -110,9 +110,9 @@ def _small(choice):
         case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads
             depth = 1 - choice.layer if choice.layer < -1 else 2
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
-        case Vqgan():  # codes that follow what chooses them learn in tens of steps
+        case Vqgan():  # a code for each cell of the world's grid; those that follow what chooses them learn in tens of steps
             return replace(
-                choice, size=64, channels=8, multipliers=(1, 1, 2, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
+                choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
                 decay=0.9, dead_below=0.05,
             )  # fmt: skip
         case QFormer():  # it reads the language model's words, as there are no others
