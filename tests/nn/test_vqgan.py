@@ -267,9 +267,14 @@ def test_a_plain_start_leaves_in_the_grid_what_its_places_hold():
         missed = (z @ torch.linalg.lstsq(z, places).solution - places).square().mean()
         return 1 - float(missed / (places - places.mean(0)).square().mean())
 
-    torch.manual_seed(0)
-    vq = VQGAN(size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, groups=4, quantize=VectorQuantizer2(8, 16))
-    names = {name: p.shape for name, p in vq.named_parameters()}
-    assert told(vq) < 0.1
-    assert told(start_plain(vq)) > 0.35
-    assert names == {name: p.shape for name, p in vq.named_parameters()}
+    before, after = [], []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        vq = VQGAN(size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, groups=4, quantize=VectorQuantizer2(8, 16))
+        names = {name: p.shape for name, p in vq.named_parameters()}
+        before.append(told(vq))
+        after.append(told(start_plain(vq)))
+        assert names == {name: p.shape for name, p in vq.named_parameters()}
+    assert max(before) < 0.1
+    assert sum(after) / 5 > 0.35
+    assert min(after) > 2 * max(before)
