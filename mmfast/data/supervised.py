@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data import chat, images
-from mmfast.data.episodes import TAUGHT, WORDS, Pool, mixed, prompts_of
+from mmfast.data.episodes import TAUGHT, TOLD, WORDS, Pool, mixed, prompts_of
 from mmfast.data.formats import Record
 from mmfast.data.synthetic import COLOURS, PROMPT, SHAPES, Scene, World
 from mmfast.spec import Data
@@ -125,14 +125,20 @@ def shapes_single(world: World, encode: chat.Encoder, count: int = 6000) -> Docu
     return Documents(world.render(pool.scenes), texts, [[i] for i in range(len(texts))], encode)
 
 
-def shapes_episodes(world: World, encode: chat.Encoder, count: int = 6000, *, told: bool = False) -> Documents:
-    """Episodes as interleaved documents; ``told``: of words alone, a picture's name in place of each picture."""
+def shapes_episodes(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
+    """Episodes as interleaved documents."""
     pool, say = Pool(world, "single", 3000), prompts_of(encode.template)
-    episodes = mixed(pool, count, purpose=2 if told else 1, plans=TAUGHT)
-    if told:
-        nothing = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
-        return Documents(nothing, [say.document(e, lambda p: f"{pool.name(p)} ") for e in episodes], [[] for _ in episodes], encode)
+    episodes = mixed(pool, count, purpose=1, plans=TAUGHT)
     return Documents(world.render(pool.scenes), [say.document(e) for e in episodes], [e.pictures for e in episodes], encode)
+
+
+def shapes_told(world: World, encode: chat.Encoder, count: int = 10_000) -> Source:
+    """Episodes without pictures: a language model that never changes knows from here what examples are for. Other words stand where a picture
+    would, and like pictures they are read and not said."""
+    pool, say = Pool(world, "single", 3000), prompts_of(encode.template)
+    rows = [encode(say.turns(episode, pool.told)) for episode in mixed(pool, count, purpose=2, plans=TOLD)]
+    nothing = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
+    return Source(nothing, [chat.Rows(rows, encode.pad_token)], encode.pad_token, [[]] * count)
 
 
 class Drawing(Source):
@@ -223,7 +229,7 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
         "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),
         "shapes_single": lambda: shapes_single(world, encode),
         "shapes_episodes": lambda: shapes_episodes(world, encode),
-        "shapes_told": lambda: shapes_episodes(world, encode, told=True),
+        "shapes_told": lambda: shapes_told(world, encode),
         "shapes_drawing": lambda: Drawing(world, encode),
     }[data.name]()
     if data.blind:

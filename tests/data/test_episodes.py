@@ -119,16 +119,25 @@ def test_documents_supervise_all_text_and_show_their_pictures_in_order(template,
     assert torch.equal(batch["labels"] != -100, text)
 
 
-def test_told_documents_have_a_name_where_a_picture_was():
+def test_told_episodes_have_other_words_where_a_picture_was_and_do_not_teach_them():
     encode, world = encoder(), World()
-    source = supervised.shapes_episodes(world, encode, 8, told=True)
+    source = supervised.shapes_told(world, encode, 8)
     assert source.picture_count == 0
     assert source.pictures.shape == (0, 64, 64, 3)
-    text = encode.tokenizer.decode(source.columns[0].ids[1], skip_special_tokens=True)
     pool = Pool(world, "single", 3000)
-    episode = mixed(pool, 8, purpose=2, plans=supervised.TAUGHT)[1]
-    (first, answer), last = episode.examples[0], episode.query
-    assert text == f"{pool.name(first)} This is a {answer} . {pool.name(last)} Q : What is this ? A : This is a {episode.answer} ."
+    for i, episode in enumerate(mixed(pool, 8, purpose=2, plans=supervised.TOLD)):
+        text = "Answer with {} or {} . ".format(*episode.words) if episode.induction else ""
+        answers = []
+        for picture, answer in episode.examples:
+            text += f"{pool.told(picture)} This is a {answer} . "
+            answers.append(f"This is a {answer} .")
+        text += f"{pool.told(episode.query)} Q : What is this ? A : This is a {episode.answer} ."
+        ids, labels = source.columns[0].ids[i], source.columns[0].labels[i]
+        assert encode.tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert encode.tokenizer.decode(labels[labels >= 0]) == " ".join([*answers, f"{episode.answer} . <eos>"])
+    names = {pool.told(p) for p in range(len(pool.scenes))}
+    assert len(names) == 36
+    assert not {word for name in names for word in name.split()} & {word for p in range(99) for word in pool.name(p).split()}
 
 
 def test_single_pictures_have_their_name():
