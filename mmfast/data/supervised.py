@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -139,7 +139,8 @@ def shapes_told(world: World, encode: chat.Encoder, count: int = 10_000) -> Sour
     """Episodes without pictures: a language model that never changes knows from here what examples are for. Other words stand where a picture
     would, and like pictures they are read and not said."""
     pool, say = Pool(world, "single", 3000), prompts_of(encode.template)
-    rows = [encode(say.turns(episode, pool.told)) for episode in mixed(pool, count, purpose=2, plans=TOLD)]
+    bare = replace(encode, template="bare")  # the turns have all their words
+    rows = [bare(say.turns(episode, pool.told)) for episode in mixed(pool, count, purpose=2, plans=TOLD)]
     nothing = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
     return Source(nothing, [chat.Rows(rows, encode.pad_token)], encode.pad_token, [[]] * len(rows))
 

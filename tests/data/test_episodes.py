@@ -135,6 +135,10 @@ def test_told_episodes_have_other_words_where_a_picture_was_and_do_not_teach_the
         ids, labels = source.columns[0].ids[i], source.columns[0].labels[i]
         assert encode.tokenizer.decode(ids, skip_special_tokens=True) == text
         assert encode.tokenizer.decode(labels[labels >= 0]) == " ".join([*answers, f"{episode.answer} . <eos>"])
+    chunks = encoder("flamingo", added=("<|endofchunk|>",))
+    other = supervised.shapes_told(world, chunks, 1).columns[0]
+    assert (other.ids == chunks.tokenizer.convert_tokens_to_ids("<|endofchunk|>")).sum() == 8
+    assert (other.ids == chunks.tokenizer.eos_token_id).sum() == 1
     names = {pool.told(p) for p in range(len(pool.scenes))}
     assert len(names) == 36
     assert not {word for name in names for word in name.split()} & {word for p in range(99) for word in pool.name(p).split()}
