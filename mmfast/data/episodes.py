@@ -217,8 +217,6 @@ TAUGHT = (
 )
 # What a language model reads before it sees: longer ones, each of which is an episode of every smaller number of examples, too.
 TOLD = (
-    Plan("attribute", shots=7),
-    Plan("naming", inner_shots=3, induction=True),
-    Plan("attribute", shots=7),
-    Plan("naming", inner_shots=3),
+    *(Plan("attribute", shots=n) for n in (7, 7, 7, 1, 0)),
+    *(Plan("naming", inner_shots=3, induction=i < 2) for i in range(3)),
 )

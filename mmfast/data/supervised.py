@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data import chat, images
-from mmfast.data.episodes import TAUGHT, TOLD, WORDS, Pool, mixed, prompts_of
+from mmfast.data.episodes import ATTRIBUTES, TAUGHT, TOLD, WORDS, Plan, Pool, mixed, prompts_of
 from mmfast.data.formats import Record
 from mmfast.data.mixtures import Mixed
 from mmfast.data.regions import REGION
@@ -122,10 +122,12 @@ def shapes_text(world: World, encode: chat.Encoder, count: int = 10_000) -> Docu
 
 
 def shapes_single(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
-    """Pictures of one object, each with its name as an example of an episode has it: "This is a red circle."."""
+    """Pictures of one object, each with three captions in the words of an episode's examples: "This is a red circle.", "This is a red.", "This
+    is a circle.". Which of them is meant, a picture alone does not tell."""
     pool, say = Pool(world, "single", count), prompts_of(encode.template)
-    texts = ["<image>" + say.example.format(answer=pool.name(i)) for i in range(len(pool.scenes))]
-    return Documents(world.render(pool.scenes), texts, [[i] for i in range(len(texts))], encode)
+    said = [(i, ATTRIBUTES[name](scene, world)) for i, scene in enumerate(pool.scenes) for name in Plan().attributes]
+    texts = ["<image>" + say.example.format(answer=answer) for _, answer in said]
+    return Documents(world.render(pool.scenes), texts, [[i] for i, _ in said], encode)
 
 
 def shapes_episodes(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:

@@ -144,14 +144,15 @@ def test_told_episodes_have_other_words_where_a_picture_was_and_do_not_teach_the
     assert not {word for name in names for word in name.split()} & {word for p in range(99) for word in pool.name(p).split()}
 
 
-def test_single_pictures_have_their_name():
-    encode = encoder()
-    source = supervised.shapes_single(World(), encode, 20)
-    pool = Pool(World(), "single", 20)
+def test_single_pictures_are_captioned_in_three_ways():
+    encode, world = encoder(), World()
+    source = supervised.shapes_single(world, encode, 20)
+    pool, texts = Pool(world, "single", 20), []
     for i, scene in enumerate(pool.scenes):
-        text = encode.tokenizer.decode(source.columns[0].ids[i], skip_special_tokens=True)
-        assert text == f"This is a {pool.world.class_name(scene.objects[0].colour * 6 + scene.objects[0].shape)} ."
-    assert source.shown == [[i] for i in range(len(pool.scenes))]
+        colour, shape = world.class_name(scene.objects[0].colour * 6 + scene.objects[0].shape).split()
+        texts += [(i, f"This is a {said} .") for said in (colour, shape, f"{colour} {shape}")]
+    said = [encode.tokenizer.decode(ids, skip_special_tokens=True) for ids in source.columns[0].ids]
+    assert [(*shown, text) for shown, text in zip(source.shown, said, strict=True)] == texts
 
 
 def test_the_published_files_are_records():
