@@ -28,6 +28,11 @@ COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "
 
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
 RUNS: dict[str, dict[str, list[str]]] = {
+    "fromage": {
+        "": [],
+        "blind": ["--stages.pairs.data.blind", "true"],
+        "no contrast": ["--stages.pairs.contrast", "0"],
+    },
     "llama_adapter": {"": [], "blind": ["--stages.answers.data.blind", "true"]},
     "llava": {"": [], "blind": ["--stages.align.data.blind", "true", "--stages.instruct.data.blind", "true"]},
 }
