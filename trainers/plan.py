@@ -40,6 +40,7 @@ from mmfast.spec import (
     Mlp,
     NfResnet,
     Prefix,
+    QFormer,
     Retrieval,
     Stage,
     System,
@@ -50,6 +51,8 @@ from mmfast.spec import (
 from . import config
 from .checkpoint import RunError
 from .describe import columns
+from .place import Place
+from .queries import losses
 from .runs import is_run, read_recipe, system_of
 from .session import parts_of
 from .supervised import WordHead
@@ -119,7 +122,10 @@ def at_hand(system: System) -> tuple[System, list[str]]:
         return replace(system, weights=found(system.weights, "weights", system)), said
     encoder = replace(system.encoder, weights=found(system.encoder.weights, "encoder.weights", system.encoder))
     language = replace(system.language, weights=found(system.language.weights, "language.weights", system.language))
-    return replace(system, encoder=encoder, language=language), said
+    connector = system.connector
+    if isinstance(connector, QFormer):
+        connector = replace(connector, weights=found(connector.weights, "connector.weights", connector))
+    return replace(system, encoder=encoder, connector=connector, language=language), said
 
 
 def sized(system: System) -> System:
@@ -127,7 +133,10 @@ def sized(system: System) -> System:
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
     language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
-    return replace(found, weights=None, encoder=encoder, language=language, image=replace(found.image, size=encoder.size))
+    connector = replace(found.connector, weights=None) if isinstance(found.connector, QFormer) else found.connector
+    return replace(
+        found, weights=None, encoder=encoder, connector=connector, language=language, image=replace(found.image, size=encoder.size)
+    )
 
 
 def unknown(recipe: System | Alignment, job: Stage | Alignment) -> str | None:
@@ -135,8 +144,8 @@ def unknown(recipe: System | Alignment, job: Stage | Alignment) -> str | None:
     system, objective = system_of(recipe), getattr(job, "objective", "lm")
     kinds = (Prefix, Retrieval, AdapterPrompts, GatedCrossAttention)
     at = f"{recipe.name}, {job.name}: the plan knows"
-    if objective not in ("lm", "words"):
-        return f"{at} the memory of objectives lm and words, not of {objective}; this stage has to be tried"
+    if objective not in ("lm", "words", "queries"):
+        return f"{at} the memory of objectives lm, words and queries, not of {objective}; this stage has to be tried"
     if isinstance(system.encoder, Vqgan) or (isinstance(system.encoder, NfResnet) and "encoder" not in job.train):
         return f"{at} the memory of towers of transformers, not of {type(system.encoder).__name__}; this stage has to be tried"
     if not isinstance(system.fusion, kinds):
@@ -402,8 +411,24 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
                 states = model.encoder(torch.zeros(pictures, 3, encoder.size, encoder.size))
             if head is not None and getattr(system.connector, "pool", "") == "class":
                 states = states[:, :1]
-            seen = model.connector(states) if head is None or head.project is None else None
-            if head is not None:
+            seen = None
+            if "queries" not in its.train and (head is None or head.project is None):
+                seen = model.connector(states)
+            if "queries" in its.train:
+                ids, one = torch.zeros(rows, length, dtype=torch.long), torch.ones(())
+                image = model.connector.normed(states)
+                losses(
+                    model.connector,
+                    image,
+                    ids,
+                    torch.ones_like(ids),
+                    torch.arange(rows),
+                    rows=one,
+                    words=one,
+                    decode=0,
+                    place=Place(one.device),
+                )
+            elif head is not None:
                 table = model.language.get_input_embeddings().weight[torch.zeros(len(head.bias), dtype=torch.long)]
                 for logits in head(states, seen, table):
                     nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros(logits.shape))
@@ -455,11 +480,11 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     if sentence := unknown(recipe, job):
         raise RunError(sentence)
     system, compute, optim, its = system_of(recipe), recipe.compute, job.optim, setting(recipe, job)
-    shape, words = sized(system), its.head is not None
+    shape, words = sized(system), its.head is not None or "queries" in job.train  # whether the language model stands aside
     pictures = math.ceil(optim.batch / processes)
     rows = pictures * (len(job.views) if isinstance(job, Alignment) else 1)
     length = length or min(job.max_length, shape.language.context)
-    if length <= shape.image_places:
+    if length <= shape.image_places and not words:
         raise RunError(f"rows of {length} positions cannot hold a picture of {shape.image_places} tokens; give a longer --length")
     sharded = compute.parallel == "fsdp" and processes > 1
     counted = count(system, its)
@@ -474,7 +499,7 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     if sharded:
         states = {name: math.ceil(value / processes) for name, value in states.items()}
         # Units are the language model's blocks, one at work and the next on its way, and all the rest, whole until the step is over.
-        # A stage of words runs no block and is one unit.
+        # A stage of words or queries runs no block and is one unit.
         block, blocks, learns = (0, 0, 0) if words else (counted.block, counted.blocks, counted.blocks_trained)
         gathered = half * (everything - blocks + trained - learns + 2 * block)
     elif processes > 1 and optim.accumulate > 1:  # DDP's buckets are the gradients, but not while micro-batches are added up
@@ -742,4 +767,5 @@ def _advice_lines(recipe, plan: Plan, gpu_memory: float, processes: int, length:
 
 
 def _trains(job: Stage | Alignment, part: str) -> bool:
-    return part in job.train or (part == "embeddings" and "language" in job.train)
+    inner = {"embeddings": "language", "connector": "queries"}
+    return part in job.train or inner.get(part) in job.train

@@ -33,6 +33,7 @@ RUNS: dict[str, dict[str, list[str]]] = {
         "blind": ["--stages.pairs.data.blind", "true"],
         "no contrast": ["--stages.pairs.contrast", "0"],
     },
+    "flamingo": {"": [], "blind": ["--stages.interleaved.data.blind", "true"]},
     "llama_adapter": {"": [], "blind": ["--stages.answers.data.blind", "true"]},
     "llava": {"": [], "blind": ["--stages.align.data.blind", "true", "--stages.instruct.data.blind", "true"]},
 }

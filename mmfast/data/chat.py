@@ -31,6 +31,7 @@ class Template:
     keep_question: bool = True
     end: str = ""  # in place of the tokenizer's end token; a text that is cut ends with it all the same
     picture_first: bool = False  # the first question's pictures stand before the beginning token
+    learn_begin: bool = False  # ... which is learnt
 
 
 TEMPLATES = {
@@ -43,6 +44,10 @@ TEMPLATES = {
     "plain": Template(after="\n", end_each=False, keep_question=False),
     # FROMAGe: the picture, then a text from its beginning token to the token that is compared with pictures.
     "fromage": Template(end_each=False, keep_question=False, end="[RET]", picture_first=True),
+    # BLIP-2 with OPT: the picture, then a text from its beginning token, which is learnt, to the line's end.
+    "blip2": Template(end_each=False, keep_question=False, end="\n", picture_first=True, learn_begin=True),
+    # ... and its fine-tuning with a prompt, which is not learnt (nor is the token before it).
+    "blip2_prompt": Template(end_each=False, end="\n", picture_first=True),
     # Vicuna v1, LLaVA's instruction stage.
     "vicuna_v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
@@ -90,9 +95,11 @@ def encode(
     for i, (question, answer) in enumerate(turns):
         if not form.keep_question:
             question = "<image>" * question.count("<image>")
-        line.add(form.before + question + form.between)
         if form.picture_first and i == 0:
-            line.begin()
+            line.add("<image>" * question.count("<image>"))
+            question = question.replace("<image>", "").strip()
+            line.begin(learnt=form.learn_begin)
+        line.add(form.before + question + form.between)
         if answer is None:
             if len(line.ids) > max_length:
                 raise ValueError(f"the prompt has {len(line.ids)} tokens with its pictures, more than max_length={max_length}")
@@ -116,6 +123,13 @@ def encode_document(
     return line.cut(max_length)
 
 
+def end_token(tokenizer: Any, end: str = "") -> int:
+    """The token of a template's ``end``; the tokenizer's own end token without one, or where that is no single token of it (a line end in a
+    tokenizer of words)."""
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+    return ids[0] if len(ids) == 1 else tokenizer.eos_token_id
+
+
 class _Line:
     """Token ids and labels that grow piece by piece. ``end``: a token in place of the tokenizer's own, which survives every cut."""
 
@@ -127,15 +141,16 @@ class _Line:
         self.picture = [*borders[:1], *[image_token] * image_tokens, *borders[1:]]
         self.announced = len(borders[:1])
         self.pictures: list[int] = []  # where each begins
-        self.kept = tokenizer.convert_tokens_to_ids(end) if end else None
+        self.kept = end_token(tokenizer, end) if end else None
         self.ids, self.labels = [], []
         if begin:
             self.begin()
 
-    def begin(self) -> None:
-        if self.tokenizer.bos_token_id is not None:
-            self.ids.append(self.tokenizer.bos_token_id)
-            self.labels.append(IGNORE)
+    def begin(self, learnt: bool = False) -> None:
+        first = self.tokenizer.bos_token_id
+        if first is not None:
+            self.ids.append(first)
+            self.labels.append(first if learnt else IGNORE)
 
     def add(self, text: str, supervised: bool = False) -> None:
         for i, piece in enumerate(text.split("<image>")):
@@ -144,7 +159,9 @@ class _Line:
                 told = self.announced if len(self.ids) > 1 else 0  # behind more than the beginning token
                 told = len(self.picture) if self.learn_pictures else told
                 self.ids.extend(self.picture)
-                self.labels.extend(self.picture[:told] + [IGNORE] * (len(self.picture) - told) if supervised else [IGNORE] * len(self.picture))
+                self.labels.extend(
+                    self.picture[:told] + [IGNORE] * (len(self.picture) - told) if supervised else [IGNORE] * len(self.picture)
+                )
             new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             self.ids.extend(new)
             self.labels.extend(new if supervised else [IGNORE] * len(new))
@@ -189,8 +206,7 @@ class Encoder:
     @property
     def end_token(self) -> int:
         """What the last answer ends with."""
-        own = TEMPLATES[self.template].end
-        return self.tokenizer.convert_tokens_to_ids(own) if own else self.tokenizer.eos_token_id
+        return end_token(self.tokenizer, TEMPLATES[self.template].end)
 
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""

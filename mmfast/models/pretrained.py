@@ -164,18 +164,31 @@ def resolved(system: spec.System) -> spec.System:
         from mmfast.models.published import system_of
 
         stock = system_of(config_of(system.weights, "weights"), system.weights)
+        if type(stock.fusion) is not type(system.fusion):
+            raise ValueError(
+                f"weights: {system.weights} are those of a model with {type(stock.fusion).__name__}; with {type(system.fusion).__name__} give the "
+                "parts' own weights"
+            )
         system = replace(
-            system, encoder=stock.encoder, connector=stock.connector, language=stock.language,
+            system, encoder=stock.encoder, connector=stock.connector, fusion=stock.fusion, language=stock.language,
             image=replace(system.image, size=stock.image.size, **_normalisation(system.weights)),
         )  # fmt: skip
         return system
-    encoder, language, image = system.encoder, system.language, system.image
+    encoder, language, image, connector = system.encoder, system.language, system.image, system.connector
     if encoder.weights and type(encoder) in TOWERS:
         encoder = tower_sizes(encoder, tower_config(encoder))
         image = replace(image, size=encoder.size, **_normalisation(encoder.weights))
     if language.weights:
         language = language_sizes(language, language_config(language))
-    return replace(system, encoder=encoder, language=language, image=image)
+    if isinstance(connector, spec.QFormer) and connector.weights:
+        bert = config_of(connector.weights, "connector.weights")
+        if bert.model_type != "bert":
+            raise ValueError(f"connector.weights {connector.weights}: model_type is {bert.model_type!r}, a Q-Former starts from a bert")
+        connector = replace(
+            connector, width=bert.hidden_size, depth=bert.num_hidden_layers, heads=bert.num_attention_heads, ffn=bert.intermediate_size,
+            positions=bert.max_position_embeddings, vocab=connector.vocab and bert.vocab_size + 1,
+        )  # fmt: skip
+    return replace(system, encoder=encoder, connector=connector, language=language, image=image)
 
 
 def tower_sizes(choice, config: PretrainedConfig):
