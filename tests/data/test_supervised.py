@@ -74,7 +74,7 @@ def test_captions_as_text_alone():
 
     world = World()
     tokenizer = word_tokenizer(world.vocabulary)
-    source = supervised.Told(world, chat.Encoder(tokenizer, "bare", 2, 4, tokenizer.pad_token_id), count=5)
+    source = supervised.shapes_text(world, chat.Encoder(tokenizer, "bare", 2, 4, tokenizer.pad_token_id), 5)
     batch = source.batch(torch.arange(5))
     assert (len(source), source.picture_count, len(batch["image_rows"])) == (5, 0, 0)
     for scene, row, labels in zip(world.scenes("train", 5), batch["input_ids"].tolist(), batch["labels"], strict=True):
