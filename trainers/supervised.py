@@ -184,7 +184,8 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
         # Scaled before they are gathered: each process adds its own rows' gradient of the scale, as of all else.
         u = place.gather(fusion.logit_scale.exp() * fusion.pictures(model.connector.pooled(seen))[images])
         t = place.gather(fusion.texts(hidden[last[0], last[1] - k]))
-        logits, own = u @ t.T, torch.arange(len(u), device=u.device)
+        with torch.autocast(place.device.type, enabled=False):  # a product in half precision would round what the scale magnifies
+            logits, own = u @ t.T, torch.arange(len(u), device=u.device)
         nce = image_text_contrast(logits, logits.T, own, own, smoothing=0.0)
         share = (place.sum(lengths.sum().double().view(1)) / totals[:1]).to(nce.dtype)[0]
         whole = share * nce
