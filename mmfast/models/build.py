@@ -46,7 +46,8 @@ class Tower(nn.Module):
         self, vision: nn.Module, *, layer: int, skip: int, scales: Sequence[int] = (), post_norm: bool = False, unit: bool = False
     ):
         super().__init__()
-        self.vision, self.layers, self.skip, self.post_norm, self.unit = vision, (*scales, layer), skip, post_norm, unit
+        self.vision, self.layer, self.layers = vision, layer, (*scales, layer)
+        self.skip, self.post_norm, self.unit = skip, post_norm, unit
         self.width = vision.config.hidden_size * len(self.layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
