@@ -115,7 +115,7 @@ class Documents(Source):
 def shapes_text(world: World, encode: chat.Encoder, count: int = 10_000) -> Documents:
     """Captions as text alone, two of every scene: what a language model has read before it sees."""
     texts = [" ".join(world.caption(s, variant=v).text for v in (0, 1)) for s in world.scenes("train", count)]
-    return Documents(np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8), texts, [[]] * count, encode)
+    return Documents(np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8), texts, [[]] * len(texts), encode)
 
 
 def shapes_single(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:

@@ -75,7 +75,7 @@ def opened(name: str) -> tuple[System, Session]:
 
 def objective_of(session: Session, stage: Stage, folder) -> tuple[Objective, Callable[[int], dict]]:
     """A stage's objective over a session whose parts learn as it says, and its batches by step."""
-    source = session.source(stage.data, stage.template, stage.max_length)
+    source = session.source_of(stage)
     session.let_train(stage.train, stage.lora)
     objective, items, _ = OBJECTIVES[stage.objective](session, stage, source, Run(folder), Options(quiet=True))
     batches = Batches(items, stage.optim, 0, session.place)
@@ -95,7 +95,7 @@ def test_gradients_reach_what_a_stage_declares_and_nothing_else(name, tmp_path):
     for stage in system.stages:
         objective, batch = objective_of(session, stage, tmp_path / stage.name)
         model, declared = session.model, {id(p) for p in session.model.train_only(stage.train, lora=stage.lora is not None)}
-        unread = {id(p) for p in model.encoder.unread()}
+        unread = {id(p) for p in model.unread(stage.train)}
         adapters = {id(p) for p in lora_parameters(model)}
         asked = {id(p) for part in stage.train for p in model.part(part).parameters() if id(p) not in adapters} - unread
         assert declared == asked | (adapters if stage.lora is not None else set()), stage.name

@@ -13,7 +13,7 @@ RECIPE = System(
     paper="arXiv:2301.12597",
     encoder=Eva(weights="Salesforce/blip2-opt-2.7b"),
     connector=QFormer(weights="google-bert/bert-base-uncased"),
-    language=LanguageModel(family="opt", weights="facebook/opt-2.7b"),
+    language=LanguageModel(family="opt", weights="facebook/opt-2.7b", vocab=50272, width=2560, ffn=10240, tied=True),
     image=Fixed(size=224),
     stages=(
         Stage(
