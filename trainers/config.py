@@ -34,6 +34,7 @@ from mmfast.spec import (
     Pooled,
     Prefix,
     QFormer,
+    Retrieval,
     SharedTokens,
     Stage,
     System,
@@ -562,6 +563,8 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     rules(bool(trained), "train", f"nothing trains; name some of {', '.join(PARTS)}, or set lora")
     rules(len(set(job.train)) == len(job.train), "train", "a part is named twice")
     _check_optim(job.optim, trained, rules.below("optim"), processes)
+    level = not job.optim.level_new or "new_tokens" in job.train
+    rules(level, "optim.level_new", "gives rows of new_tokens their norm, and these do not train; take it out")
     known = job.template in chat.TEMPLATES
     rules(
         known,
@@ -587,11 +590,16 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         its = rules.below(where)
         its.within(data, frames="[1, inf)")
         if isinstance(data, Data):
-            its.within(data, weight="(0, inf)")
+            its.within(data, weight="(0, inf)", boxes="[0, 1]")
             endless = data.streaming and job.optim.steps is None
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
             built_in = data.path is None and data.name in BUILT_IN
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
+    if isinstance(job, Stage) and job.objective == "retrieval":
+        rules(isinstance(system.fusion, Retrieval), "objective", f"retrieval compares pictures with texts, and {kind} does not; choose lm")
+        rules(job.template == "fromage", "template", f"retrieval ends texts with {Retrieval.token}; choose fromage")
+        rules(not system.compute.packing, "objective", "retrieval compares rows; set compute.packing false")
+        rules.within(job, contrast="[0, inf)")
     if isinstance(job, Stage) and job.objective == "words":
         told = isinstance(job.data, Data) and job.data.path is None and job.data.name in BUILT_IN
         rules(told, "objective", f"words needs to know what is true of a picture, as the built-in {', '.join(BUILT_IN)} do; choose lm")

@@ -15,7 +15,9 @@ from mmfast.data.episodes import Episode, Plan, Pool, Prompts, mixed, prompts_of
 from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
+from .captions import captions_exam
 from .drawn import drawing_exam
+from .grounding import grounded
 
 # ---------------------------------------------------------------------------------------------------------------- few shots
 
@@ -71,7 +73,7 @@ def answers(
         by_length.setdefault(len(ids), []).append((i, ids))  # rows of one length need no padding
     said: list[str | None] = [None] * len(asked)
     for rows in by_length.values():
-        shown = torch.tensor([p for i, _ in rows for p in asked[i][1]], device=states.device)
+        shown = torch.tensor([p for i, _ in rows for p in asked[i][1]], dtype=torch.long, device=states.device)
         ids = torch.tensor([ids for _, ids in rows], device=place.device)
         out = model.generate(ids, image_states=states, image_rows=shown, max_new_tokens=max_new_tokens)
         for (i, _), row in zip(rows, out.tolist(), strict=True):
@@ -89,7 +91,9 @@ def recall(scores: torch.Tensor, name: str = "retrieval", at: tuple[int, ...] = 
 
 
 EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {
+    "shapes_captions": captions_exam,
     "shapes_single": few_shot,
     "shapes_episodes": few_shot,
     "shapes_drawing": drawing_exam,
+    "shapes_grounded": grounded,
 }

@@ -19,15 +19,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.data.supervised import EasyVQA
+from mmfast.data.supervised import EasyVQA, vocabulary
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
-from mmfast.models.fusions import ByRow
+from mmfast.models.fusions import ByRow, MediaByRow, blocks
 from mmfast.models.pretrained import locate
+from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import BUILT_IN as SETS
-from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Linear, Lora, Mlp, QFormer, Stage, System, Vqgan, nearest
+from mmfast.spec import (
+    PARTS,
+    AdapterPrompts,
+    Alignment,
+    Compute,
+    GatedCrossAttention,
+    LanguageModel,
+    Linear,
+    Lora,
+    Mlp,
+    NfResnet,
+    Prefix,
+    QFormer,
+    Retrieval,
+    Stage,
+    System,
+    Vqgan,
+    nearest,
+)
 
 from . import config
 from .checkpoint import RunError
@@ -38,7 +57,7 @@ from .runs import is_run, read_recipe, system_of
 from .session import parts_of
 from .supervised import WordHead
 
-GROUPS = tuple(part for part in PARTS if part not in ("new_tokens", "queries"))  # every parameter is in one of these
+GROUPS = tuple(part for part in PARTS if part not in ("new_tokens", "queries", "last_block"))  # every parameter is in one of these
 GIB = 2**30
 BUILT_IN = (*SETS, "shapes_own")
 _TRACED = 3  # blocks of a stack: the first, one in the middle, the last
@@ -111,8 +130,6 @@ def at_hand(system: System) -> tuple[System, list[str]]:
 
 def sized(system: System) -> System:
     """The system without weights, at the sizes of those of its weights that are at hand, else at the sizes that it declares."""
-    if isinstance(system.encoder, Vqgan):
-        raise RunError(f"{system.name}: the plan knows towers of transformers, and the encoder is a Vqgan; its stage has to be tried")
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
     language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
@@ -122,12 +139,27 @@ def sized(system: System) -> System:
     )
 
 
+def unknown(recipe: System | Alignment, job: Stage | Alignment) -> str | None:
+    """Why a stage's memory cannot be told beforehand, in a sentence; None where it can."""
+    system, objective = system_of(recipe), getattr(job, "objective", "lm")
+    kinds = (Prefix, Retrieval, AdapterPrompts, GatedCrossAttention)
+    at = f"{recipe.name}, {job.name}: the plan knows"
+    if objective not in ("lm", "words", "queries"):
+        return f"{at} the memory of objectives lm, words and queries, not of {objective}; this stage has to be tried"
+    if isinstance(system.encoder, Vqgan) or (isinstance(system.encoder, NfResnet) and "encoder" not in job.train):
+        return f"{at} the memory of towers of transformers, not of {type(system.encoder).__name__}; this stage has to be tried"
+    if not isinstance(system.fusion, kinds):
+        known = ", ".join(kind.__name__ for kind in kinds)
+        return f"{at} the memory of fusions {known}, not of {type(system.fusion).__name__}; this stage has to be tried"
+    return None
+
+
 def _vocabulary(system: System) -> int:
-    """Words of the built-in data, which a model without weights speaks, as in ``session.Session``."""
+    """Words of the built-in data and tokens of the choices, which a model without weights speaks, as in ``session.Session``."""
     if system.weights and is_run(system.weights):
         return _vocabulary(system_of(read_recipe(Path(system.weights))[0]))
     names = {part.name for stage in system.stages for part in parts_of(stage.data)}
-    return len(EasyVQA.vocabulary() if "easy_vqa" in names else World().vocabulary)
+    return len(word_tokenizer(vocabulary(names, World()), system.added_tokens))
 
 
 @dataclass(frozen=True)
@@ -212,7 +244,7 @@ def count(system: System, its: Setting) -> Count:
             head = _word_head(system, its)
         groups = {**_groups(model), **({"word head": list(head.parameters())} if head else {})}
         learnt |= {id(p) for p in groups.get("word head", ())}
-        adapters, stack = {id(p) for p in lora_parameters(model)}, model.language.get_decoder().layers
+        adapters, stack = {id(p) for p in lora_parameters(model)}, blocks(model.language)
         four = {id(p) for p in stack.parameters() if p.ndim == 2 and id(p) not in adapters} if system.language.quantize == "4bit" else set()
 
         def held(part: str, p: nn.Parameter) -> float:
@@ -237,7 +269,8 @@ def _word_head(system: System, its: Setting) -> WordHead | None:
     if its.head is None:
         return None
     projects = isinstance(system.connector, Linear | Mlp)
-    return WordHead(sized(system).encoder.width, *its.head, None if projects else sized(system).language.width)
+    encoder = sized(system).encoder
+    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, None if projects else sized(system).language.width)
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace
@@ -347,14 +380,19 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     encoder, language, kind = system.encoder, system.language, _TYPES[precision]
-    read = encoder.layer % (encoder.depth + 1)
-    behind = encoder.depth - read  # blocks that nothing reads
-    depth = {"encoder": min(read, _TRACED) + behind, "language": min(language.depth, _TRACED)}
-    small = replace(
-        system, encoder=replace(encoder, depth=depth["encoder"], layer=-behind - 1), language=replace(language, depth=depth["language"])
-    )
+    small = replace(system, language=replace(language, depth=min(language.depth, _TRACED)))
+    full = {"language": language.depth}  # blocks of each stack
+    if not isinstance(encoder, NfResnet):  # which is traced whole
+        scales = getattr(encoder, "scales", ())
+        full["encoder"] = max(layer % (encoder.depth + 1) for layer in (*scales, encoder.layer))
+        behind = encoder.depth - full["encoder"]  # blocks that nothing reads
+        more = {"scales": (-behind - 1,) * len(scales)} if scales else {}
+        small = replace(small, encoder=replace(encoder, depth=min(full["encoder"], _TRACED) + behind, layer=-behind - 1, **more))
     if isinstance(system.fusion, AdapterPrompts):
-        small = replace(small, fusion=replace(system.fusion, layers=min(system.fusion.layers, depth["language"])))
+        small = replace(small, fusion=replace(system.fusion, layers=min(system.fusion.layers, small.language.depth)))
+    if isinstance(system.fusion, GatedCrossAttention):
+        full["adapter"] = sum((i + system.fusion.offset) % system.fusion.every == 0 for i in range(language.depth))
+        small = replace(small, fusion=replace(system.fusion, every=1, offset=0))
     autocast = torch.autocast("cpu", kind) if precision != "fp32" else nullcontext()
     with torch.enable_grad(), torch.device("meta"):
         model = build(small)
@@ -364,12 +402,15 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
     half = {id(p) for part, group in _groups(model).items() if part in its.half for p in group if id(p) not in own}
     with torch.enable_grad(), FakeTensorMode():
         _materialise(model, lambda p: kind if sharded else torch.bfloat16 if id(p) in half else torch.float32)
-        states = torch.zeros(pictures, encoder.tokens, encoder.width)
+        states = torch.zeros(pictures, encoder.tokens, model.encoder.width)
         head = _word_head(system, its)
-        stacks = {"encoder": model.encoder.blocks, "language": model.language.get_decoder().layers}
+        own = {"encoder": model.encoder, "language": model, "adapter": model.fusion}
+        stacks = {name: nn.ModuleList(own[name].blocks) for name in full}
         with saved_bytes(model, stacks) as saved, autocast:
             if model.encoder_learns:
                 states = model.encoder(torch.zeros(pictures, 3, encoder.size, encoder.size))
+            if head is not None and getattr(system.connector, "pool", "") == "class":
+                states = states[:, :1]
             seen = None
             if "queries" not in its.train and (head is None or head.project is None):
                 seen = model.connector(states)
@@ -396,14 +437,17 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
                 seen = seen[torch.zeros(rows, dtype=torch.long)]
                 if isinstance(system.fusion, AdapterPrompts):
                     model.fusion(model.language, ids, ByRow(seen), 0, use_cache=False)
+                elif isinstance(system.fusion, GatedCrossAttention):
+                    media = MediaByRow(seen[:, None], torch.ones(rows, dtype=torch.long))
+                    model.fusion(model.language, ids, media, 0, use_cache=False)
                 else:
                     embeds = model.language.get_input_embeddings()(ids)
                     embeds = embeds.masked_scatter((ids == 0)[..., None], seen.to(embeds.dtype))
                     model.language.get_decoder()(inputs_embeds=embeds, use_cache=False)
-    for name, full in (("encoder", read), ("language", language.depth)):
+    for name, count in full.items():
         for sizes in (saved.blocks, saved.casts):
-            traced = sizes[name][: min(full, _TRACED)]
-            sizes[name] = [traced[0], *[traced[1]] * (full - 2), traced[-1]] if full > _TRACED else traced
+            traced = sizes[name][: min(count, _TRACED)]
+            sizes[name] = [traced[0], *[traced[1]] * (count - 2), traced[-1]] if count > _TRACED else traced
     return saved
 
 
@@ -433,6 +477,8 @@ def jobs(recipe: System | Alignment) -> list[Stage | Alignment]:
 def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: int = 1, length: int | None = None) -> Plan:
     """Parameters and memory of one stage in one of ``processes`` processes, with every row ``length`` positions long (default: as long as
     the stage or the language model lets it be)."""
+    if sentence := unknown(recipe, job):
+        raise RunError(sentence)
     system, compute, optim, its = system_of(recipe), recipe.compute, job.optim, setting(recipe, job)
     shape, words = sized(system), its.head is not None or "queries" in job.train  # whether the language model stands aside
     pictures = math.ceil(optim.batch / processes)
@@ -498,6 +544,8 @@ def _passing(job: Stage | Alignment, system: System, pictures: int, size: int) -
     if not given or "encoder" in job.train or (job.lora is not None and job.lora.part == "encoder"):
         return 0
     encoder = system.encoder
+    if isinstance(encoder, NfResnet):  # the stem's grid is its largest: before and after the activation of the first block, and pooled
+        return pictures * size * 3 * encoder.stem * (encoder.size // 2) ** 2
     places = pictures * ((encoder.size // encoder.patch) ** 2 + 1)
     return places * size * ((encoder.depth + 1) * encoder.width + 2 * encoder.ffn)
 
@@ -660,7 +708,8 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
     """The whole prediction as text."""
     if gpu_memory is not None and not gpu_memory > 0:
         raise RunError(f"--gpu-memory {gpu_memory}: expected GiB, more than 0")
-    plans = [predict(recipe, job, processes=processes, length=length) for job in jobs(recipe)]
+    told = [job for job in jobs(recipe) if unknown(recipe, job) is None]
+    plans = [predict(recipe, job, processes=processes, length=length) for job in told]
     compute, system = recipe.compute, system_of(recipe)
     shared = f"{processes} processes ({compute.parallel})" if processes > 1 else "one process"
     lines = [f"{recipe.name}: {compute.precision}, {shared}, checkpointing {'on' if compute.checkpointing else 'off'}"]
@@ -673,6 +722,10 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
     rows += [(part, f"{whole[part]:,}", ", ".join(trains[part]) or "-") for part in GROUPS if whole[part]]
     rows.append(("all", f"{sum(whole.values()):,}", f"adapters in {', '.join(adapters)}" if adapters else ""))
     lines += [*columns(rows, right=(1,)), ""]
+    if sentences := [unknown(recipe, job) for job in jobs(recipe) if job not in told]:
+        lines += [*sentences, ""]
+    if not plans:
+        return "\n".join(lines).rstrip()
 
     def row(name: str, value) -> tuple[str, ...]:
         return (name, *(value(plan) for plan in plans))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfast.spec import nearest
+from mmfast.data.regions import REGION, placed, write
+from mmfast.spec import Fixed, nearest
 
 IGNORE = -100
 # Between an instruction and its input, in one question (Alpaca).
@@ -113,8 +114,9 @@ def encode_document(
     tokenizer: Any, text: str, *, image_tokens: int, image_token: int, max_length: int = 2048, borders: Sequence[int] = (),
     learn_pictures: bool = False,
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Token ids and labels of an interleaved document: all its text is supervised, and with ``learn_pictures`` its pictures are. As in
-    ``encode`` otherwise."""
+    """Token ids and labels of an interleaved document: all its text is supervised, and with ``learn_pictures`` its pictures are. Without, the
+    first of ``borders`` is where something comes before it: that a picture follows is said by the text (Kosmos-1). As in ``encode`` otherwise.
+    """
     line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures)
     line.add(text, supervised=True)
     line.end()
@@ -137,6 +139,7 @@ class _Line:
     ):  # fmt: skip
         self.tokenizer, self.learn_pictures = tokenizer, learn_pictures
         self.picture = [*borders[:1], *[image_token] * image_tokens, *borders[1:]]
+        self.announced = len(borders[:1])
         self.pictures: list[int] = []  # where each begins
         self.kept = end_token(tokenizer, end) if end else None
         self.ids, self.labels = [], []
@@ -153,8 +156,10 @@ class _Line:
         for i, piece in enumerate(text.split("<image>")):
             if i:
                 self.pictures.append(len(self.ids))
+                told = self.announced if len(self.ids) > 1 else 0  # behind more than the beginning token
+                told = len(self.picture) if self.learn_pictures else told
                 self.ids.extend(self.picture)
-                self.labels.extend(self.picture if supervised and self.learn_pictures else [IGNORE] * len(self.picture))
+                self.labels.extend(self.picture[:told] + [IGNORE] * (len(self.picture) - told) if supervised else [IGNORE] * len(self.picture))
             new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             self.ids.extend(new)
             self.labels.extend(new if supervised else [IGNORE] * len(new))
@@ -189,6 +194,8 @@ class Encoder:
     max_length: int = 2048
     borders: tuple[int, ...] = ()
     learn_pictures: bool = False
+    regions: Any = None  # how places are written, a mmfast.data.regions.Format
+    plan: Fixed | None = None  # what becomes of a picture, and so of places in it
 
     def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
         """ids and labels of turns."""
@@ -201,11 +208,33 @@ class Encoder:
 
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
+        if record.boxes:
+            record = self._with_places(record)
         return self(record.turns, record.system) if record.document is None else self.document(record.document)
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of an interleaved document, all of it supervised."""
         return encode_document(self.tokenizer, text, **self._sizes())
+
+    def _with_places(self, record: Any) -> Any:
+        """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out."""
+        if self.regions is None:
+            raise ValueError("speaks of places in its picture, and this system does not; set regions, or data.boxes to 0")
+        size = record.pictures[0].size()
+        placement, whole = placed(size, self.plan), (size if record.shares else (1, 1))
+        moved = [
+            [kept for box in group if (kept := placement.keep([v * whole[i % 2] for i, v in enumerate(box)])) is not None]
+            for group in record.boxes
+        ]
+        texts = [record.document] if record.document is not None else [text for turn in record.turns for text in turn]
+        told = []
+        for text in texts:
+            count = text.count(REGION)
+            told.append(write(text, moved[:count], self.regions, placement.size))
+            moved = moved[count:]
+        if record.document is not None:
+            return replace(record, document=told[0], boxes=())
+        return replace(record, turns=tuple(zip(told[::2], told[1::2], strict=True)), boxes=())
 
     def answer(self, record: Any, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of a preference record's conversation with this answer at its end; earlier answers are part of the prompt."""
@@ -246,6 +275,8 @@ class TextSide:
         """ids and labels of a ``mmfast.data.records.Record``."""
         if record.document is not None:
             raise ValueError("is a document; pictures are compared with captions, a conversation each")
+        if record.boxes:
+            raise ValueError("speaks of places, and captions that are compared with pictures have none; set data.boxes to 0")
         return self(record.turns)
 
     def text(self, text: str) -> list[int]:
@@ -273,6 +304,13 @@ class Rows:
         self.lengths = torch.tensor([len(ids) for ids, _ in encoded])
         self.ids = pad([ids for ids, _ in encoded], pad_token)
         self.labels = pad([labels for _, labels in encoded], IGNORE)
+
+    @classmethod
+    def of(cls, ids: Tensor, labels: Tensor, lengths: Tensor) -> Rows:
+        """Rows that are padded already."""
+        rows = cls.__new__(cls)
+        rows.ids, rows.labels, rows.lengths = ids, labels, lengths
+        return rows
 
     def __len__(self) -> int:
         return len(self.ids)
