@@ -177,6 +177,11 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class NoConnector:
+    """The tower's states as they are, for a fusion that reads the tower's width (Idefics without a resampler)."""
+
+
+@dataclass(frozen=True)
 class Mlp:
     """``depth`` affine maps with GELU between."""
 
@@ -368,7 +373,7 @@ class Fixed:
 
 # Data sets that need no path; mmfast.data.supervised makes them.
 BUILT_IN = (
-    "shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "shapes_drawing", "shapes_grounded",
+    "shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "shapes_crowded", "shapes_drawing", "shapes_grounded",
     "easy_vqa",
 )  # fmt: skip
 
@@ -501,7 +506,7 @@ class System:
     paper: str = ""
     weights: str | None = None
     encoder: Clip | Siglip | Dino | Eva | NfResnet | Vqgan = Clip()
-    connector: Linear | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
+    connector: Linear | NoConnector | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
     fusion: Prefix | AdapterPrompts | GatedCrossAttention | Retrieval | SharedTokens = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()
@@ -656,23 +661,28 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
                 out.append(f"encoder.{name}: expected at least {-encoder.depth - 1} and at most {encoder.depth}, got {layer}")
         if system.image.size != encoder.size:
             out.append(f"image.size: {system.image.size} and encoder.size {encoder.size} must agree")
-    if isinstance(system.connector, QFormer) and (read or not (system.weights or system.connector.weights)):
-        multiple("connector.width", system.connector.width, "connector.heads", system.connector.heads)
     if getattr(encoder, "scales", ()) and (encoder.post_norm or encoder.unit):
         out.append("encoder.scales: post_norm and unit are about one layer's states; leave scales empty")
-    if system.weights and not isinstance(system.fusion, Prefix):
-        out.append(
-            f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
-        )
+    if isinstance(system.connector, QFormer) and (read or not (system.weights or system.connector.weights)):
+        multiple("connector.width", system.connector.width, "connector.heads", system.connector.heads)
     if isinstance(system.fusion, Prefix) and bool(system.fusion.begin) != bool(system.fusion.end):
         out.append("fusion: begin and end stand around a picture together; set both, or neither")
     if language.words and language.weights:
         out.append("language.words: language.weights bring a tokenizer of their own; take one of them out")
     if system.compute.packing and language.family == "kosmos_2_text_model":
         out.append("compute.packing: the decoder of kosmos_2_text_model cannot keep packed rows apart; leave packing off")
-    if isinstance(system.fusion, GatedCrossAttention) and not isinstance(system.connector, Resampler):
+    if system.weights and isinstance(system.fusion, AdapterPrompts | Retrieval):  # no published class has one; the others are looked into
+        out.append(
+            f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
+        )
+    if isinstance(system.fusion, GatedCrossAttention) and not isinstance(system.connector, Resampler | NoConnector):
         out.append(
             f"connector: GatedCrossAttention reads the latents of a Resampler, in the tower's width, got {type(system.connector).__name__}"
+        )
+    if isinstance(system.connector, NoConnector) and not isinstance(system.fusion, GatedCrossAttention):
+        out.append(
+            f"connector: NoConnector leaves states in the tower's width, which GatedCrossAttention reads; with {type(system.fusion).__name__} "
+            "set Linear or another"
         )
     if (
         isinstance(system.connector, Pooled | Tokens)
@@ -681,7 +691,9 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
     ):
         out.append("connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean")
     if isinstance(system.fusion, Retrieval) and not isinstance(system.connector, Tokens):
-        out.append(f"connector: Retrieval compares a picture's pooled state, which {type(system.connector).__name__} does not have; set Tokens")
+        out.append(
+            f"connector: Retrieval compares a picture's pooled state, which {type(system.connector).__name__} does not have; set Tokens"
+        )
     shared = isinstance(system.fusion, SharedTokens)
     if shared != isinstance(system.connector, Codes) or (shared and not isinstance(encoder, Vqgan)):
         out.append("fusion: SharedTokens goes with encoder Vqgan and connector Codes, and Codes with nothing else; set all three")

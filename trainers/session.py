@@ -137,7 +137,7 @@ class Session:
             for name, choice in (("encoder", system.encoder), ("language", system.language))
             if choice.weights or (system.weights and not self.origin)
         ]
-        given += ["connector"] if system.weights and not self.origin else []
+        given += ["connector", "fusion"] if system.weights and not self.origin else []
         own = dict(self.model.named_parameters(remove_duplicate=False))
         touched = {id(p) for n, p in own.items() if _plain(n) in self.touched}
         return {

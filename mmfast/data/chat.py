@@ -159,7 +159,9 @@ class _Line:
                 told = self.announced if len(self.ids) > 1 else 0  # behind more than the beginning token
                 told = len(self.picture) if self.learn_pictures else told
                 self.ids.extend(self.picture)
-                self.labels.extend(self.picture[:told] + [IGNORE] * (len(self.picture) - told) if supervised else [IGNORE] * len(self.picture))
+                self.labels.extend(
+                    self.picture[:told] + [IGNORE] * (len(self.picture) - told) if supervised else [IGNORE] * len(self.picture)
+                )
             new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             self.ids.extend(new)
             self.labels.extend(new if supervised else [IGNORE] * len(new))

@@ -205,25 +205,25 @@ def mixture(sources: Sequence[Source], weights: Sequence[float | None] | None, s
     return mixed
 
 
-class Drawing(Source):
-    """Scenes of one class, every fourth of two, and their clean captions, as documents to be learnt whole: half of them the caption first,
-    half the picture."""
+def shapes_crowded(world: World, encode: chat.Encoder, count: int = 3000) -> Documents:
+    """Pictures of up to twelve classes, without words: what an image tokenizer learns from in few steps."""
+    scenes = world.scenes("train", count, classes=(1, 12))
+    return Documents(world.render(scenes), ["<image>"] * len(scenes), [[i] for i in range(len(scenes))], encode)
 
-    def __init__(self, world: World, encode: chat.Encoder, *, split: str = "train", count: int = 6000):
-        self.world, self.scenes = world, self.scenes_of(world, split, count)
-        captions = [self.caption(world, scene) for scene in self.scenes]
-        rows = [encode.document(f"{text}<image>" if i % 2 else f"<image>{text}") for i, text in enumerate(captions)]
-        super().__init__(world.render(self.scenes), [chat.Rows(rows, encode.pad_token)], encode.pad_token)
 
-    @staticmethod
-    def scenes_of(world: World, split: str, count: int) -> list[Scene]:
-        return [world.scenes(split, 1, i, classes=(2, 2) if i % 8 in (3, 6) else (1, 1))[0] for i in range(count)]
+def shapes_drawing(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
+    """Scenes of one class, a quarter of them of two, with their clean captions: half of them the caption first, half the picture."""
+    one = count * 3 // 4
+    scenes = [*world.scenes("train", one, classes=(1, 1)), *world.scenes("train", count - one, one, classes=(2, 2))]
+    captions = [drawing_caption(world, scene) for scene in scenes]
+    texts = [f"{caption}<image>" if i % 2 else f"<image>{caption}" for i, caption in enumerate(captions)]
+    return Documents(world.render(scenes), texts, [[i] for i in range(len(scenes))], encode)
 
-    @staticmethod
-    def caption(world: World, scene: Scene) -> str:
-        """The clauses alone: "a red circle top left and two blue stars middle right"."""
-        caption = world.caption(scene)
-        return caption.text[caption.clauses[0].start : -1]
+
+def drawing_caption(world: World, scene: Scene) -> str:
+    """The clauses alone: "a red circle top left and two blue stars middle right"."""
+    caption = world.caption(scene)
+    return caption.text[caption.clauses[0].start : -1]
 
 
 class EasyVQA(Source):
@@ -295,7 +295,8 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
         "shapes_episodes": lambda: shapes_episodes(world, encode),
         "shapes_told": lambda: shapes_episodes(world, encode, told=True),
         "shapes_grounded": lambda: Grounded(world, encode),
-        "shapes_drawing": lambda: Drawing(world, encode),
+        "shapes_crowded": lambda: shapes_crowded(world, encode),
+        "shapes_drawing": lambda: shapes_drawing(world, encode),
     }[data.name]()
     if data.blind:
         source.pictures = torch.zeros_like(source.pictures)

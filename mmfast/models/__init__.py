@@ -2,6 +2,7 @@
 
 from mmfast.models.adapter import load_adapter, save_adapter
 from mmfast.models.build import MultimodalModel, Output, build
+from mmfast.models.flamingo import load_flamingo, save_flamingo
 from mmfast.models.fromage import load_fromage, save_fromage
 from mmfast.models.lavis import load_lavis, save_lavis
 from mmfast.models.lora import adapters_off, add_lora, load_lora, lora_parameters, merge_lora, save_lora
@@ -11,7 +12,6 @@ from mmfast.models.published import from_pretrained
 from mmfast.models.tiny import tiny
 
 __all__ = [
-    "Matcher", "MultimodalModel", "Output", "adapters_off", "add_lora", "build", "captions", "from_pretrained", "load_adapter", "load_fromage",
-    "load_lavis", "load_lora", "lora_parameters", "merge_lora", "rank", "resolved", "save_adapter", "save_fromage", "save_lavis", "save_lora", "tiny",
-    "tokenizer_for",
+    "Matcher", "MultimodalModel", "Output", "adapters_off", "add_lora", "build", "captions", "from_pretrained", "load_adapter", "load_flamingo", "load_fromage", "load_lavis", "load_lora", "lora_parameters", "merge_lora",
+    "rank", "resolved", "save_adapter", "save_flamingo", "save_fromage", "save_lavis", "save_lora", "tiny", "tokenizer_for",
 ]  # fmt: skip

@@ -26,7 +26,7 @@ from mmfast.nn.pool import AttentionPool
 from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.query_connector import QueryConnector
-from mmfast.nn.vqgan import VQGAN
+from mmfast.nn.vqgan import VQGAN, start_plain
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Tower(nn.Module):
     ):
         super().__init__()
         self.vision, self.layers, self.skip, self.post_norm, self.unit = vision, (*scales, layer), skip, post_norm, unit
-        self.width = vision.config.hidden_size * len(self.layers)
+        self.layer, self.width = layer, vision.config.hidden_size * len(self.layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
         hidden = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states
@@ -132,12 +132,11 @@ def _code_tower(choice: spec.Vqgan, dtype: torch.dtype | None) -> CodeTower:
         )  # fmt: skip
     else:
         quantize = VectorQuantizer2(choice.codes, choice.width, choice.beta, legacy=choice.legacy, gradient=choice.gradient)
-    return CodeTower(
-        VQGAN(
-            size=choice.size, channels=choice.channels, multipliers=choice.multipliers, blocks=choice.blocks, attention=choice.attention,
-            latent=choice.latent, quantize=quantize, groups=choice.groups, dropout=choice.dropout,
-        )
+    vq = VQGAN(
+        size=choice.size, channels=choice.channels, multipliers=choice.multipliers, blocks=choice.blocks, attention=choice.attention,
+        latent=choice.latent, quantize=quantize, groups=choice.groups, dropout=choice.dropout,
     )  # fmt: skip
+    return CodeTower(start_plain(vq))
 
 
 def _tower(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva, dtype: torch.dtype | None) -> Tower:
@@ -227,12 +226,13 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
 ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower, spec.NfResnet: _grid_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
+    spec.NoConnector: lambda choice, width_in, width_out: nn.Identity(),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
     spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads, choice.dropout),
     spec.Resampler: lambda choice, width_in, width_out: ResampledProjector(
         width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
-        activation=choice.activation, max_num_frames=choice.frames or None, interpolate_frames=True,
+        activation=choice.activation, qk_norm=choice.qk_norm, max_num_frames=choice.frames or None, interpolate_frames=True,
     ),
     spec.QFormer: queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
@@ -426,15 +426,29 @@ class MultimodalModel(nn.Module):
         image_states: Tensor | None = None,
         image_embeds: Tensor | None = None,
         image_rows: Tensor | None = None,
-    ) -> Tensor | None:
-        """Whichever form the images come in -> what the language model sees, [M, N, D]; ``image_rows`` [R] picks and repeats: [R, N, D]."""
+        image_attention_mask: Tensor | None = None,
+    ) -> Tensor | object | None:
+        """Whichever form the images come in -> what the language model sees, [M, N, D]; ``image_rows`` [R] picks and repeats: [R, N, D].
+
+        With ``image_attention_mask`` [B, T, I] (Idefics) row b has images of its own, pixel_values [B, I, 3, H, W] or the other forms [B I, ..],
+        and the mask says which of them a position sees, whatever its tokens are; the fusion takes what is returned.
+        """
+        if image_attention_mask is not None and not hasattr(self.fusion, "by_mask"):
+            raise ValueError(
+                f"{self.system.name}: image_attention_mask is read by gated cross-attention, not by {type(self.system.fusion).__name__}"
+            )
+        if image_attention_mask is not None and pixel_values is not None and pixel_values.dim() == 5:
+            pixel_values = pixel_values.flatten(0, 1)
         if image_embeds is None:
             if image_states is None and pixel_values is not None:
                 image_states = self.encode(pixel_values)
             if image_states is not None:
                 learned = next(self.connector.parameters(), image_states)  # a connector of nothing takes states as they are
                 image_embeds = self.connector(image_states.to(learned.dtype))
-        return image_embeds if image_rows is None or image_embeds is None else image_embeds[image_rows]
+        if image_embeds is None:
+            return None
+        image_embeds = image_embeds if image_rows is None else image_embeds[image_rows]
+        return image_embeds if image_attention_mask is None else self.fusion.by_mask(image_embeds, image_attention_mask)
 
     def targets(self, labels: Tensor, input_ids: Tensor, image_embeds: Tensor | None = None, image_rows: Tensor | None = None) -> Tensor:
         """Labels [B, T] with a picture's own tokens where a label is the placeholder, which only those of shared tokens may be."""

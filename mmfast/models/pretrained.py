@@ -164,8 +164,13 @@ def resolved(system: spec.System) -> spec.System:
         from mmfast.models.published import system_of
 
         stock = system_of(config_of(system.weights, "weights"), system.weights)
+        if type(stock.fusion) is not type(system.fusion):
+            raise ValueError(
+                f"weights: {system.weights} are those of a model with {type(stock.fusion).__name__}; with {type(system.fusion).__name__} give the "
+                "parts' own weights"
+            )
         system = replace(
-            system, encoder=stock.encoder, connector=stock.connector, language=stock.language,
+            system, encoder=stock.encoder, connector=stock.connector, fusion=stock.fusion, language=stock.language,
             image=replace(system.image, size=stock.image.size, **_normalisation(system.weights)),
         )  # fmt: skip
         return system

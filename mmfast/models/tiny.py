@@ -20,12 +20,14 @@ from mmfast.spec import (
     Data,
     Dino,
     Eva,
+    GatedCrossAttention,
     Linear,
     Mixture,
     Mlp,
     NfResnet,
     Optim,
     QFormer,
+    Resampler,
     Siglip,
     Stage,
     System,
@@ -48,8 +50,12 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
     "conceptual_captions": (Data("shapes_single"), Optim(lr=3e-3, steps=1000, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST)),
     "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
+    "flamingo_mix": (Data("shapes_episodes"), replace(_LONG, steps=600)),
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
-    "chameleon_pictures": (_DATA, Optim(lr=3e-3, steps=300, batch=16, warmup=20, hold=0.5, floor=0.05, betas=(0.9, 0.98), clip=1.0)),
+    "chameleon_pictures": (
+        Data("shapes_crowded"),
+        Optim(lr=6e-3, steps=500, batch=8, warmup=20, hold=0.5, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
+    ),
     "chameleon_stage_1": (_MIXED, Optim(lr=4e-3, steps=600, batch=64, warmup=40, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_stage_2": (_MIXED, Optim(lr=4e-4, steps=100, batch=64, warmup=0, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_sft": (_MIXED, replace(_SHORT, lr=1e-4)),
@@ -129,9 +135,13 @@ def _small(choice):
             return replace(
                 choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
             )
-        case Vqgan():  # a code for each cell of the world's grid
+        case Resampler():
+            return replace(choice, tokens=8, depth=2, heads=4, head_width=16)
+        case GatedCrossAttention():
+            return replace(choice, every=min(choice.every, 2), heads=4, head_width=16)
+        case Vqgan():  # codes that follow what chooses them learn in tens of steps
             return replace(
-                choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, width=16, codes=128, groups=4, codebook="ema",
+                choice, size=64, channels=8, multipliers=(1, 1, 2, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
                 decay=0.9, dead_below=0.05,
             )  # fmt: skip
         case AdapterPrompts():
@@ -156,12 +166,16 @@ def _stages(system: System) -> tuple[Stage, ...]:
 
 def _stage(stage: Stage) -> Stage:
     data, optim = STAND_INS.get(stage.data.name, _STAND_IN)
+    # A critic would begin long after the last step; squared errors leave the mean picture sooner.
+    drawing = replace(stage.drawing, error="l2", adversarial=0.0) if stage.objective == "tokenizer" else stage.drawing
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
-    # Templates have words that a tiny model does not know; those of pictures and captions have none, and those of episodes are known.
+    # Templates have words that a tiny model does not know; that of pictures and captions has none, and those of episodes are known.
     template = stage.template if TEMPLATES[stage.template].picture_first or data.name in EPISODES else "bare"
-    optim = replace(optim, level_new=stage.optim.level_new)
-    return replace(stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim)
+    optim = replace(optim, level_new=stage.optim.level_new, weight_decay_of=stage.optim.weight_decay_of)
+    return replace(
+        stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim, drawing=drawing
+    )
 
 
 def tiny_alignment(alignment: Alignment) -> Alignment:

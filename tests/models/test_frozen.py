@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mmfast.trainers import config
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmfast.models import build
 from mmfast.nn.projector import TokenProjector
 from mmfast.spec import Fixed, LanguageModel, NfResnet, System, Tokens
-from mmfast.trainers import config
 
 IMAGE, N = 97, 2
 SYSTEM = System(

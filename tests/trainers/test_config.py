@@ -310,7 +310,11 @@ RULES = [
     ("llava", ["--encoder.heads", "0"], "encoder.heads: expected at least 1, got 0"),
     ("llava", ["--encoder.layer", "9"], "encoder.layer: expected at least -4 and at most 3, got 9"),
     ("llava", ["--encoder.scales", "[1, 9]"], "encoder.scales: expected at least -4 and at most 3, got 9"),
-    ("llava", ["--encoder.scales", "[1]", "--encoder.unit", "true"], "encoder.scales: post_norm and unit are about one layer's states; leave"),
+    (
+        "llava",
+        ["--encoder.scales", "[1]", "--encoder.unit", "true"],
+        "encoder.scales: post_norm and unit are about one layer's states; leave",
+    ),
     ("llava", ["--encoder.patch", "12"], "encoder.size: 64 is not a multiple of encoder.patch 12"),
     ("llava", ["--language.kv_heads", "3"], "language.heads: 4 is not a multiple of language.kv_heads 3"),
     ("llava", ["--image.std.0", "0"], "image.std: expected more than 0, got 0.0"),

@@ -35,7 +35,9 @@ def changed(stage=None, **encoder):
 
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch):
-    monkeypatch.setattr(supervised.Shapes.__init__, "__kwdefaults__", {**supervised.Shapes.__init__.__kwdefaults__, "count": 24, "turns": 1})
+    monkeypatch.setattr(
+        supervised.Shapes.__init__, "__kwdefaults__", {**supervised.Shapes.__init__.__kwdefaults__, "count": 24, "turns": 1}
+    )
     monkeypatch.setattr(tokenizer, "PROBED", 6)
 
 
