@@ -102,16 +102,18 @@ def test_the_way_back_loads_in_the_stock_class(tmp_path):
         ours = from_pretrained(saved(stock(**case), tmp_path / f"a{i}"))
         ours.save_pretrained(tmp_path / f"b{i}")
         theirs, inputs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / f"b{i}").eval(), batch(**shapes(case))
+        real = inputs["attention_mask"].bool()
         with torch.no_grad():
-            torch.testing.assert_close(theirs(**inputs).logits, ours(**inputs).logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(theirs(**inputs).logits[real], ours(**inputs).logits[real], atol=1e-5, rtol=0)
 
 
 def test_a_changed_weight_is_seen(tmp_path):
     """The parity test can fail: each part moves the logits."""
     theirs, inputs = stock(), batch()
     saved(theirs, tmp_path)
+    real = inputs["attention_mask"].bool()
     with torch.no_grad():
-        want = theirs(**inputs).logits
+        want = theirs(**inputs).logits[real]
     for name in (
         "encoder.vision.encoder.layers.1.self_attn.qkv.bias", "connector.ln_vision.bias", "connector.query_tokens", "connector.qformer.layernorm.bias",
         "connector.qformer.encoder.layer.2.crossattention.attention.value.weight", "connector.projection.bias",
@@ -120,11 +122,11 @@ def test_a_changed_weight_is_seen(tmp_path):
         with torch.no_grad():
             p = ours.get_parameter(name)
             p.add_(0.1 * torch.randn_like(p))
-            assert (ours(**inputs).logits - want).abs().max() > 1e-4, name
+            assert (ours(**inputs).logits[real] - want).abs().max() > 1e-4, name
     ours = from_pretrained(tmp_path)
     with torch.no_grad():  # the tower's own last norm is not read: the connector's is
         ours.encoder.vision.post_layernorm.bias.add_(1)
-        torch.testing.assert_close(ours(**inputs).logits, want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours(**inputs).logits[real], want, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------- retrieval
