@@ -365,6 +365,7 @@ class Fixed:
 
     size: int = 224
     fit: Literal["crop", "squash", "pad", "pad_mean"] = "crop"
+    augment: bool = False  # in training: a part of the square, at least half of it, in its place, every other one mirrored
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 

@@ -309,7 +309,7 @@ def test_what_lavis_s_files_may_not_hold():
     model = build(SYSTEM)
     with pytest.raises(ValueError, match=r"here: query_tokens: expected \[1, 4, 32\], got \[1, 5, 32\]"):
         load_lavis_state(model, {"query_tokens": torch.zeros(1, 5, 32)}, "here")
-    with pytest.raises(ValueError, match="checkpoint holds visual_encoder.fc.weight, which is no part of BLIP-2"):
+    with pytest.raises(ValueError, match=r"checkpoint holds visual_encoder\.fc\.weight, which is no part of BLIP-2"):
         load_lavis_state(model, {"visual_encoder.fc.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="its connector is a Linear; LAVIS's files hold a QFormer"):
         lavis_state(build(replace(SYSTEM, connector=spec.Linear())))

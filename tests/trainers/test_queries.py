@@ -216,3 +216,19 @@ def test_the_stage_resumes_and_its_measures_are_sums(session, tmp_path):
         curves.append([json.loads(line)["loss"] for line in (tmp_path / str(len(cuts)) / "metrics.jsonl").read_text().splitlines()])
     assert curves[0] == curves[1]
     assert len(curves[0]) == 2
+
+
+def test_augmented_pictures_are_seen_in_training_alone_and_never_kept(session):
+    source, stage = session.small
+    plain = session.pixels(source.pictures[:4])
+    assert supervised.cached_states(session, source) is not None
+    system = session.system
+    session.system = replace(system, image=replace(system.image, augment=True))
+    try:
+        session.model.train()
+        assert not torch.equal(session.pixels(source.pictures[:4]), plain)
+        assert supervised.cached_states(session, source) is None
+        session.model.eval()
+        assert torch.equal(session.pixels(source.pictures[:4]), plain)
+    finally:
+        session.system = system

@@ -14,7 +14,7 @@ RECIPE = System(
     encoder=Eva(weights="Salesforce/blip2-opt-2.7b"),
     connector=QFormer(weights="google-bert/bert-base-uncased"),
     language=LanguageModel(family="opt", weights="facebook/opt-2.7b", vocab=50272, width=2560, ffn=10240, tied=True),
-    image=Fixed(size=224),
+    image=Fixed(size=224, fit="squash", augment=True),
     stages=(
         Stage(
             "see",
