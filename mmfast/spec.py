@@ -395,6 +395,7 @@ class Data:
     columns: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
     blind: bool = False  # every picture black: the control of what the words alone give away
+    clean: bool = False  # answers as BLIP reads captions: lower case, .!"()*#:;~ left out, the first 50 words
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
     weight: float | None = None

@@ -304,6 +304,11 @@ RULES = [
         ["--stages.see.train", "queries,connector,language"],
         "stages.see.train: objective queries reaches queries and encoder, not connector, language; take it out",
     ),
+    (
+        "blip2",
+        ["--stages.see.data.clean", "true"],
+        "stages.see.data.clean: shapes_captions is built in, and its captions are what they are",
+    ),
     ("blip2", ["--stages.see.optim.batch", "1"], "stages.see.optim.batch: a text is compared with other pictures of its micro-batch"),
     ("llava", ["--compute.bad_steps", "0"], "compute.bad_steps: expected at least 1, got 0"),
     ("llava", ["--encoder.heads", "7"], "encoder.width: 64 is not a multiple of encoder.heads 7"),
