@@ -364,6 +364,7 @@ class Fixed:
 
     size: int = 224
     fit: Literal["crop", "squash", "pad", "pad_mean"] = "crop"
+    augment: bool = False  # in training: a part of the square, at least half of it, in its place, every other one mirrored
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -393,6 +394,7 @@ class Data:
     columns: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
     blind: bool = False  # every picture black: the control of what the words alone give away
+    clean: bool = False  # answers as BLIP reads captions: lower case, .!"()*#:;~ left out, the first 50 words
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
     full: bool = False  # texts end to end in rows of max_length, cut where a row ends; records without pictures

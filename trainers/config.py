@@ -595,6 +595,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
             built_in = data.path is None and data.name in BUILT_IN
             its(not (data.streaming and data.full), "full", "a stream is read record by record; leave streaming off, or full")
+            its(not (data.clean and built_in), "clean", f"{data.name} is built in, and its captions are what they are; leave clean off")
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
     if isinstance(job, Stage) and job.objective == "retrieval":
         rules(isinstance(system.fusion, Retrieval), "objective", f"retrieval compares pictures with texts, and {kind} does not; choose lm")

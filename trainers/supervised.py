@@ -214,7 +214,9 @@ def joined(ids: Tensor, labels: Tensor, image_token: int) -> tuple[Tensor, Tenso
 
 
 def cached_states(session: Session, source) -> Tensor | None:
-    """The tower's states of all pictures, where the tower stays frozen and they fit in memory."""
+    """The tower's states of all pictures, where the tower stays frozen, sees them as they are, and they fit in memory."""
+    if session.system.image.augment:
+        return None
     states = 8 if isinstance(session.system.connector, Codes) else session.model.encoder.width * 4  # bytes of one
     size = session.system.encoder.tokens * states
     pictures = getattr(source, "picture_count", None)  # a stream does not know
