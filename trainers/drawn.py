@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mmfast.data.supervised import Drawing
+from mmfast.data.supervised import drawing_caption
 from mmfast.data.synthetic import Scene, parse
 from mmfast.eval.drawn import Reader, Seen
 from mmfast.models.drawing import draw
@@ -34,7 +34,7 @@ def drawing_exam(session: Any, system: System, *, count: int = ASKED) -> dict[st
     encode, read = session.encoder("bare"), Reader(world)
     by_length: dict[int, list[tuple[int, list[int]]]] = {}
     for i, scene in enumerate(scenes):
-        ids = encode([(Drawing.caption(world, scene), None)])[0]
+        ids = encode([(drawing_caption(world, scene), None)])[0]
         by_length.setdefault(len(ids), []).append((i, ids))
     drawn = torch.empty_like(true)
     generator = torch.Generator(session.place.device).manual_seed(session.seed)

@@ -22,7 +22,7 @@ import torch
 
 from mmfast.data.formats import NAMES, TURN_NAMES, Record, name_of, parse
 from mmfast.data.images import SUFFIXES, Picture
-from mmfast.spec import Data, Pages, Pairs, nearest
+from mmfast.spec import Data, Pairs, nearest
 
 __all__ = ["Picture", "Record", "Records", "Stream", "check"]
 
@@ -289,7 +289,8 @@ def _fault(picture: Picture) -> str | None:
 def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
-    record = parse(row, number, root=root, frames=data.frames, columns=data.columns, pages=getattr(data, "pages", Pages()))
+    extra = {"boxes": data.boxes, "pages": data.pages} if isinstance(data, Data) else {}
+    record = parse(row, number, root=root, frames=data.frames, columns=data.columns, **extra)
     if isinstance(data, Pairs) and record.chosen is None:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
     if isinstance(data, Data) and record.chosen is not None:

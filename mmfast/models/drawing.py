@@ -143,7 +143,7 @@ def write(
     if len(input_ids) != 1:
         raise ValueError(f"write: expected one prompt [1, T], got {list(input_ids.shape)}")
     begin, close, *_ = model.new_tokens
-    count, options = model.system.encoder.tokens, dict(temperature=temperature, top_p=top_p, generator=generator)
+    options = dict(temperature=temperature, top_p=top_p, generator=generator)
     ids = model.fusion.tokens(input_ids, model.embed_images(**images), model.image_token)
     limit = min(ids.shape[1] + max_new_tokens, model.language.config.max_position_embeddings)
     while ids.shape[1] < limit:

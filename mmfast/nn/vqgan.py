@@ -206,6 +206,11 @@ class VQGAN(nn.Module):
         self.quant_conv, self.post_quant_conv = nn.Conv2d(latent, self.width, 1), nn.Conv2d(self.width, latent, 1)
         self.decoder = Decoder(**sizes) if decoder else None
 
+    @property
+    def codebook(self) -> Tensor:
+        """The vectors of the codes, ``[K, D]``."""
+        return self.quantize.embedding.weight if isinstance(self.quantize, VectorQuantizer2) else self.quantize.codebook
+
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels ``[B, 3, H, W]`` -> what the codebook is asked for, ``[B, D, h, w]``."""
         if pixels.dim() != 4 or pixels.shape[2] % self.patch or pixels.shape[3] % self.patch:
@@ -264,6 +269,24 @@ class VQGAN(nn.Module):
         else:
             codes = self.quantize.get_output_from_indices(full)
         return self.decode(codes).clamp(-1, 1)
+
+
+def start_plain(vq: VQGAN) -> VQGAN:
+    """Weights to train from, in place of PyTorch's: convolutions keep the variance of what they read, without biases, and what residual
+    branches add starts at 0.
+
+    So encoder and decoder start as chains of plain convolutions. With PyTorch's start (which VQGAN's code has) what a picture holds is lost on
+    the way: a short training first learns the mean picture and only then to see.
+    """
+    for module in vq.modules():
+        if isinstance(module, nn.Conv2d):
+            bound = (3 / module.weight[0].numel()) ** 0.5
+            nn.init.uniform_(module.weight, -bound, bound)
+            nn.init.zeros_(module.bias)
+    for module in vq.modules():
+        if isinstance(module, ResBlock | AttnBlock):
+            nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj_out).weight)
+    return vq
 
 
 def published_state(state: dict[str, Tensor]) -> dict[str, Tensor]:

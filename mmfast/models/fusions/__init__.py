@@ -12,13 +12,5 @@ from mmfast.models.fusions.retrieval import RetrievalFusion
 from mmfast.models.fusions.shared import SharedTokensFusion
 
 __all__ = [
-    "AdapterFusion",
-    "ByRow",
-    "GatedFusion",
-    "MediaByRow",
-    "PrefixFusion",
-    "RetrievalFusion",
-    "SharedTokensFusion",
-    "blocks",
-    "run_decoder",
-]
+    "AdapterFusion", "ByRow", "GatedFusion", "MediaByRow", "PrefixFusion", "RetrievalFusion", "SharedTokensFusion", "blocks", "run_decoder",
+]  # fmt: skip
