@@ -590,7 +590,8 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         its = rules.below(where)
         its.within(data, frames="[1, inf)")
         if isinstance(data, Data):
-            its.within(data, weight="(0, inf)", boxes="[0, 1]")
+            its.within(data, weight="(0, inf)", loss="(0, inf)", boxes="[0, 1]")
+            its.below("pages").within(data.pages, pictures="[0, inf)", similarity="[0, 1]", following="[0, 1]")
             endless = data.streaming and job.optim.steps is None
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
             built_in = data.path is None and data.name in BUILT_IN
@@ -630,6 +631,8 @@ def _check_mixture(mixture: Mixture, rules: _Rules) -> None:
     its(len({p.name for p in parts}) == len(parts), "parts", "every data set of a mixture needs a name of its own")
     given = [p.weight is not None for p in parts]
     its(all(given) or not any(given), "parts", "give every data set of a mixture a weight, or none")
+    given = [p.loss is not None for p in parts]
+    its(all(given) or not any(given), "parts", "give the loss of every data set of a mixture a weight, or of none")
     bare = [p.name for p in parts if p.path is None]
     its(
         not bare or len(bare) == len(parts),
