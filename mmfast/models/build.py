@@ -38,14 +38,16 @@ class Output:
 class Tower(nn.Module):
     """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1.
 
-    ``scales``: hidden states that stand before it on the channels. ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
+    ``scales``: hidden states that stand before it on the channels. ``post_norm``: through the norm that CLIP keeps for its class token;
+    ``unit``: then of length 1, both for every state.
     """
 
     def __init__(
         self, vision: nn.Module, *, layer: int, skip: int, scales: Sequence[int] = (), post_norm: bool = False, unit: bool = False
     ):
         super().__init__()
-        self.vision, self.layers, self.skip, self.post_norm, self.unit = vision, (*scales, layer), skip, post_norm, unit
+        self.vision, self.layer, self.layers = vision, layer, (*scales, layer)
+        self.skip, self.post_norm, self.unit = skip, post_norm, unit
         self.width = vision.config.hidden_size * len(self.layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -65,20 +67,18 @@ class Tower(nn.Module):
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
     @property
-    def layer(self) -> int:
-        """The hidden state that is read, the last of several."""
-        return self.layers[-1]
+    def read(self) -> int:
+        """How many blocks stand before the highest state that is read; state 0 is what block 0 reads."""
+        return max(layer % (len(self.blocks) + 1) for layer in self.layers)
 
     def last_block(self) -> nn.ModuleList:
         """The last block that is read, and the norm behind it where that is."""
-        read = self.layer % (len(self.blocks) + 1)
-        return nn.ModuleList([*self.blocks[:read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
+        return nn.ModuleList([*self.blocks[: self.read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
 
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = self._inner
-        read = max(layer % (len(self.blocks) + 1) for layer in self.layers)  # hidden state 0 is what block 0 reads
-        for block in self.blocks[read:]:
+        for block in self.blocks[self.read :]:
             yield from block.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
             if hasattr(tower, name) and not self.post_norm:
@@ -218,9 +218,7 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
     for ours, theirs in _OTHER_NAMES:
         if not hasattr(kind, ours) and hasattr(kind, theirs):
             sizes[theirs] = sizes.pop(ours)
-    for name in ("dropout", "attention_dropout"):
-        if hasattr(kind, name):
-            sizes[name] = choice.dropout
+    sizes |= {name: 0.0 for name in ("dropout", "attention_dropout") if hasattr(kind, name)}  # a stage's own
     language = pretrained.new_language(AutoConfig.for_model(choice.family, **sizes))
     if hasattr(language, "start_anew"):
         language.start_anew(choice.init)
@@ -233,7 +231,7 @@ CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
-    spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads, choice.dropout),
+    spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads),
     spec.Resampler: lambda choice, width_in, width_out: ResampledProjector(
         width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
         activation=choice.activation, qk_norm=choice.qk_norm, max_num_frames=choice.frames or None, interpolate_frames=True,
@@ -316,15 +314,18 @@ class MultimodalModel(nn.Module):
             raise ValueError(f"{self.system.name}: adapters are to train, and none were added (mmfast.models.add_lora)")
         for parameter in adapters:
             parameter.requires_grad_(lora)
-        for parameter in self.encoder.unread():
+        for parameter in self.unread(parts):
             parameter.requires_grad_(False)
-        if isinstance(self.connector, QueryConnector):
-            for parameter in self.connector.unread(compared="queries" in parts):
-                parameter.requires_grad_(False)
         self._trained, self._lora = tuple(parts), lora
         self._mask_old_rows()
         self.train(self.training)
         return [p for p in self.parameters() if p.requires_grad]
+
+    def unread(self, parts: Sequence[str]) -> Iterator[nn.Parameter]:
+        """Parameters of tower and connector that stages which train ``parts`` do not read: no gradient can reach them."""
+        yield from self.encoder.unread()
+        if isinstance(self.connector, QueryConnector):
+            yield from self.connector.unread(compared="queries" in parts)
 
     def partly_trained(self) -> list[nn.Parameter]:
         """Weights of which only the rows of ``new_tokens`` learn."""
@@ -355,9 +356,15 @@ class MultimodalModel(nn.Module):
             self._masks.append(parameter.register_hook(new_rows_alone))
 
     def drop(self, rate: float) -> None:
-        """Dropout of what each attention and each feed-forward layer of the language model adds, while that trains; 0: none."""
+        """Dropout of what each attention and each feed-forward layer of the language model adds, while that trains, and with Kosmos' of all that
+        its code drops; 0: none."""
         while self._dropouts:
             self._dropouts.pop().remove()
+        if hasattr(self.language, "drop"):
+            self.language.drop(rate)
+            if isinstance(self.connector, AttentionPool):
+                self.connector.x_attn.dropout = rate
+            return
         for layer in self.blocks if rate else ():
             adds = [module for name, module in layer.named_modules() if name in ("self_attn.o_proj", "mlp.down_proj")]
             if len(adds) != 2:

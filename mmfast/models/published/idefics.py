@@ -185,7 +185,7 @@ _VISION = (
 
 
 def _reads_otherwise(tower: Tower) -> bool:
-    return len(tower.layers) > 1 or tower.layer not in (-1, len(tower.blocks)) or tower.post_norm or tower.unit
+    return len(tower.layers) > 1 or tower.read != len(tower.blocks) or tower.post_norm or tower.unit
 
 
 def _text_config(config: IdeficsConfig) -> LlamaConfig:
