@@ -242,7 +242,7 @@ def test_what_it_is_written_as(session, tmp_path):
     from mmfast.models import Matcher
 
     model, pixels = session.model.eval(), session.pixels(session.small[0].pictures[:2])
-    with pytest.raises(supervised.RunError, match="a QFormer model's weights and config are written by"):
+    with pytest.raises(supervised.RunError, match="only the weights of a Blip2ForConditionalGeneration are written"):
         export(session, session.system, tmp_path / "none")
     model.save_pretrained(tmp_path / "speaks")
     Matcher.of(model).save_pretrained(tmp_path / "compares")
