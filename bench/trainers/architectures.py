@@ -51,7 +51,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "blip2": (
         "caption/recall", "caption/chair_i", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
         "retrieval/chance@1", "matching/accuracy", "own_caption/recall", "own_caption/chair_i",
-    ),  # fmt: skip
+    ),
     "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
     "kosmos_2": (
         "grounding/mean_iou", "grounding/accuracy", "grounding/unread", "grounding/permuted_mean_iou", "grounding/constant_mean_iou",

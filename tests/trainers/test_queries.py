@@ -219,7 +219,7 @@ def test_the_stage_resumes_and_its_measures_are_sums(session, tmp_path):
 
 
 def test_augmented_pictures_are_seen_in_training_alone_and_never_kept(session):
-    source, stage = session.small
+    source, _ = session.small
     plain = session.pixels(source.pictures[:4])
     assert supervised.cached_states(session, source) is not None
     system = session.system
