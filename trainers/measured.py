@@ -12,7 +12,15 @@ FILE = Path("bench", "results", "architectures.csv")
 # The measures that a recipe's table shows, the most telling first; of one that is not named here all with a "/" in their name, else those of "".
 SHOWN: dict[str, tuple[str, ...]] = {
     "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
-}
+    "blip2": (
+        "caption/recall", "caption/chair_i", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
+        "retrieval/chance@1", "matching/accuracy", "own_caption/recall", "own_caption/chair_i",
+    ),
+    "kosmos_2": (
+        "grounding/mean_iou", "grounding/accuracy", "grounding/unread", "grounding/permuted_mean_iou", "grounding/constant_mean_iou",
+        "grounding/ceiling_mean_iou", "caption/boxes_right", "caption/recall",
+    ),
+}  # fmt: skip
 
 
 def read(path: Path) -> list[dict[str, str]]:

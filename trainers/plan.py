@@ -144,7 +144,7 @@ def unknown(recipe: System | Alignment, job: Stage | Alignment) -> str | None:
     at = f"{recipe.name}, {job.name}: the plan knows"
     if objective not in ("lm", "words", "queries"):
         return f"{at} the memory of objectives lm, words and queries, not of {objective}; this stage has to be tried"
-    if isinstance(system.encoder, Vqgan) or (isinstance(system.encoder, NfResnet) and "encoder" not in job.train):
+    if isinstance(system.encoder, Vqgan):
         return f"{at} the memory of towers of transformers, not of {type(system.encoder).__name__}; this stage has to be tried"
     if not isinstance(system.fusion, kinds):
         known = ", ".join(kind.__name__ for kind in kinds)

@@ -30,7 +30,18 @@ COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "
 
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
 RUNS: dict[str, dict[str, list[str]]] = {
+    "blip2": {"": [], "no stage 1": ["--stages.see", "null"]},
+    "chameleon": {
+        "": [],
+        "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"],
+    },
+    "fromage": {
+        "": [],
+        "blind": ["--stages.pairs.data.blind", "true"],
+        "no contrast": ["--stages.pairs.contrast", "0"],
+    },
     "flamingo": {"": [], "blind": ["--stages.interleaved.data.blind", "true"]},
+    "frozen": {"": [], "blind": ["--stages.captions.data.blind", "true"]},
     "kosmos_1": {"": []},
     "kosmos_2": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.instruct.data.blind", "true"]},
     "llama_adapter": {"": [], "blind": ["--stages.answers.data.blind", "true"]},

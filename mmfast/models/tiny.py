@@ -109,9 +109,9 @@ def tiny_system(system: System) -> System:
             init=0.05,
         ),
         # The shapes world's background becomes 0; a tokenizer's pixels are what they are.
-        image=replace(system.image, size=64)
+        image=replace(system.image, size=64, augment=False)  # states that never change are computed once
         if isinstance(system.encoder, Vqgan)
-        else replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
+        else replace(system.image, size=64, augment=False, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
         stages=_stages(system),
         compute=Compute(device="cpu"),
     )
@@ -136,9 +136,9 @@ def _small(choice):
             return replace(choice, tokens=8, depth=2, heads=4, head_width=16)
         case GatedCrossAttention():
             return replace(choice, every=min(choice.every, 2), heads=4, head_width=16)
-        case Vqgan():  # codes that follow what chooses them learn in tens of steps
+        case Vqgan():  # a code for each cell of the world's grid; those that follow what chooses them learn in tens of steps
             return replace(
-                choice, size=64, channels=8, multipliers=(1, 1, 2, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
+                choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
                 decay=0.9, dead_below=0.05,
             )  # fmt: skip
         case AdapterPrompts():
