@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmfast.data import chat
 from mmfast.losses import image_text_contrast
 from mmfast.ops import linear_logp
-from mmfast.spec import Alignment, Codes, Compute, Linear, Mlp, Stage, System, to_dict
+from mmfast.spec import Alignment, Codes, Compute, Stage, System, to_dict
 
 from . import queries
 from .checkpoint import Run, RunError, load_model, load_state
@@ -244,7 +244,7 @@ def words_stage(session: Session, stage: Stage, source, run: Run, options: Optio
     ids = torch.tensor(session.tokenizer.convert_tokens_to_ids(names), device=session.place.device)
     torch.manual_seed(session.seed)
     model, system = session.model, session.system
-    projects = isinstance(system.connector, Linear | Mlp)
+    projects = system.projects
     own = None if projects else model.language.get_input_embeddings().embedding_dim
     head = WordHead(model.encoder.width, classes.shape[1], len(names), own).to(session.place.device)
 
