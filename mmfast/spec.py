@@ -364,6 +364,7 @@ class Fixed:
 
     size: int = 224
     fit: Literal["crop", "squash", "pad", "pad_mean"] = "crop"
+    augment: bool = False  # in training: a part of the square, at least half of it, in its place, every other one mirrored
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -378,12 +379,28 @@ BUILT_IN = (
 
 
 @dataclass(frozen=True)
+class Pages:
+    """How interleaved documents are read. What is drawn is drawn once a document, the same in every run.
+
+    ``pictures``: the first so many are kept; 0: all. ``similarity``: of MMC4's records, pictures that match no sentence so well are left out,
+    and the others are matched one to one. ``window``: a document begins at one of its pieces, drawn, and what follows ``max_length`` is cut
+    as ever. ``following``: the share of documents whose pictures each stand before the text that precedes them, so that it is read with them.
+    """
+
+    pictures: int = 0
+    similarity: float = 0.0
+    window: bool = False
+    following: float = 0.0
+
+
+@dataclass(frozen=True)
 class Data:
     """What a stage reads. ``name`` is a built-in set (``BUILT_IN``), or a published one, whose records the user supplies.
 
     ``path``: JSON, JSONL, parquet or webdataset tar files (a file, a folder or a pattern), or ``hub:NAME``. ``images``: the folder that
     picture names are relative to (default: beside the file). ``columns`` maps their names to ours, so nothing has to be converted.
-    ``streaming`` reads through without an index; ``weight`` is the share of draws within a ``Mixture`` (None: as many as it has records).
+    ``streaming`` reads through without an index; ``weight`` is the share of draws within a ``Mixture`` (None: as many as it has records), and
+    ``loss`` the weight of its loss there, a mean over its own tokens in a step (None: tokens weigh alike, whichever set they are of).
     """
 
     name: str
@@ -393,10 +410,13 @@ class Data:
     columns: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
     blind: bool = False  # every picture black: the control of what the words alone give away
+    clean: bool = False  # answers as BLIP reads captions: lower case, .!"()*#:;~ left out, the first 50 words
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
     full: bool = False  # texts end to end in rows of max_length, cut where a row ends; records without pictures
     weight: float | None = None
+    loss: float | None = None
+    pages: Pages = Pages()
     on_bad_record: Literal["fail", "skip"] = "fail"
 
 

@@ -188,7 +188,9 @@ class Session:
         raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
 
     def pixels(self, pictures: Tensor) -> Tensor:
-        return images.normalise(pictures.to(self.place.device), self.system.image)
+        """uint8 [M, H, W, 3] as the tower reads them; augmented while the model trains."""
+        made = images.normalise(pictures.to(self.place.device), self.system.image)
+        return images.augmented(made) if self.system.image.augment and self.model.training else made
 
     @torch.no_grad()
     def states(self, pictures: Tensor, batch: int = 250) -> Tensor:

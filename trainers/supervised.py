@@ -119,18 +119,20 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
 def lm_stage(session: Session, stage: Stage, source, run: Run, options: Options):
     states = cached_states(session, source)
     source.with_pictures = states is None
-    return answer_objective(session, states, stage.z_loss), source, make_probe(session, source, stage.template, run, options)
+    objective = answer_objective(session, states, stage.z_loss, getattr(source, "loss_weights", None))
+    return objective, source, make_probe(session, source, stage.template, run, options)
 
 
-def answer_objective(session: Session, states: Tensor | None, z_loss: float = 0.0) -> Objective:
-    """Cross-entropy of the answers' tokens: of each column of a source its mean over the step's tokens, added up; and beside it
-    ``z_loss mean(log^2 Z)`` of the same tokens (``mmfast.losses.lm.z_loss``)."""
+def answer_objective(session: Session, states: Tensor | None, z_loss: float = 0.0, shares: Tensor | None = None) -> Objective:
+    """Cross-entropy of the answers' tokens: of each column of a source its mean over the step's tokens, added up (times ``shares``, where the
+    columns are a mixture's sets whose losses have weights); and beside it ``z_loss mean(log^2 Z)`` of the same tokens (``mmfast.losses.lm.z_loss``)."""
     model = session.model
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
         scored = token_stats if z_loss else token_logps
         logp, rows, *lse = scored(session, batch, states)
-        weights = (1 / totals.clamp_min(1)).to(logp.dtype)[batch["groups"]][rows]
+        weights = (1 if shares is None else shares.to(totals)) / totals.clamp_min(1)
+        weights = weights.to(logp.dtype)[batch["groups"]][rows]
         loss, measures = -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
         if lse:
             z = z_loss * (lse[0].square() * weights).sum()
@@ -214,7 +216,9 @@ def joined(ids: Tensor, labels: Tensor, image_token: int) -> tuple[Tensor, Tenso
 
 
 def cached_states(session: Session, source) -> Tensor | None:
-    """The tower's states of all pictures, where the tower stays frozen and they fit in memory."""
+    """The tower's states of all pictures, where the tower stays frozen, sees them as they are, and they fit in memory."""
+    if session.system.image.augment:
+        return None
     states = 8 if isinstance(session.system.connector, Codes) else session.model.encoder.width * 4  # bytes of one
     size = session.system.encoder.tokens * states
     pictures = getattr(source, "picture_count", None)  # a stream does not know

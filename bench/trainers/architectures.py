@@ -28,6 +28,7 @@ COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "
 
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
 RUNS: dict[str, dict[str, list[str]]] = {
+    "blip2": {"": [], "no stage 1": ["--stages.see", "null"]},
     "chameleon": {
         "": [],
         "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"],
@@ -47,6 +48,10 @@ RUNS: dict[str, dict[str, list[str]]] = {
 
 # The measures that a recipe's table shows; of one that is not named here all that have a "/" in their name, else SHOWN[""].
 SHOWN: dict[str, tuple[str, ...]] = {
+    "blip2": (
+        "caption/recall", "caption/chair_i", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
+        "retrieval/chance@1", "matching/accuracy", "own_caption/recall", "own_caption/chair_i",
+    ),
     "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
     "fromage": ("retrieval/recall@1", "retrieval/recall@5", "retrieval/recall@10", "caption/gain", "caption/recall"),
     "kosmos_2": (

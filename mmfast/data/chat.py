@@ -31,6 +31,8 @@ class Template:
     keep_question: bool = True
     end: str = ""  # in place of the tokenizer's end token; a text that is cut ends with it all the same
     picture_first: bool = False  # the first question's pictures stand before the beginning token
+    chunk: str = ""  # in a document, before every picture but the first and at the end: what was said of the one before is over
+    only_seen: bool = False  # of a document only what follows a picture is supervised, up to the end of its chunk
     learn_begin: bool = False  # ... which is learnt
 
 
@@ -39,7 +41,8 @@ TEMPLATES = {
     "bare": Template(end_each=False),
     # Few-shot episodes, whose words mmfast.data.episodes has; a picture and its caption as examples of one are, without more words.
     "frozen": Template(end_each=False),
-    "flamingo": Template(after="<|endofchunk|>"),
+    "flamingo": Template(after="<|endofchunk|>", chunk="<|endofchunk|>"),
+    "open_flamingo": Template(after="<|endofchunk|>", chunk="<|endofchunk|>", only_seen=True),
     # LLaVA's alignment stage: the picture, then its caption; the question is dropped.
     "plain": Template(after="\n", end_each=False, keep_question=False),
     # FROMAGe: the picture, then a text from its beginning token to the token that is compared with pictures.
@@ -114,14 +117,18 @@ def encode(
 
 def encode_document(
     tokenizer: Any, text: str, *, image_tokens: int, image_token: int, max_length: int = 2048, borders: Sequence[int] = (),
-    learn_pictures: bool = False,
+    learn_pictures: bool = False, template: str = "bare",
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Token ids and labels of an interleaved document: all its text is supervised, and with ``learn_pictures`` its pictures are. Without, the
-    first of ``borders`` is where something comes before it: that a picture follows is said by the text (Kosmos-1). As in ``encode`` otherwise.
-    """
+    """Token ids and labels of an interleaved document: all its text is supervised (but for ``Template.only_seen``), and with
+    ``learn_pictures`` its pictures are. Without, the first of ``borders`` is where something comes before it: that a picture follows is said
+    by the text (Kosmos-1). As in ``encode`` otherwise."""
+    form = TEMPLATES[template]
     line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures)
-    line.add(text, supervised=True)
-    line.end()
+    if form.chunk:
+        line.add_chunks(text, form.chunk, form.only_seen)
+    else:
+        line.add(text, supervised=True)
+    line.end(supervised=not form.only_seen)
     return line.cut(max_length)
 
 
@@ -168,10 +175,23 @@ class _Line:
             self.ids.extend(new)
             self.labels.extend(new if supervised else [IGNORE] * len(new))
 
-    def end(self) -> None:
+    def add_chunks(self, text: str, end: str, only_seen: bool) -> None:
+        """A document as chunks, each of a picture and what is said of it, closed by ``end``; neither token has a space beside it."""
+        before, *chunks = text.split("<image>")
+        self.add(before.strip() if chunks else before.strip().removesuffix(end).rstrip() + end, supervised=not only_seen)
+        for chunk in chunks:
+            self.add("<image>")
+            seen, closed, after = (
+                chunk.strip().removesuffix(end).partition(end)
+            )  # closed: within the text, and what follows is of no picture
+            self.add(seen.strip() + end, supervised=True)
+            if closed:
+                self.add(after.strip() + end, supervised=not only_seen)
+
+    def end(self, supervised: bool = True) -> None:
         token = self.tokenizer.eos_token_id if self.kept is None else self.kept
         self.ids.append(token)
-        self.labels.append(token)
+        self.labels.append(token if supervised else IGNORE)
 
     def cut(self, max_length: int) -> tuple[list[int], list[int]]:
         whole = len(self.ids)
@@ -218,7 +238,7 @@ class Encoder:
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of an interleaved document, all of it supervised."""
-        return encode_document(self.tokenizer, text, **self._sizes())
+        return encode_document(self.tokenizer, text, template=self.template, **self._sizes())
 
     def _with_places(self, record: Any) -> Any:
         """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out."""

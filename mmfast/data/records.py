@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mmfast.data.formats import NAMES, TURN_NAMES, Record, name_of, parse
+from mmfast.data.formats import NAMES, TURN_NAMES, Record, cleaned, name_of, parse
 from mmfast.data.images import SUFFIXES, Picture
 from mmfast.spec import Data, Pairs, nearest
 
@@ -291,12 +291,13 @@ def _fault(picture: Picture) -> str | None:
 def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
-    record = parse(row, number, root=root, frames=data.frames, columns=data.columns, boxes=getattr(data, "boxes", 1.0))
+    extra = {"boxes": data.boxes, "pages": data.pages} if isinstance(data, Data) else {}
+    record = parse(row, number, root=root, frames=data.frames, columns=data.columns, **extra)
     if isinstance(data, Pairs) and record.chosen is None:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
     if isinstance(data, Data) and record.chosen is not None:
         raise ValueError("is a preference pair; supervised training reads questions with answers, or documents")
-    return record
+    return cleaned(record) if isinstance(data, Data) and data.clean else record
 
 
 def _check_columns(data: Data | Pairs) -> None:

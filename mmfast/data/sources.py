@@ -177,6 +177,8 @@ class Conversations(_Checked):
             weights = [None if w is None else w * n / t for w, n, t in zip(weights, self.sizes, tokens, strict=True)]
         self.mixed = Mixed(self.sizes, None if all(w is None for w in weights) else weights, seed) if len(parts) > 1 else None
         self.permutation = self.mixed.order if self.mixed is not None else None
+        losses = [records.data.loss for records in parts]
+        self.loss_weights = None if all(w is None for w in losses) else torch.tensor(losses)  # of the sets, each then a group
 
     def _fill(self, part: int) -> None:
         """A part's texts end to end in rows of ``max_length`` ("full sentences", as Kosmos-1's text is packed): what an item is, from here on."""
@@ -202,7 +204,11 @@ class Conversations(_Checked):
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         batch, scored = self.lay_out(index, ["answer"])
-        return {**batch, "groups": torch.zeros(len(index), dtype=torch.long), "counts": scored.sum().double().view(1)}
+        if self.loss_weights is None:
+            groups, count = torch.zeros(len(index), dtype=torch.long), 1
+        else:
+            groups, count = torch.tensor([self.items[i][0] for i in index.tolist()], dtype=torch.long), len(self.parts)
+        return {**batch, "groups": groups, "counts": torch.zeros(count, dtype=torch.double).index_add(0, groups, scored.double())}
 
 
 class PreferencePairs(_Checked):

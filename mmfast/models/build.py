@@ -314,15 +314,18 @@ class MultimodalModel(nn.Module):
             raise ValueError(f"{self.system.name}: adapters are to train, and none were added (mmfast.models.add_lora)")
         for parameter in adapters:
             parameter.requires_grad_(lora)
-        for parameter in self.encoder.unread():
+        for parameter in self.unread(parts):
             parameter.requires_grad_(False)
-        if isinstance(self.connector, QueryConnector):
-            for parameter in self.connector.unread(compared="queries" in parts):
-                parameter.requires_grad_(False)
         self._trained, self._lora = tuple(parts), lora
         self._mask_old_rows()
         self.train(self.training)
         return [p for p in self.parameters() if p.requires_grad]
+
+    def unread(self, parts: Sequence[str]) -> Iterator[nn.Parameter]:
+        """Parameters of tower and connector that stages which train ``parts`` do not read: no gradient can reach them."""
+        yield from self.encoder.unread()
+        if isinstance(self.connector, QueryConnector):
+            yield from self.connector.unread(compared="queries" in parts)
 
     def partly_trained(self) -> list[nn.Parameter]:
         """Weights of which only the rows of ``new_tokens`` learn."""

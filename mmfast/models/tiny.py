@@ -109,9 +109,9 @@ def tiny_system(system: System) -> System:
             init=0.05,
         ),
         # The shapes world's background becomes 0; a tokenizer's pixels are what they are.
-        image=replace(system.image, size=64)
+        image=replace(system.image, size=64, augment=False)  # states that never change are computed once
         if isinstance(system.encoder, Vqgan)
-        else replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
+        else replace(system.image, size=64, augment=False, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
         stages=_stages(system),
         compute=Compute(device="cpu"),
     )

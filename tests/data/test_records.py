@@ -672,3 +672,16 @@ def test_a_table_of_captions(tmp_path):
     (tmp_path / "train.tsv").write_text("caption\timage\n")
     with pytest.raises(ValueError, match="holds no record"):
         Records(Data("cc3m", path=str(tmp_path / "train.tsv")))
+
+
+def test_answers_are_cleaned_as_captions_are(tmp_path):
+    """BLIP's captions: worked by hand."""
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"image": "a.png", "caption": 'A "Big" Dog;  (brown) runs!\n'}, {"image": "a.png", "caption": " ".join(["Word"] * 60)}])
+    )
+    plain, clean = (Records(Data("mine", path=str(tmp_path / "a.json"), clean=clean)) for clean in (False, True))
+    assert [r.parse(0).turns[-1][1].strip() for r in (plain, clean)] == ['A "Big" Dog;  (brown) runs!', "a big dog brown runs"]
+    assert clean.parse(1).turns[-1][1] == " ".join(["word"] * 50)
+    (tmp_path / "b.json").write_text(json.dumps([{"image": "a.png", "caption": "!.."}]))
+    with pytest.raises(ValueError, match="has an answer without words"):
+        Records(Data("mine", path=str(tmp_path / "b.json"), clean=True)).parse(0)

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mmfast.trainers import config, grounding
+from mmfast.trainers.session import Session
 
 from mmfast import spec
 from mmfast.data import regions
 from mmfast.models import tiny
-from mmfast.trainers import config, grounding
-from mmfast.trainers.session import Session
 
 KOSMOS_1, KOSMOS_2 = (config.load_recipe(name) for name in ("kosmos_1", "kosmos_2"))
 
