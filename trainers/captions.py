@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mmfast.eval import chair
-from mmfast.spec import Retrieval, System
+from mmfast.spec import QFormer, Retrieval, System
 
+from . import queries
 from .evaluate import caption_all
 
 
@@ -23,6 +24,8 @@ def captions_exam(session: Any, system: System, *, scenes: int = 500) -> dict[st
     measured = {f"caption/{name}": told[name] for name in ("recall", "chair_s", "chair_i", "len")} | {"caption/ended": ended}
     if isinstance(system.fusion, Retrieval):
         measured |= recall(scores(session, template, [world.caption(s).text for s in shown], states))
+    if isinstance(system.connector, QFormer) and system.connector.text:
+        measured |= queries.measure(session, shown, states)
     return measured
 
 
@@ -41,9 +44,9 @@ def scores(session: Any, template: str, texts: list[str], states: Tensor) -> Ten
     return model.fusion.texts(torch.cat(found)) @ model.fusion.pictures(model.connector.pooled(states)).T
 
 
-def recall(scores: Tensor, at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+def recall(scores: Tensor, name: str = "retrieval", at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
     """Share of texts whose own picture is among the first k of all, ``scores`` [N, N]; of equal ones each is as likely to come first."""
     own = scores.diagonal()[:, None]
     before, equal = (scores > own).sum(1), (scores == own).sum(1)
-    measured = {f"retrieval/recall@{k}": ((k - before) / equal).clamp(0, 1).mean().item() for k in at}
-    return measured | {"retrieval/chance@1": 1 / len(scores)}
+    measured = {f"{name}/recall@{k}": ((k - before) / equal).clamp(0, 1).mean().item() for k in at}
+    return measured | {f"{name}/chance@1": 1 / len(scores)}

@@ -595,15 +595,20 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
             endless = data.streaming and job.optim.steps is None
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
             built_in = data.path is None and data.name in BUILT_IN
+            its(not (data.streaming and data.full), "full", "a stream is read record by record; leave streaming off, or full")
+            its(not (data.clean and built_in), "clean", f"{data.name} is built in, and its captions are what they are; leave clean off")
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
     if isinstance(job, Stage) and job.objective == "retrieval":
         rules(isinstance(system.fusion, Retrieval), "objective", f"retrieval compares pictures with texts, and {kind} does not; choose lm")
         rules(job.template == "fromage", "template", f"retrieval ends texts with {Retrieval.token}; choose fromage")
         rules(not system.compute.packing, "objective", "retrieval compares rows; set compute.packing false")
         rules.within(job, contrast="[0, inf)")
+    if isinstance(job, Stage):
+        rules.within(job, z_loss="[0, inf)", dropout="[0, 1)")
+        rules(not job.z_loss or job.objective == "lm", "z_loss", f"is a term of objective lm, and this is {job.objective}; set it to 0")
     if isinstance(job, Stage) and job.objective == "words":
-        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in BUILT_IN
-        rules(told, "objective", f"words needs to know what is true of a picture, as the built-in {', '.join(BUILT_IN)} do; choose lm")
+        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in ("shapes", "shapes_captions", "easy_vqa")
+        rules(told, "objective", "words needs to know what is true of a picture, as the built-in shapes and easy_vqa do; choose lm")
 
 
 def _check_queries(job: Any, system: System, rules: _Rules) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmfast.spec import Alignment, System, to_dict
+from mmfast.spec import Alignment, NoRegions, System, to_dict
 
 from .config import load_recipe, recipe_names
 
@@ -20,7 +20,8 @@ def choices(recipe: System | Alignment) -> dict[str, str]:
             "trains": ", ".join(recipe.train),
             "data": recipe.data.name,
         }
-    parts = (recipe.encoder, recipe.connector, recipe.fusion, recipe.language, recipe.image)
+    parts = [recipe.encoder, recipe.connector, recipe.fusion, recipe.language, recipe.image]
+    parts += [] if isinstance(recipe.regions, NoRegions) else [recipe.regions]
     return {
         "kind": "system",
         "model": " > ".join(type(p).__name__ for p in parts),

@@ -137,14 +137,6 @@ def answers(
     return said
 
 
-def recall(scores: torch.Tensor, name: str = "retrieval", at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Share of texts whose own picture is among the first k of all, ``scores`` [N, N]; of equal ones each is as likely to come first."""
-    own = scores.diagonal()[:, None]
-    before, equal = (scores > own).sum(1), (scores == own).sum(1)
-    measured = {f"{name}/recall@{k}": ((k - before) / equal).clamp(0, 1).mean().item() for k in at}
-    return measured | {f"{name}/chance@1": 1 / len(scores)}
-
-
 EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {
     "shapes_captions": captions_exam,
     "shapes_single": few_shot,

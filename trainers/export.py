@@ -14,7 +14,7 @@ import yaml
 
 from mmfast.data import chat
 from mmfast.models.published import save_pretrained
-from mmfast.spec import Alignment, Fixed, Prefix, System, to_dict
+from mmfast.spec import Alignment, Fixed, Prefix, QFormer, System, to_dict
 
 from .chat import joint
 from .checkpoint import RunError
@@ -41,6 +41,11 @@ def export(
         raise RunError(
             f"{system.name}: the stock LLaVA class has image tokens in the sequence and pictures of one size, not "
             f"{type(system.fusion).__name__} and {type(system.image).__name__}"
+        )
+    if isinstance(system.connector, QFormer):
+        raise RunError(
+            f"{system.name}: export writes a LLaVA with its processor; a {type(system.connector).__name__} model's weights and config are written "
+            "by model.save_pretrained"
         )
     template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
     processor = make_processor(session, template)

@@ -28,15 +28,36 @@ COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "
 
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
 RUNS: dict[str, dict[str, list[str]]] = {
+    "blip2": {"": [], "no stage 1": ["--stages.see", "null"]},
+    "chameleon": {
+        "": [],
+        "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"],
+    },
+    "fromage": {
+        "": [],
+        "blind": ["--stages.pairs.data.blind", "true"],
+        "no contrast": ["--stages.pairs.contrast", "0"],
+    },
     "flamingo": {"": [], "blind": ["--stages.interleaved.data.blind", "true"]},
+    "frozen": {"": [], "blind": ["--stages.captions.data.blind", "true"]},
+    "kosmos_1": {"": []},
+    "kosmos_2": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.instruct.data.blind", "true"]},
     "llama_adapter": {"": [], "blind": ["--stages.answers.data.blind", "true"]},
     "llava": {"": [], "blind": ["--stages.align.data.blind", "true", "--stages.instruct.data.blind", "true"]},
 }
 
 # The measures that a recipe's table shows; of one that is not named here all that have a "/" in their name, else SHOWN[""].
 SHOWN: dict[str, tuple[str, ...]] = {
+    "blip2": (
+        "caption/recall", "caption/chair_i", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
+        "retrieval/chance@1", "matching/accuracy", "own_caption/recall", "own_caption/chair_i",
+    ),
     "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
-}
+    "kosmos_2": (
+        "grounding/mean_iou", "grounding/accuracy", "grounding/unread", "grounding/permuted_mean_iou", "grounding/constant_mean_iou",
+        "grounding/ceiling_mean_iou", "caption/boxes_right", "caption/recall",
+    ),
+}  # fmt: skip
 
 
 def run(recipe: str, variant: str, seed: int, folder: Path) -> list[dict]:

@@ -67,6 +67,8 @@ TEMPLATES = {
         before="### Instruction:\n",
         between="\n\n### Response:",
     ),
+    # Idefics' instructed models, as their cards show it; the tokens around pictures are the fusion's (``System.borders``).
+    "idefics": Template(before="User: ", between="<end_of_utterance>\nAssistant: ", after="<end_of_utterance>\n", end_each=False),
     # Chameleon's fine-tuning: one reserved token between question and answer, and the end token behind an answer.
     "chameleon": Template(between="<reserved08706>"),
 }
@@ -146,8 +148,8 @@ class _Line:
     ):  # fmt: skip
         self.tokenizer, self.learn_pictures = tokenizer, learn_pictures
         self.picture = [*borders[:1], *[image_token] * image_tokens, *borders[1:]]
-        self.announced = len(borders[:1])
-        self.pictures: list[int] = []  # where each begins
+        self.shared, self.announced = len(borders) == 2 and borders[0] == borders[1], len(borders[:1])
+        self.pictures: list[tuple[int, int]] = []  # where each begins and ends
         self.kept = end_token(tokenizer, end) if end else None
         self.ids, self.labels = [], []
         if begin:
@@ -162,13 +164,13 @@ class _Line:
     def add(self, text: str, supervised: bool = False) -> None:
         for i, piece in enumerate(text.split("<image>")):
             if i:
-                self.pictures.append(len(self.ids))
-                told = self.announced if len(self.ids) > 1 else 0  # behind more than the beginning token
-                told = len(self.picture) if self.learn_pictures else told
-                self.ids.extend(self.picture)
-                self.labels.extend(
-                    self.picture[:told] + [IGNORE] * (len(self.picture) - told) if supervised else [IGNORE] * len(self.picture)
-                )
+                joins = self.shared and self.ids[-1:] == self.picture[:1]  # adjacent pictures have one border between them
+                picture = self.picture[joins:]
+                self.pictures.append((len(self.ids), len(self.ids) + len(picture)))
+                told = self.announced if len(self.ids) > 1 and not joins else 0  # behind more than the beginning token
+                told = len(picture) if self.learn_pictures else told
+                self.ids.extend(picture)
+                self.labels.extend(picture[:told] + [IGNORE] * (len(picture) - told) if supervised else [IGNORE] * len(picture))
             new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             self.ids.extend(new)
             self.labels.extend(new if supervised else [IGNORE] * len(new))
@@ -193,7 +195,7 @@ class _Line:
 
     def cut(self, max_length: int) -> tuple[list[int], list[int]]:
         whole = len(self.ids)
-        end = next((at for at in self.pictures if at < max_length < at + len(self.picture)), max_length)
+        end = next((first for first, last in self.pictures if first < max_length < last), max_length)
         ids, labels = self.ids[:end], self.labels[:end]
         if self.kept is not None and whole > max_length and ids:
             ids, labels = [*ids[:-1], self.kept], [*labels[:-1], self.kept]

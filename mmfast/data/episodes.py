@@ -6,7 +6,7 @@
     say = PROMPTS["frozen"]
     say.prompt(episode)     # "<image>This is a dax. <image>This is a blicket. <image>Q: What is this? A: This is a"
     say.document(episode)   # the same with the answer, "dax.": what models train on that learn from interleaved documents
-    say.told(episode, name) # a picture's name in place of each <image>: the same for a model that does not see
+    say.turns(episode, pool.told)  # the same for a model that does not see: other words in the place of a picture, "scarlet disc"
 
 Source: Frozen (arXiv:2106.13884, section 4.2 and appendix) and Flamingo (arXiv:2204.14198, appendix C). Files of the published form
 (``image_1``, ``caption_1``, .., ``question_image``, ``question``, ``answer``) are records like others: ``mmfast.data.formats``.
@@ -105,12 +105,22 @@ class Prompts:
         prompt of a task of which it has seen no picture)."""
         said = [self.induction(episode)] if episode.induction else []
         said += [("" if unseen else show(picture)) + self.example.format(answer=answer) for picture, answer in episode.examples]
-        asked = self.turn.partition("{answer}")[0].format(question=episode.question).rstrip() if episode.question else self.query
-        return self.between.join([*said, show(episode.query) + asked])
+        return self.between.join([*said, show(episode.query) + self.asked(episode)])
 
-    def document(self, episode: Episode, show: Callable[[int], str] = lambda picture: "<image>") -> str:
+    def document(self, episode: Episode) -> str:
         """Prompt, answer and what ends it."""
-        return f"{self.prompt(episode, show)} {episode.answer}{self.after}"
+        return f"{self.prompt(episode)} {episode.answer}{self.after}"
+
+    def turns(self, episode: Episode, show: Callable[[int], str]) -> list[tuple[str, str]]:
+        """The document as a conversation: what stands for a picture is a question, what is said of it the answer."""
+        first = self.induction(episode) + self.between if episode.induction else ""
+        turns = [(show(picture) + " ", self.example.format(answer=answer) + self.between) for picture, answer in episode.examples]
+        turns.append((f"{show(episode.query)} {self.asked(episode)} ", episode.answer + self.after))
+        return [(first + turns[0][0], turns[0][1]), *turns[1:]]
+
+    def asked(self, episode: Episode) -> str:
+        """Between the last picture and its answer."""
+        return self.turn.partition("{answer}")[0].format(question=episode.question).rstrip() if episode.question else self.query
 
     def induction(self, episode: Episode) -> str:
         *others, last = episode.words or ("",)
@@ -132,7 +142,24 @@ PROMPTS["open_flamingo"] = replace(
     PROMPTS["flamingo"], example="Output:{answer}<|endofchunk|>", turn="Question:{question} Short answer:{answer}<|endofchunk|>"
 )
 # The words of episodes that the shapes world does not have; they come behind its own in a tiny model's vocabulary.
-WORDS = ("This", "Q", "What", "this", "A", "Output", "Question", "Answer", "with", "or", "Please", "answer", "question", *NONSENSE)
+OTHER_COLOURS = ("scarlet", "emerald", "navy", "golden", "amber", "violet", "chestnut", "jet")
+WORDS = (
+    "This",
+    "Q",
+    "What",
+    "this",
+    "A",
+    "Output",
+    "Question",
+    "Answer",
+    "with",
+    "or",
+    "Please",
+    "answer",
+    "question",
+    *NONSENSE,
+    *OTHER_COLOURS,
+)
 
 
 def prompts_of(template: str) -> Prompts:
@@ -152,6 +179,11 @@ class Pool:
     def name(self, picture: int) -> str:
         """ "red circle"."""
         return ATTRIBUTES["object"](self.scenes[picture], self.world)
+
+    def told(self, picture: int) -> str:
+        """The same in words that answers never use: "scarlet disc". What a language model reads where a seeing one has a picture."""
+        thing = self.scenes[picture].objects[0]
+        return f"{OTHER_COLOURS[thing.colour]} {SHAPES[thing.shape][2]}"
 
     def episode(self, draws: Draws, plan: Plan) -> Episode:
         return self._naming(draws, plan) if plan.task == "naming" else self._attribute(draws, plan)
@@ -204,4 +236,9 @@ def most_similar(queries: Tensor, support: Tensor, shots: int) -> Tensor:
 TAUGHT = (
     *(Plan("attribute", shots=n) for n in (0, 1, 2, 4)),
     *(Plan("naming", inner_shots=1, induction=i % 2 == 0, repeats=i // 2) for i in range(4)),
+)
+# What a language model reads before it sees: longer ones, each of which is an episode of every smaller number of examples, too.
+TOLD = (
+    *(Plan("attribute", shots=n) for n in (7, 7, 7, 1, 0)),
+    *(Plan("naming", inner_shots=3, induction=i < 2) for i in range(3)),
 )

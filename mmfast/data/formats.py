@@ -58,6 +58,18 @@ class Record:
     rejected: str | None = None
 
 
+def cleaned(record: Record) -> Record:
+    """The record with its answers as BLIP and BLIP-2 read captions (LAVIS's caption processor)."""
+
+    def clean(text: str) -> str:
+        words = re.sub(r"[.!\"()*#:;~]", " ", text.lower()).split()[:50]
+        if not words:
+            raise ValueError("has an answer without words; leave clean off, or the record out")
+        return " ".join(words)
+
+    return replace(record, turns=tuple((question, answer and clean(answer)) for question, answer in record.turns))
+
+
 def parse(
     row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, pages: Pages | None = None
 ) -> Record:  # fmt: skip

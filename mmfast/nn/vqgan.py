@@ -272,17 +272,23 @@ class VQGAN(nn.Module):
 
 
 def start_plain(vq: VQGAN) -> VQGAN:
-    """Weights to train from, in place of PyTorch's: convolutions keep the variance of what they read, without biases, and what residual
-    branches add starts at 0.
+    """Weights to train from, in place of PyTorch's: convolutions keep the variance of what they read, without biases; what residual branches
+    add starts at 0; and where the codes' grid is read or written, a code sees its own place alone.
 
-    So encoder and decoder start as chains of plain convolutions. With PyTorch's start (which VQGAN's code has) what a picture holds is lost on
+    So encoder and decoder start as chains of plain convolutions. With PyTorch's start (which VQGAN's code has) what a place holds is lost on
     the way: a short training first learns the mean picture and only then to see.
     """
+    own_place = (vq.encoder.conv_out, *(() if vq.decoder is None else (vq.decoder.conv_in,)))
     for module in vq.modules():
         if isinstance(module, nn.Conv2d):
-            bound = (3 / module.weight[0].numel()) ** 0.5
+            taps = 1 if module in own_place else module.weight[0, 0].numel()
+            bound = (3 / (module.in_channels * taps)) ** 0.5
             nn.init.uniform_(module.weight, -bound, bound)
             nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        for module in own_place:
+            side = torch.arange(3)
+            module.weight[:, :, (side[:, None] != 1) | (side != 1)] = 0
     for module in vq.modules():
         if isinstance(module, ResBlock | AttnBlock):
             nn.init.zeros_((module.conv2 if isinstance(module, ResBlock) else module.proj_out).weight)

@@ -151,6 +151,21 @@ def test_packing_lays_rows_end_to_end():
     assert padded["rows"].tolist() == [[0] * 3, [1] * 3]
 
 
+def test_idefics_borders_are_shared_by_adjacent_pictures():
+    """<fake><image><fake> for one, <fake><image><fake><image><fake> for two; borders that differ are each picture's own."""
+    fake = ord("#")
+    turns = [("<image><image>What? <image>", "Red"), ("And?", "No")]
+    ids, labels = encode("idefics", turns, tokens=1, borders=(fake, fake))
+    assert read(ids) == (
+        "<s>User: #@#@#What? #@#<end_of_utterance>\nAssistant: Red<end_of_utterance>\nUser: And?<end_of_utterance>\nAssistant: No<end_of_utterance>\n"
+    )
+    assert scored(ids, labels) == "Red<end_of_utterance>\nNo<end_of_utterance>\n"
+    assert read(encode("bare", [("<image><image>", "a")], tokens=1, borders=(ord("("), ord(")")))[0]) == "<s>(@)(@)a</s>"
+    # A picture that is cut goes whole, and leaves the border that the one before it ends with.
+    cut, _ = chat.encode_document(Speller(), "ab<image><image>", image_tokens=1, image_token=IMAGE, max_length=7, borders=(fake, fake))
+    assert read(cut) == "<s>ab#@#"
+
+
 E = "<E>"  # what closes a chunk, spelt
 
 

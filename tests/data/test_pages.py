@@ -111,9 +111,9 @@ def test_a_mixture_counts_each_set_apart_where_losses_have_weights(tmp_path):
 def test_the_loss_is_the_weighed_sum_of_the_sets_own_means(tmp_path):
     from gated import SYSTEM
     from made import Session
+    from mmfast.trainers.supervised import answer_objective
 
     from mmfast.models import build
-    from mmfast.trainers.supervised import answer_objective
 
     made = source(tmp_path, (1.0, 0.2))
     torch.manual_seed(0)

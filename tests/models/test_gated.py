@@ -178,10 +178,13 @@ def test_as_many_pictures_as_places():
 # --------------------------------------------------------------------------------------------------- ways a batch comes in
 
 
-@pytest.mark.parametrize("immediate", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_rows_laid_end_to_end_stay_apart(immediate, family):
-    model = made(family, immediate=immediate)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [(f, {"immediate": i}) for f in ("llama", "gpt_neox") for i in (True, False)]
+    + [(f, {"block": "idefics", "gates": "vector", "qk_norm": True}) for f in ("llama", "gpt2")],
+)
+def test_rows_laid_end_to_end_stay_apart(family, options):
+    model = made(family, **options)
     texts = ["xIabEIc", "abI", "abc", "IaIbIcd"]
     each = [rows(t, seed=i) for i, t in enumerate(texts)]
     counts = [t.count("I") for t in texts]

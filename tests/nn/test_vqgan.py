@@ -248,3 +248,33 @@ def test_critic_is_the_published_one():
     assert (seen.max(0).values - seen.min(0).values + 1).tolist() == [70, 70]
     assert critic.main[2].bias is None
     assert critic.main[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_plain_start_leaves_in_the_grid_what_its_places_hold():
+    """How much of each 16 x 16 place of the shapes world's pictures the best affine map can tell from what the codebook is asked for, before any
+    training: next to nothing with PyTorch's start, much with ours, which changes no shape and no name."""
+    from mmfast.data.synthetic import World
+    from mmfast.nn.vqgan import start_plain
+
+    world = World()
+    pixels = torch.from_numpy(world.render(world.scenes("train", 200))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    places = pixels.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).reshape(200 * 16, -1)
+
+    def told(vq):
+        with torch.no_grad():
+            z = vq.eval().encode(pixels).movedim(1, -1).reshape(len(places), -1)
+        z = torch.cat([z, torch.ones(len(z), 1)], 1)
+        missed = (z @ torch.linalg.lstsq(z, places).solution - places).square().mean()
+        return 1 - float(missed / (places - places.mean(0)).square().mean())
+
+    before, after = [], []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        vq = VQGAN(size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, groups=4, quantize=VectorQuantizer2(8, 16))
+        names = {name: p.shape for name, p in vq.named_parameters()}
+        before.append(told(vq))
+        after.append(told(start_plain(vq)))
+        assert names == {name: p.shape for name, p in vq.named_parameters()}
+    assert max(before) < 0.1
+    assert sum(after) / 5 > 0.35
+    assert min(after) > 2 * max(before)
