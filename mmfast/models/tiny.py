@@ -44,7 +44,10 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
     # What has learnt words moves slowly, or the steps in which the language model cannot read yet undo it.
     "kosmos_web": (_WEB, replace(_LONG, steps=800, lr_of={"last_block": 2e-4, "connector": 1e-3})),
-    "kosmos_2_pretrain": (Data("shapes_grounded"), replace(_LONG, steps=500, lr_of={"encoder": 2e-4, "connector": 1e-3})),
+    "kosmos_2_pretrain": (
+        Data("shapes_grounded"),
+        replace(_LONG, lr=3e-3, steps=1000, batch=16, lr_of={"encoder": 2e-4, "connector": 1e-3}),
+    ),
     "kosmos_2_instruct": (Data("shapes_grounded"), replace(_SHORT, lr=1e-4)),
     # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
     "conceptual_captions": (Data("shapes_single"), Optim(lr=3e-3, steps=1000, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST)),
