@@ -196,7 +196,10 @@ def test_two_processes_contrast_as_one_does(tmp_path, parallel):
         lines = [json.loads(line) for line in (tmp_path / str(processes) / "metrics.jsonl").read_text().splitlines()]
         curves.append(torch.tensor([[line["loss"], line["grad_norm"]] for line in lines], dtype=torch.float64))
     assert len(curves[0]) == 6
-    torch.testing.assert_close(curves[1], curves[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(curves[1][:, 0], curves[0][:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(curves[1][:3, 1], curves[0][:3, 1], atol=1e-5, rtol=1e-5)
+    # AdamW divides by tiny second moments in its first steps, and by the second stage has magnified the rounding of sums in another order.
+    torch.testing.assert_close(curves[1][3:, 1], curves[0][3:, 1], atol=1e-5, rtol=1e-4)
 
 
 def test_the_stage_resumes_and_its_measures_are_sums(session, tmp_path):
