@@ -71,7 +71,12 @@ TEMPLATES = {
     ),
     # Idefics' instructed models, as their cards show it; the tokens around pictures are the fusion's (``System.borders``).
     "idefics": Template(
-        before="User: ", between="<end_of_utterance>\nAssistant:", after="<end_of_utterance>\n", end_each=False, tight=True
+        before="User: ",
+        between="<end_of_utterance>\nAssistant:",
+        after="<end_of_utterance>\n",
+        end_each=False,
+        end="<end_of_utterance>",
+        tight=True,
     ),
     # Chameleon's fine-tuning: one reserved token between question and answer, and the end token behind an answer.
     "chameleon": Template(between="<reserved08706>"),
