@@ -555,7 +555,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     learns = not isinstance(system.fusion, Prefix | SharedTokens)
     rules(learns or "adapter" not in job.train, "train", f"adapter is what the fusion has to learn, and {kind} has nothing; take it out")
     rules(
-        bool(system.added_tokens) or "new_tokens" not in job.train,
+        bool(system.added_tokens or system.weights) or "new_tokens" not in job.train,
         "train",
         "new_tokens are the tokens that the choices add, and these add none; take it out",
     )
@@ -607,8 +607,8 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         rules.within(job, z_loss="[0, inf)", dropout="[0, 1)")
         rules(not job.z_loss or job.objective == "lm", "z_loss", f"is a term of objective lm, and this is {job.objective}; set it to 0")
     if isinstance(job, Stage) and job.objective == "words":
-        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in BUILT_IN
-        rules(told, "objective", f"words needs to know what is true of a picture, as the built-in {', '.join(BUILT_IN)} do; choose lm")
+        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in ("shapes", "shapes_captions", "easy_vqa")
+        rules(told, "objective", "words needs to know what is true of a picture, as the built-in shapes and easy_vqa do; choose lm")
 
 
 def _check_queries(job: Any, system: System, rules: _Rules) -> None:

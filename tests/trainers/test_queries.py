@@ -222,7 +222,7 @@ def test_the_stage_resumes_and_its_measures_are_sums(session, tmp_path):
 
 
 def test_augmented_pictures_are_seen_in_training_alone_and_never_kept(session):
-    source, stage = session.small
+    source, _ = session.small
     plain = session.pixels(source.pictures[:4])
     assert supervised.cached_states(session, source) is not None
     system = session.system
@@ -245,7 +245,7 @@ def test_what_it_is_written_as(session, tmp_path):
     from mmfast.models import Matcher
 
     model, pixels = session.model.eval(), session.pixels(session.small[0].pictures[:2])
-    with pytest.raises(supervised.RunError, match="a QFormer model's weights and config are written by"):
+    with pytest.raises(supervised.RunError, match="only the weights of a Blip2ForConditionalGeneration are written"):
         export(session, session.system, tmp_path / "none")
     model.save_pretrained(tmp_path / "speaks")
     Matcher.of(model).save_pretrained(tmp_path / "compares")
