@@ -275,7 +275,7 @@ def tokenizer_stage(session: Session, stage: Stage, source, run: Run, options: O
 
 def queries_stage(session: Session, stage: Stage, source, run: Run, options: Options):
     states = cached_states(session, source)
-    source.with_pictures = states is None
+    source.with_pictures, source.packing = states is None, False  # texts are compared row by row
     return queries.queries_objective(session, stage, states), queries.Texts(source), None
 
 

@@ -119,6 +119,8 @@ def encode(
             if len(line.ids) > max_length:
                 raise ValueError(f"the prompt has {len(line.ids)} tokens with its pictures, more than max_length={max_length}")
             break
+        if form.picture_first and question:
+            answer = " " + answer.lstrip()  # the prompt and what follows are one sentence, whose words begin with their spaces
         line.add(answer + form.after, supervised=True)
         if form.end_each or (i == len(turns) - 1 and not form.after):
             line.end()
