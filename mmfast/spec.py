@@ -548,6 +548,11 @@ class System:
         return isinstance(self.connector, Linear | Mlp | AttentionPool)
 
     @property
+    def mixes(self) -> bool:
+        """Whether each of these vectors is made of all the tower's states."""
+        return isinstance(self.connector, AttentionPool)
+
+    @property
     def borders(self) -> tuple[str, ...]:
         """Tokens before and behind each picture; where they are the same, adjacent pictures share the one between them."""
         if isinstance(self.fusion, GatedCrossAttention) and self.fusion.around:
