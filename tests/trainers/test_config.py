@@ -342,6 +342,13 @@ RULES = [
     ),
     (
         "llava",
+        ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, loss: 1}, {name: b}]}"],
+        "stages.align.data.parts: give the loss of every data set of a mixture a weight, or of none",
+    ),
+    ("llava", ["--stages.align.data.pages.following", "1.5"], "stages.align.data.pages.following: expected"),
+    ("llava", ["--stages.align.data.loss", "0"], "stages.align.data.loss: expected"),
+    (
+        "llava",
         ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, path: a.json}, {name: b}]}"],
         "stages.align.data.parts: give every data set of a mixture a path; b has none",
     ),
