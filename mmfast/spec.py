@@ -528,7 +528,7 @@ class System:
     paper: str = ""
     weights: str | None = None
     encoder: Clip | Siglip | Dino | Eva | NfResnet | Vqgan = Clip()
-    connector: Linear | NoConnector | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
+    connector: Linear | Mlp | Pooled | NoConnector | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
     fusion: Prefix | AdapterPrompts | GatedCrossAttention | Retrieval | SharedTokens = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()

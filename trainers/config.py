@@ -555,7 +555,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     learns = not isinstance(system.fusion, Prefix | SharedTokens)
     rules(learns or "adapter" not in job.train, "train", f"adapter is what the fusion has to learn, and {kind} has nothing; take it out")
     rules(
-        bool(system.added_tokens) or "new_tokens" not in job.train,
+        bool(system.added_tokens or system.weights) or "new_tokens" not in job.train,
         "train",
         "new_tokens are the tokens that the choices add, and these add none; take it out",
     )
@@ -622,6 +622,8 @@ def _check_queries(job: Any, system: System, rules: _Rules) -> None:
     rules("queries" in job.train, "train", "objective queries trains the part queries; name it")
     others = [part for part in job.train if part not in ("queries", "encoder")]
     rules(not others, "train", f"objective queries reaches queries and encoder, not {', '.join(others)}; take it out")
+    most = getattr(system.connector, "positions", job.max_length)
+    rules(job.max_length <= most, "max_length", f"{job.max_length} words are more than the Q-Former's {most} positions; at most {most}")
     rules(job.optim.batch >= 2, "optim.batch", "a text is compared with other pictures of its micro-batch, and 1 row has none; at least 2")
 
 

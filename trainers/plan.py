@@ -481,6 +481,8 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     pictures = math.ceil(optim.batch / processes)
     rows = pictures * (len(job.views) if isinstance(job, Alignment) else 1)
     length = length or min(job.max_length, shape.language.context)
+    if "queries" in job.train:
+        length = min(length, shape.connector.positions)
     if length <= shape.image_places and not words:
         raise RunError(f"rows of {length} positions cannot hold a picture of {shape.image_places} tokens; give a longer --length")
     sharded = compute.parallel == "fsdp" and processes > 1

@@ -35,12 +35,12 @@ RUNS: dict[str, dict[str, list[str]]] = {
         "": [],
         "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"],
     },
+    "flamingo": {"": [], "blind": ["--stages.interleaved.data.blind", "true"]},
     "fromage": {
         "": [],
         "blind": ["--stages.pairs.data.blind", "true"],
         "no contrast": ["--stages.pairs.contrast", "0"],
     },
-    "flamingo": {"": [], "blind": ["--stages.interleaved.data.blind", "true"]},
     "frozen": {"": [], "blind": ["--stages.captions.data.blind", "true"]},
     "kosmos_1": {"": []},
     "kosmos_2": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.instruct.data.blind", "true"]},

@@ -15,8 +15,11 @@ Source: Frozen (arXiv:2106.13884, section 4.2 and appendix) and Flamingo (arXiv:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from mmfast.data.synthetic import COLOURS, COLUMNS, ROWS, SHAPES, Draws, Scene, World
 
@@ -83,7 +86,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The words around pictures and answers. Neither paper fixes the space between two examples, which is ``between`` here."""
+    """The words around pictures and answers. Frozen does not fix the space between two examples; Flamingo has none."""
 
     example: str  # behind a picture; {answer}
     query: str  # behind the last picture, up to the answer
@@ -128,9 +131,16 @@ class Prompts:
 PROMPTS = {
     "frozen": Prompts(example="This is a {answer}.", query="Q: What is this? A: This is a"),
     "flamingo": Prompts(
-        example="Output: {answer}<|endofchunk|>", query="Output:", turn="Question: {question} Answer: {answer}<|endofchunk|>"
+        example="Output: {answer}<|endofchunk|>",
+        query="Output:",
+        turn="Question: {question} Answer: {answer}<|endofchunk|>",
+        between="",
     ),
 }
+# OpenFlamingo's questions are the same but for one word (arXiv:2308.01390, appendix).
+PROMPTS["open_flamingo"] = replace(
+    PROMPTS["flamingo"], example="Output:{answer}<|endofchunk|>", turn="Question:{question} Short answer:{answer}<|endofchunk|>"
+)
 # The words of episodes that the shapes world does not have; they come behind its own in a tiny model's vocabulary.
 OTHER_COLOURS = ("scarlet", "emerald", "navy", "golden", "amber", "violet", "chestnut", "jet")
 WORDS = (
@@ -208,6 +218,18 @@ class Pool:
 def mixed(pool: Pool, count: int, *, purpose: int, plans: Sequence[Plan]) -> list[Episode]:
     """Episodes of all plans in turn; those of one seed and purpose are always the same."""
     return [pool.episode(Draws(pool.world.config.seed, 9, purpose, i), plans[i % len(plans)]) for i in range(count)]
+
+
+def orderings(episode: Episode, draws: Draws, count: int = 6) -> list[Episode]:
+    """The same episode with its examples in so many drawn orders; what a model says of all is averaged (Flamingo's prompt ensembling)."""
+    return [replace(episode, examples=tuple(draws.shuffled(episode.examples))) for _ in range(count)]
+
+
+def most_similar(queries: Tensor, support: Tensor, shots: int) -> Tensor:
+    """Which pictures to show before each query: the ``shots`` of the support with the largest cosine to it, the most similar last (RICES,
+    arXiv:2109.05014, as Flamingo uses it). queries [Q, D], support [S, D], shots at most S -> indices [Q, shots]."""
+    cosine = torch.nn.functional.normalize(queries, dim=-1) @ torch.nn.functional.normalize(support, dim=-1).T
+    return cosine.topk(shots).indices.flip(-1)
 
 
 # What documents teach: either task, with few examples or more, announced or not.

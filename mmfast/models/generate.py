@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mmfast.models.tokenizer import plain_text
+from mmfast.ops import linear_logp
 
 if TYPE_CHECKING:
     from mmfast.models.build import MultimodalModel
@@ -110,6 +111,24 @@ def generate(model: MultimodalModel, input_ids: Tensor, **options) -> Tensor:
     """All new tokens ``[B, up to max_new_tokens]``, ``end`` included; arguments as for ``steps``."""
     tokens = list(steps(model, input_ids, **options))
     return torch.stack(tokens, 1) if tokens else input_ids.new_zeros(len(input_ids), 0)
+
+
+@torch.no_grad()
+def option_logps(model: MultimodalModel, input_ids: Tensor, options: Sequence[Sequence[int]], **images: Tensor | None) -> Tensor:
+    """Log-probability of each of some answers behind each prompt, ``[B, len(options)]``: closed questions are answered by the likeliest.
+
+    Args:
+        input_ids: ``[B, T]``, prompts of one length.
+        options: token ids of the answers.
+        images: as for ``steps``.
+    """
+    embeds, head = model.embed_images(**images), model.language.get_output_embeddings()
+    logps = []
+    for option in options:
+        said = torch.tensor(option, device=input_ids.device).expand(len(input_ids), -1)
+        hidden = model.hidden(torch.cat([input_ids, said], 1), image_embeds=embeds)[:, input_ids.shape[1] - 1 : -1]
+        logps.append(linear_logp(hidden, head.weight, said, head.bias).sum(-1))
+    return torch.stack(logps, 1)
 
 
 def text_pieces(tokenizer, tokens: Iterable[Tensor]) -> Iterator[list[str]]:

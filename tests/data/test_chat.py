@@ -157,7 +157,7 @@ def test_idefics_borders_are_shared_by_adjacent_pictures():
     turns = [("<image><image>What? <image>", "Red"), ("And?", "No")]
     ids, labels = encode("idefics", turns, tokens=1, borders=(fake, fake))
     assert read(ids) == (
-        "<s>User: #@#@#What? #@#<end_of_utterance>\nAssistant: Red<end_of_utterance>\nUser: And?<end_of_utterance>\nAssistant: No<end_of_utterance>\n"
+        "<s>User:#@#@#What?#@#<end_of_utterance>\nAssistant:Red<end_of_utterance>\nUser: And?<end_of_utterance>\nAssistant:No<end_of_utterance>\n"
     )
     assert scored(ids, labels) == "Red<end_of_utterance>\nNo<end_of_utterance>\n"
     assert read(encode("bare", [("<image><image>", "a")], tokens=1, borders=(ord("("), ord(")")))[0]) == "<s>(@)(@)a</s>"

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mmfast.data import chat, supervised
-from mmfast.data.episodes import ATTRIBUTES, NONSENSE, PROMPTS, WORDS, Episode, Plan, Pool, mixed
+from mmfast.data.episodes import ATTRIBUTES, NONSENSE, PROMPTS, WORDS, Episode, Plan, Pool, mixed, most_similar, orderings
 from mmfast.data.formats import parse
-from mmfast.data.synthetic import World
+from mmfast.data.synthetic import Draws, World
 from mmfast.models.tokenizer import word_tokenizer
 
 
@@ -29,10 +29,10 @@ def test_the_published_strings():
     assert frozen.document(two) == frozen.prompt(two) + " dax."
     shown = Episode(((3, "two cats"),), 5, "a dog", "attribute")
     flamingo = PROMPTS["flamingo"]
-    assert flamingo.document(shown) == "<image>Output: two cats<|endofchunk|> <image>Output: a dog<|endofchunk|>"
-    assert flamingo.prompt(shown, unseen=True) == "Output: two cats<|endofchunk|> <image>Output:"
+    assert flamingo.document(shown) == "<image>Output: two cats<|endofchunk|><image>Output: a dog<|endofchunk|>"
+    assert flamingo.prompt(shown, unseen=True) == "Output: two cats<|endofchunk|><image>Output:"
     asked = Episode((), 0, "yes", "naming", induction=True, question="is it big?")
-    assert flamingo.document(asked) == "Please answer the question. <image>Question: is it big? Answer: yes<|endofchunk|>"
+    assert flamingo.document(asked) == "Please answer the question.<image>Question: is it big? Answer: yes<|endofchunk|>"
     assert frozen.prompt(asked).endswith("<image>Question: is it big? Answer:")
 
 
@@ -169,3 +169,19 @@ def test_the_published_files_are_records():
         parse({k: v for k, v in row.items() if k != "caption_2"}, 0, root="")
     with pytest.raises(ValueError, match='but no "question_image"'):
         parse({k: v for k, v in row.items() if k != "question_image"}, 0, root="")
+
+
+def test_the_most_similar_comes_last():
+    support = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 1.0], [-1.0, 0.0]])
+    assert most_similar(torch.tensor([[1.0, 0.1], [0.0, 2.0]]), support, 3).tolist() == [[1, 2, 0], [0, 2, 1]]
+    assert most_similar(torch.tensor([[5.0, 0.5]]), 9 * support, 1).tolist() == [[0]], "by angle, not by length"
+
+
+def test_orders_of_the_same_examples(pool):
+    (episode,) = episodes(pool, Plan("attribute", shots=4), 1)
+    made = orderings(episode, Draws(0, 3), 6)
+    assert len(made) == 6
+    assert len({e.examples for e in made}) > 3
+    for e in made:
+        assert sorted(e.examples) == sorted(episode.examples)
+        assert (e.query, e.answer) == (episode.query, episode.answer)

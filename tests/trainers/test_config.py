@@ -309,6 +309,7 @@ RULES = [
         ["--stages.see.data.clean", "true"],
         "stages.see.data.clean: shapes_captions is built in, and its captions are what they are",
     ),
+    ("blip2", ["--stages.see.max_length", "65"], "stages.see.max_length: 65 words are more than the Q-Former's 64 positions; at most 64"),
     ("blip2", ["--stages.see.optim.batch", "1"], "stages.see.optim.batch: a text is compared with other pictures of its micro-batch"),
     ("llava", ["--compute.bad_steps", "0"], "compute.bad_steps: expected at least 1, got 0"),
     ("llava", ["--encoder.heads", "7"], "encoder.width: 64 is not a multiple of encoder.heads 7"),

@@ -196,7 +196,10 @@ def test_two_processes_contrast_as_one_does(tmp_path, parallel):
         lines = [json.loads(line) for line in (tmp_path / str(processes) / "metrics.jsonl").read_text().splitlines()]
         curves.append(torch.tensor([[line["loss"], line["grad_norm"]] for line in lines], dtype=torch.float64))
     assert len(curves[0]) == 6
-    torch.testing.assert_close(curves[1], curves[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(curves[1][:, 0], curves[0][:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(curves[1][:3, 1], curves[0][:3, 1], atol=1e-5, rtol=1e-5)
+    # AdamW divides by tiny second moments in its first steps, and by the second stage has magnified the rounding of sums in another order.
+    torch.testing.assert_close(curves[1][3:, 1], curves[0][3:, 1], atol=1e-5, rtol=1e-4)
 
 
 def test_the_stage_resumes_and_its_measures_are_sums(session, tmp_path):
@@ -242,7 +245,7 @@ def test_what_it_is_written_as(session, tmp_path):
     from mmfast.models import Matcher
 
     model, pixels = session.model.eval(), session.pixels(session.small[0].pictures[:2])
-    with pytest.raises(supervised.RunError, match="a QFormer model's weights and config are written by"):
+    with pytest.raises(supervised.RunError, match="only the weights of a Blip2ForConditionalGeneration are written"):
         export(session, session.system, tmp_path / "none")
     model.save_pretrained(tmp_path / "speaks")
     Matcher.of(model).save_pretrained(tmp_path / "compares")

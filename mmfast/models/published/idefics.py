@@ -21,6 +21,7 @@ from mmfast.models.build import CONNECTORS, MultimodalModel, Tower
 from mmfast.models.lora import merged
 
 STOCK = IdeficsForVisionText2Text
+AROUND = "<fake_token_around_image>"  # what its processor puts on either side of a picture
 
 
 def system_of(config: IdeficsConfig, name: str) -> spec.System:
@@ -51,10 +52,10 @@ def system_of(config: IdeficsConfig, name: str) -> spec.System:
         fusion=spec.GatedCrossAttention(
             every=config.cross_layer_interval, heads=config.num_attention_heads, head_width=config.hidden_size // config.num_attention_heads,
             block="idefics", qk_norm=config.qk_layer_norms, gates="vector" if config.alpha_type == "vector" else "scalar", end="",
-            around="<fake_token_around_image>",
+            around=AROUND,
         ),
         language=pretrained.language_sizes(spec.LanguageModel(weights=None), _text_config(config)),
-        image=spec.Fixed(size=vision.image_size),
+        image=spec.Fixed(size=vision.image_size, fit="squash"),
     )  # fmt: skip
 
 
