@@ -270,7 +270,8 @@ def test_records_of_the_user(session, tmp_path):
     from mmfast.spec import Data
 
     rows = [
-        {"image": f"{i // 2}.png", "caption": f"a {colour} circle ."} for i, colour in enumerate("red blue green red yellow blue".split())
+        {"image": f"{i // 2}.png", "caption": f"a {colour} circle ."}
+        for i, colour in enumerate(["red", "blue", "green", "red", "yellow", "blue"])
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
