@@ -203,6 +203,7 @@ class Tokens:
 
     tokens: int = 2
     pool: Literal["class", "mean"] = "mean"
+    init: float = 0.0  # deviation of the map's first weights, its bias 0; 0: torch's own, whose vectors are far longer than words'
 
 
 @dataclass(frozen=True)

@@ -176,9 +176,9 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
             raise RunError("objective retrieval reads pictures with one caption each, in template fromage; another record is among them")
         seen = states[batch["picture_ids"].to(states.device)].to(place.device) if states is not None else None
         seen = model.encode(session.pixels(batch["pictures"])) if seen is None else seen
+        places = torch.arange(ids.shape[1], device=ids.device)
         scored = labels != chat.IGNORE
-        lengths = scored.sum(1)
-        last = torch.arange(len(ids), device=ids.device), k + lengths  # [RET]
+        last = torch.arange(len(ids), device=ids.device), (scored * places).argmax(1)  # [RET]
 
         told = labels.clone()
         told[last] = chat.IGNORE
@@ -195,7 +195,7 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
         with torch.autocast(place.device.type, enabled=False):  # a product in half precision would round what the scale magnifies
             logits, own = u @ t.T, torch.arange(len(u), device=u.device)
         nce = image_text_contrast(logits, logits.T, own, own, smoothing=0.0)
-        share = (place.sum(lengths.sum().double().view(1)) / totals[:1]).to(nce.dtype)[0]
+        share = (place.sum(scored.sum().double().view(1)) / totals[:1]).to(nce.dtype)[0]
         whole = share * nce
         once = whole - whole.detach() * (1 - 1 / place.processes)  # every process has the same value, and measures are added
         total = totals[0].to(captions.dtype)
@@ -283,7 +283,7 @@ def tokenizer_stage(session: Session, stage: Stage, source, run: Run, options: O
 
 def queries_stage(session: Session, stage: Stage, source, run: Run, options: Options):
     states = cached_states(session, source)
-    source.with_pictures = states is None
+    source.with_pictures, source.packing = states is None, False  # texts are compared row by row
     return queries.queries_objective(session, stage, states), queries.Texts(source), None
 
 

@@ -29,6 +29,7 @@ from mmfast.spec import (
     Siglip,
     Stage,
     System,
+    Tokens,
     Vqgan,
 )
 
@@ -50,7 +51,10 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     ),
     "kosmos_2_instruct": (Data("shapes_grounded"), replace(_SHORT, lr=1e-4)),
     # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
-    "conceptual_captions": (Data("shapes_single"), Optim(lr=3e-3, steps=1000, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST)),
+    "conceptual_captions": (
+        Data("shapes_single"),
+        Optim(lr=2e-3, lr_of={"connector": 2e-4}, steps=600, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST),
+    ),
     "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
     "flamingo_mix": (Data("shapes_episodes"), replace(_LONG, steps=600)),
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
@@ -130,6 +134,8 @@ def _small(choice):
                 depth = max(depth, more - choice.layer)
                 choice = replace(choice, scales=tuple(range(choice.layer - more, choice.layer)))
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
+        case Tokens():
+            return replace(choice, init=choice.init and 4e-3)
         case NfResnet():
             return replace(choice, size=64, stem=32, blocks=(1,) * len(choice.blocks), width=128)
         case QFormer():  # it reads the language model's words, as there are no others
