@@ -15,16 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 # The parts of a model that a stage may train.
-# "queries": of a Q-Former what compares pictures with texts; "connector": what the language model reads pictures through.
-PARTS = ("encoder", "connector", "queries", "adapter", "language", "embeddings", "new_tokens")
-Part = Literal["encoder", "connector", "queries", "adapter", "language", "embeddings", "new_tokens"]
+# "last_block": of a tower the last block that is read, and the norm behind it. "queries": of a Q-Former what compares pictures with texts;
+# "connector": what the language model reads pictures through.
+PARTS = ("encoder", "last_block", "connector", "queries", "adapter", "language", "embeddings", "new_tokens")
+Part = Literal["encoder", "last_block", "connector", "queries", "adapter", "language", "embeddings", "new_tokens"]
 
 # ------------------------------------------------------------------------------------------ the six choices, a class a kind
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP vision tower. ``layer`` picks the hidden state that is passed on (-2: the last but one)."""
+    """A CLIP vision tower. ``layer`` picks the hidden state that is passed on (-2: the last but one); those of ``scales`` stand before it on the
+    channels."""
 
     weights: str | None = "openai/clip-vit-large-patch14"
     width: int = 1024
@@ -34,10 +36,16 @@ class Clip:
     patch: int = 14
     size: int = 224
     layer: int = -2
+    scales: tuple[int, ...] = ()
     keep_class_token: bool = False
     post_norm: bool = False  # the tower's last norm, over every state that is passed on
     unit: bool = False  # states of length 1, after that norm (Kosmos-2)
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of a tower without weights
+
+    @property
+    def channels(self) -> int:
+        """Width of what is passed on."""
+        return self.width * (1 + len(self.scales))
 
     @property
     def tokens(self) -> int:
@@ -169,6 +177,11 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class NoConnector:
+    """The tower's states as they are, for a fusion that reads the tower's width (Idefics without a resampler)."""
+
+
+@dataclass(frozen=True)
 class Mlp:
     """``depth`` affine maps with GELU between."""
 
@@ -211,6 +224,7 @@ class AttentionPool:
 
     tokens: int = 64
     heads: int = 32
+    dropout: float = 0.0  # of attention weights
 
 
 @dataclass(frozen=True)
@@ -245,7 +259,11 @@ class Codes:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Image tokens take the places of the <image> placeholders in the language model's sequence."""
+    """Image tokens take the places of the <image> placeholders in the language model's sequence, between the tokens ``begin`` and ``end``
+    ("": none). Where a document speaks of a picture after a text, ``begin`` is learnt like the text."""
+
+    begin: str = ""
+    end: str = ""
 
 
 @dataclass(frozen=True)
@@ -333,6 +351,7 @@ class LanguageModel:
     norm_eps: float = 1e-6
     norm: Literal["before", "after"] = "before"  # chameleon: each sub-layer's norm stands before it, or over what it adds (its 34B)
     init: float = 0.02
+    dropout: float = 0.0  # of a model without weights, where its family has any
     words: str | None = None  # the folder or hub name of a tokenizer, for a model that starts from nothing
 
 
@@ -354,7 +373,8 @@ class Fixed:
 
 # Data sets that need no path; mmfast.data.supervised makes them.
 BUILT_IN = (
-    "shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "shapes_crowded", "shapes_drawing", "easy_vqa",
+    "shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "shapes_crowded", "shapes_drawing", "shapes_grounded",
+    "easy_vqa",
 )  # fmt: skip
 
 
@@ -375,6 +395,7 @@ class Data:
     streaming: bool = False
     blind: bool = False  # every picture black: the control of what the words alone give away
     frames: int = 8  # pictures that a video is read as
+    boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
     weight: float | None = None
     on_bad_record: Literal["fail", "skip"] = "fail"
 
@@ -485,7 +506,7 @@ class System:
     paper: str = ""
     weights: str | None = None
     encoder: Clip | Siglip | Dino | Eva | NfResnet | Vqgan = Clip()
-    connector: Linear | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
+    connector: Linear | NoConnector | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
     fusion: Prefix | AdapterPrompts | GatedCrossAttention | Retrieval | SharedTokens = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()
@@ -501,7 +522,8 @@ class System:
     @property
     def borders(self) -> tuple[str, ...]:
         """Tokens before and behind each picture, of its own."""
-        return (self.fusion.begin, self.fusion.end) if isinstance(self.fusion, SharedTokens) else ()
+        spoken = isinstance(self.fusion, Prefix | SharedTokens) and self.fusion.begin
+        return (self.fusion.begin, self.fusion.end) if spoken else ()
 
     @property
     def image_tokens(self) -> int:
@@ -512,6 +534,8 @@ class System:
     def added_tokens(self) -> tuple[str, ...]:
         """Tokens that the choices need and a tokenizer of text does not have, ``<image>`` aside; the part ``new_tokens`` is their rows."""
         added: list[str] = []
+        if isinstance(self.fusion, Prefix):
+            added += [token for token in self.borders if token != "<image>"]
         if isinstance(self.connector, QFormer) and self.connector.text and not self.connector.vocab:
             added.append(DECODE)
         if isinstance(self.fusion, GatedCrossAttention) and self.fusion.end:
@@ -625,21 +649,40 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
         if isinstance(encoder, Dino):
             multiple("encoder.ffn", encoder.ffn, "encoder.width", encoder.width)
+    if isinstance(encoder, NfResnet) and encoder.blocks:
+        multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
+        multiple("encoder.width", encoder.width, "4 and a halving for each stage but one,", 4 << (len(encoder.blocks) - 1))
     if not (system.weights or language.weights):
         multiple("language.width", language.width, "language.heads", language.heads)
         multiple("language.heads", language.heads, "language.kv_heads", language.kv_heads)
     if read or not (system.weights or encoder.weights):
-        if tower and not -encoder.depth - 1 <= encoder.layer <= encoder.depth:
-            out.append(f"encoder.layer: expected at least {-encoder.depth - 1} and at most {encoder.depth}, got {encoder.layer}")
+        for name, layer in [("layer", encoder.layer), *(("scales", layer) for layer in getattr(encoder, "scales", ()))] if tower else ():
+            if not -encoder.depth - 1 <= layer <= encoder.depth:
+                out.append(f"encoder.{name}: expected at least {-encoder.depth - 1} and at most {encoder.depth}, got {layer}")
         if system.image.size != encoder.size:
             out.append(f"image.size: {system.image.size} and encoder.size {encoder.size} must agree")
-    if system.weights and not isinstance(system.fusion, Prefix):
+    if getattr(encoder, "scales", ()) and (encoder.post_norm or encoder.unit):
+        out.append("encoder.scales: post_norm and unit are about one layer's states; leave scales empty")
+    if isinstance(system.connector, QFormer) and (read or not (system.weights or system.connector.weights)):
+        multiple("connector.width", system.connector.width, "connector.heads", system.connector.heads)
+    if isinstance(system.fusion, Prefix) and bool(system.fusion.begin) != bool(system.fusion.end):
+        out.append("fusion: begin and end stand around a picture together; set both, or neither")
+    if language.words and language.weights:
+        out.append("language.words: language.weights bring a tokenizer of their own; take one of them out")
+    if system.compute.packing and language.family == "kosmos_2_text_model":
+        out.append("compute.packing: the decoder of kosmos_2_text_model cannot keep packed rows apart; leave packing off")
+    if system.weights and isinstance(system.fusion, AdapterPrompts | Retrieval):  # no published class has one; the others are looked into
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
         )
-    if isinstance(system.fusion, GatedCrossAttention) and not isinstance(system.connector, Resampler):
+    if isinstance(system.fusion, GatedCrossAttention) and not isinstance(system.connector, Resampler | NoConnector):
         out.append(
             f"connector: GatedCrossAttention reads the latents of a Resampler, in the tower's width, got {type(system.connector).__name__}"
+        )
+    if isinstance(system.connector, NoConnector) and not isinstance(system.fusion, GatedCrossAttention):
+        out.append(
+            f"connector: NoConnector leaves states in the tower's width, which GatedCrossAttention reads; with {type(system.fusion).__name__} "
+            "set Linear or another"
         )
     if (
         isinstance(system.connector, Pooled | Tokens)
@@ -647,6 +690,10 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         and not getattr(encoder, "keep_class_token", False)
     ):
         out.append("connector.pool: class reads the class token; set encoder.keep_class_token true, or pool mean")
+    if isinstance(system.fusion, Retrieval) and not isinstance(system.connector, Tokens):
+        out.append(
+            f"connector: Retrieval compares a picture's pooled state, which {type(system.connector).__name__} does not have; set Tokens"
+        )
     shared = isinstance(system.fusion, SharedTokens)
     if shared != isinstance(system.connector, Codes) or (shared and not isinstance(encoder, Vqgan)):
         out.append("fusion: SharedTokens goes with encoder Vqgan and connector Codes, and Codes with nothing else; set all three")

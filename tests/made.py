@@ -115,3 +115,66 @@ def photograph(path, width=61, height=47, seed=0):
     base = np.stack([127 + 120 * np.sin(x / 7 + i) * np.cos(y / (5 + i)) for i in range(3)], -1)
     Image.fromarray((base + rng.normal(0, 9, base.shape)).clip(0, 255).astype(np.uint8)).save(path, quality=92)
     return str(path)
+
+
+# ---------------------------------------------------------------------------------------- parity with a stock class
+
+
+def lively(model: torch.nn.Module, std: float = 0.15, seed: int = 0) -> torch.nn.Module:
+    """Weights at which every part speaks, and at which fp32 rounds well within 1e-5: matrices from ``std``, norms, biases and gates about where
+    they start, but not there."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            drawn = torch.randn(p.shape, generator=g)
+            p.copy_(drawn * std if p.squeeze().ndim > 1 else p + drawn * 0.3)
+    return model.eval()
+
+
+def saved(model, path):
+    model.save_pretrained(path)
+    return path
+
+
+def words_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy of the next token, for stock classes that do not compute it, or not rightly."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def same_logits(ours, theirs, batch: dict, *, loss: bool = True, atol: float = 1e-5) -> None:
+    """Logits of real tokens and the loss equal those of the stock class, which says more than nothing.
+
+    Args:
+        loss: the stock class's own; without it its logits' (``words_loss``).
+    """
+    real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    with torch.no_grad():
+        want = theirs(**(batch if loss else {k: v for k, v in batch.items() if k != "labels"}))
+        got = ours(**batch)
+    assert want.logits[real].std() > 0.3, "a checkpoint that says nothing proves nothing"
+    torch.testing.assert_close(got.logits[real], want.logits[real], atol=atol, rtol=0)
+    if "labels" in batch:
+        torch.testing.assert_close(got.loss, want.loss if loss else words_loss(want.logits, batch["labels"]), atol=atol, rtol=0)
+
+
+def same_tokens(ours, theirs, batch: dict, *, end: int, steps: int = 12) -> torch.Tensor:
+    """Greedy tokens equal those of the stock class, until the end token or the limit; prompts are padded on the left."""
+    width = batch["input_ids"].shape[1]
+    want = theirs.generate(**batch, max_new_tokens=steps, do_sample=False, pad_token_id=end, eos_token_id=end)[:, width:]
+    got = ours.generate(**batch, end=end, max_new_tokens=steps)
+    assert got.tolist() == want.tolist()
+    assert len(set(got.flatten().tolist())) > 4, "a model that repeats itself proves nothing"
+    return got
+
+
+def moves_logits(ours, batch: dict, names) -> None:
+    """The parity test can fail: a change of each named weight is seen."""
+    with torch.no_grad():
+        want = ours(**batch).logits
+        for name in names:
+            weight = ours.get_parameter(name)
+            before = weight.clone()
+            weight.mul_(1.05).add_(0.01)
+            moved = (ours(**batch).logits - want).abs().max()
+            weight.copy_(before)
+            assert moved > 1e-4, name

@@ -33,6 +33,8 @@ from mmfast.spec import (
     Optim,
     Pooled,
     Prefix,
+    QFormer,
+    Retrieval,
     SharedTokens,
     Stage,
     System,
@@ -557,9 +559,12 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         "train",
         "new_tokens are the tokens that the choices add, and these add none; take it out",
     )
+    _check_queries(job, system, rules)
     rules(bool(trained), "train", f"nothing trains; name some of {', '.join(PARTS)}, or set lora")
     rules(len(set(job.train)) == len(job.train), "train", "a part is named twice")
     _check_optim(job.optim, trained, rules.below("optim"), processes)
+    level = not job.optim.level_new or "new_tokens" in job.train
+    rules(level, "optim.level_new", "gives rows of new_tokens their norm, and these do not train; take it out")
     known = job.template in chat.TEMPLATES
     rules(
         known,
@@ -567,7 +572,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         f"unknown template {job.template!r}{nearest(job.template, chat.TEMPLATES)}, expected one of {', '.join(chat.TEMPLATES)}",
     )
     if not (system.weights or system.encoder.weights) and system.encoder.patch > 0:
-        tokens = system.image_places
+        tokens = 1 if "queries" in job.train else system.image_places
         rules(
             job.max_length >= tokens + 2,
             "max_length",
@@ -585,7 +590,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         its = rules.below(where)
         its.within(data, frames="[1, inf)")
         if isinstance(data, Data):
-            its.within(data, weight="(0, inf)")
+            its.within(data, weight="(0, inf)", boxes="[0, 1]")
             endless = data.streaming and job.optim.steps is None
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
             built_in = data.path is None and data.name in BUILT_IN
@@ -593,9 +598,28 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     if isinstance(job, Stage):
         rules.within(job, z_loss="[0, inf)", dropout="[0, 1)")
         rules(not job.z_loss or job.objective == "lm", "z_loss", f"is a term of objective lm, and this is {job.objective}; set it to 0")
+    if isinstance(job, Stage) and job.objective == "retrieval":
+        rules(isinstance(system.fusion, Retrieval), "objective", f"retrieval compares pictures with texts, and {kind} does not; choose lm")
+        rules(job.template == "fromage", "template", f"retrieval ends texts with {Retrieval.token}; choose fromage")
+        rules(not system.compute.packing, "objective", "retrieval compares rows; set compute.packing false")
+        rules.within(job, contrast="[0, inf)")
     if isinstance(job, Stage) and job.objective == "words":
         told = isinstance(job.data, Data) and job.data.path is None and job.data.name in BUILT_IN
         rules(told, "objective", f"words needs to know what is true of a picture, as the built-in {', '.join(BUILT_IN)} do; choose lm")
+
+
+def _check_queries(job: Any, system: System, rules: _Rules) -> None:
+    """A Q-Former's first stage: its objective, its part and its connector belong together."""
+    asked = isinstance(job, Stage) and job.objective == "queries"
+    reads = isinstance(system.connector, QFormer) and (system.connector.text or system.weights is not None)
+    if not (asked or "queries" in job.train):
+        return
+    rules(reads, "objective" if asked else "train", f"queries needs a connector QFormer with text, got {system.connector}")
+    rules(asked, "train", "the part queries learns by objective queries; say connector for what the language model reads pictures through")
+    rules("queries" in job.train, "train", "objective queries trains the part queries; name it")
+    others = [part for part in job.train if part not in ("queries", "encoder")]
+    rules(not others, "train", f"objective queries reaches queries and encoder, not {', '.join(others)}; take it out")
+    rules(job.optim.batch >= 2, "optim.batch", "a text is compared with other pictures of its micro-batch, and 1 row has none; at least 2")
 
 
 def _check_mixture(mixture: Mixture, rules: _Rules) -> None:

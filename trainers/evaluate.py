@@ -74,10 +74,9 @@ class Exam:
 
 def caption_all(session: Session, states: Tensor, template: str = "bare", batch: int = 250) -> tuple[list[str], float]:
     """Greedy captions of pictures given by their states, and the share that came to an end."""
-    ids, _ = session.encoder(template)([(f"<image> {PROMPT}", None)])
-    texts, ended = [], 0
+    encode = session.encoder(template)
+    (ids, _), end, texts, ended = encode([(f"<image> {PROMPT}", None)]), encode.end_token, [], 0
     for part in states.split(batch):
-        end = session.tokenizer.eos_token_id
         out = session.model.generate(
             torch.tensor([ids] * len(part), device=session.place.device), image_states=part, end=end, max_new_tokens=64
         )

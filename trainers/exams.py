@@ -15,7 +15,9 @@ from mmfast.data.episodes import Episode, Plan, Pool, Prompts, mixed, prompts_of
 from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
+from .captions import captions_exam
 from .drawn import drawing_exam
+from .grounding import grounded
 
 # ---------------------------------------------------------------------------------------------------------------- few shots
 
@@ -71,7 +73,7 @@ def answers(
         by_length.setdefault(len(ids), []).append((i, ids))  # rows of one length need no padding
     said: list[str | None] = [None] * len(asked)
     for rows in by_length.values():
-        shown = torch.tensor([p for i, _ in rows for p in asked[i][1]], device=states.device)
+        shown = torch.tensor([p for i, _ in rows for p in asked[i][1]], dtype=torch.long, device=states.device)
         ids = torch.tensor([ids for _, ids in rows], device=place.device)
         out = model.generate(ids, image_states=states, image_rows=shown, max_new_tokens=max_new_tokens)
         for (i, _), row in zip(rows, out.tolist(), strict=True):
@@ -80,8 +82,18 @@ def answers(
     return said
 
 
+def recall(scores: torch.Tensor, name: str = "retrieval", at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
+    """Share of texts whose own picture is among the first k of all, ``scores`` [N, N]; of equal ones each is as likely to come first."""
+    own = scores.diagonal()[:, None]
+    before, equal = (scores > own).sum(1), (scores == own).sum(1)
+    measured = {f"{name}/recall@{k}": ((k - before) / equal).clamp(0, 1).mean().item() for k in at}
+    return measured | {f"{name}/chance@1": 1 / len(scores)}
+
+
 EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {
+    "shapes_captions": captions_exam,
     "shapes_single": few_shot,
     "shapes_episodes": few_shot,
     "shapes_drawing": drawing_exam,
+    "shapes_grounded": grounded,
 }

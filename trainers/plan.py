@@ -19,24 +19,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.data.supervised import EasyVQA
+from mmfast.data.supervised import EasyVQA, vocabulary
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
-from mmfast.models.fusions import ByRow
+from mmfast.models.fusions import ByRow, MediaByRow, blocks
 from mmfast.models.pretrained import locate
+from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import BUILT_IN as SETS
-from mmfast.spec import PARTS, AdapterPrompts, Alignment, Compute, LanguageModel, Linear, Lora, Mlp, Stage, System, Vqgan, nearest
+from mmfast.spec import (
+    PARTS,
+    AdapterPrompts,
+    Alignment,
+    Compute,
+    GatedCrossAttention,
+    LanguageModel,
+    Linear,
+    Lora,
+    Mlp,
+    NfResnet,
+    Prefix,
+    QFormer,
+    Retrieval,
+    Stage,
+    System,
+    Vqgan,
+    nearest,
+)
 
 from . import config
 from .checkpoint import RunError
 from .describe import columns
+from .place import Place
+from .queries import losses
 from .runs import is_run, read_recipe, system_of
 from .session import parts_of
 from .supervised import WordHead
 
-GROUPS = tuple(part for part in PARTS if part != "new_tokens")  # every parameter is in one of these
+GROUPS = tuple(part for part in PARTS if part not in ("new_tokens", "queries", "last_block"))  # every parameter is in one of these
 GIB = 2**30
 BUILT_IN = (*SETS, "shapes_own")
 _TRACED = 3  # blocks of a stack: the first, one in the middle, the last
@@ -101,25 +122,44 @@ def at_hand(system: System) -> tuple[System, list[str]]:
         return replace(system, weights=found(system.weights, "weights", system)), said
     encoder = replace(system.encoder, weights=found(system.encoder.weights, "encoder.weights", system.encoder))
     language = replace(system.language, weights=found(system.language.weights, "language.weights", system.language))
-    return replace(system, encoder=encoder, language=language), said
+    connector = system.connector
+    if isinstance(connector, QFormer):
+        connector = replace(connector, weights=found(connector.weights, "connector.weights", connector))
+    return replace(system, encoder=encoder, connector=connector, language=language), said
 
 
 def sized(system: System) -> System:
     """The system without weights, at the sizes of those of its weights that are at hand, else at the sizes that it declares."""
-    if isinstance(system.encoder, Vqgan):
-        raise RunError(f"{system.name}: the plan knows towers of transformers, and the encoder is a Vqgan; its stage has to be tried")
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
     language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
-    return replace(found, weights=None, encoder=encoder, language=language, image=replace(found.image, size=encoder.size))
+    connector = replace(found.connector, weights=None) if isinstance(found.connector, QFormer) else found.connector
+    return replace(
+        found, weights=None, encoder=encoder, connector=connector, language=language, image=replace(found.image, size=encoder.size)
+    )
+
+
+def unknown(recipe: System | Alignment, job: Stage | Alignment) -> str | None:
+    """Why a stage's memory cannot be told beforehand, in a sentence; None where it can."""
+    system, objective = system_of(recipe), getattr(job, "objective", "lm")
+    kinds = (Prefix, Retrieval, AdapterPrompts, GatedCrossAttention)
+    at = f"{recipe.name}, {job.name}: the plan knows"
+    if objective not in ("lm", "words", "queries"):
+        return f"{at} the memory of objectives lm, words and queries, not of {objective}; this stage has to be tried"
+    if isinstance(system.encoder, Vqgan) or (isinstance(system.encoder, NfResnet) and "encoder" not in job.train):
+        return f"{at} the memory of towers of transformers, not of {type(system.encoder).__name__}; this stage has to be tried"
+    if not isinstance(system.fusion, kinds):
+        known = ", ".join(kind.__name__ for kind in kinds)
+        return f"{at} the memory of fusions {known}, not of {type(system.fusion).__name__}; this stage has to be tried"
+    return None
 
 
 def _vocabulary(system: System) -> int:
-    """Words of the built-in data, which a model without weights speaks, as in ``session.Session``."""
+    """Words of the built-in data and tokens of the choices, which a model without weights speaks, as in ``session.Session``."""
     if system.weights and is_run(system.weights):
         return _vocabulary(system_of(read_recipe(Path(system.weights))[0]))
     names = {part.name for stage in system.stages for part in parts_of(stage.data)}
-    return len(EasyVQA.vocabulary() if "easy_vqa" in names else World().vocabulary)
+    return len(word_tokenizer(vocabulary(names, World()), system.added_tokens))
 
 
 @dataclass(frozen=True)
@@ -204,7 +244,7 @@ def count(system: System, its: Setting) -> Count:
             head = _word_head(system, its)
         groups = {**_groups(model), **({"word head": list(head.parameters())} if head else {})}
         learnt |= {id(p) for p in groups.get("word head", ())}
-        adapters, stack = {id(p) for p in lora_parameters(model)}, model.language.get_decoder().layers
+        adapters, stack = {id(p) for p in lora_parameters(model)}, blocks(model.language)
         four = {id(p) for p in stack.parameters() if p.ndim == 2 and id(p) not in adapters} if system.language.quantize == "4bit" else set()
 
         def held(part: str, p: nn.Parameter) -> float:
@@ -229,7 +269,8 @@ def _word_head(system: System, its: Setting) -> WordHead | None:
     if its.head is None:
         return None
     projects = isinstance(system.connector, Linear | Mlp)
-    return WordHead(sized(system).encoder.width, *its.head, None if projects else sized(system).language.width)
+    encoder = sized(system).encoder
+    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, None if projects else sized(system).language.width)
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace
@@ -339,14 +380,19 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     encoder, language, kind = system.encoder, system.language, _TYPES[precision]
-    read = encoder.layer % (encoder.depth + 1)
-    behind = encoder.depth - read  # blocks that nothing reads
-    depth = {"encoder": min(read, _TRACED) + behind, "language": min(language.depth, _TRACED)}
-    small = replace(
-        system, encoder=replace(encoder, depth=depth["encoder"], layer=-behind - 1), language=replace(language, depth=depth["language"])
-    )
+    small = replace(system, language=replace(language, depth=min(language.depth, _TRACED)))
+    full = {"language": language.depth}  # blocks of each stack
+    if not isinstance(encoder, NfResnet):  # which is traced whole
+        scales = getattr(encoder, "scales", ())
+        full["encoder"] = max(layer % (encoder.depth + 1) for layer in (*scales, encoder.layer))
+        behind = encoder.depth - full["encoder"]  # blocks that nothing reads
+        more = {"scales": (-behind - 1,) * len(scales)} if scales else {}
+        small = replace(small, encoder=replace(encoder, depth=min(full["encoder"], _TRACED) + behind, layer=-behind - 1, **more))
     if isinstance(system.fusion, AdapterPrompts):
-        small = replace(small, fusion=replace(system.fusion, layers=min(system.fusion.layers, depth["language"])))
+        small = replace(small, fusion=replace(system.fusion, layers=min(system.fusion.layers, small.language.depth)))
+    if isinstance(system.fusion, GatedCrossAttention):
+        full["adapter"] = sum((i + system.fusion.offset) % system.fusion.every == 0 for i in range(language.depth))
+        small = replace(small, fusion=replace(system.fusion, every=1, offset=0))
     autocast = torch.autocast("cpu", kind) if precision != "fp32" else nullcontext()
     with torch.enable_grad(), torch.device("meta"):
         model = build(small)
@@ -356,14 +402,33 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
     half = {id(p) for part, group in _groups(model).items() if part in its.half for p in group if id(p) not in own}
     with torch.enable_grad(), FakeTensorMode():
         _materialise(model, lambda p: kind if sharded else torch.bfloat16 if id(p) in half else torch.float32)
-        states = torch.zeros(pictures, encoder.tokens, encoder.width)
+        states = torch.zeros(pictures, encoder.tokens, model.encoder.width)
         head = _word_head(system, its)
-        stacks = {"encoder": model.encoder.blocks, "language": model.language.get_decoder().layers}
+        own = {"encoder": model.encoder, "language": model, "adapter": model.fusion}
+        stacks = {name: nn.ModuleList(own[name].blocks) for name in full}
         with saved_bytes(model, stacks) as saved, autocast:
             if model.encoder_learns:
                 states = model.encoder(torch.zeros(pictures, 3, encoder.size, encoder.size))
-            seen = model.connector(states) if head is None or head.project is None else None
-            if head is not None:
+            if head is not None and getattr(system.connector, "pool", "") == "class":
+                states = states[:, :1]
+            seen = None
+            if "queries" not in its.train and (head is None or head.project is None):
+                seen = model.connector(states)
+            if "queries" in its.train:
+                ids, one = torch.zeros(rows, length, dtype=torch.long), torch.ones(())
+                image = model.connector.normed(states)
+                losses(
+                    model.connector,
+                    image,
+                    ids,
+                    torch.ones_like(ids),
+                    torch.arange(rows),
+                    rows=one,
+                    words=one,
+                    decode=0,
+                    place=Place(one.device),
+                )
+            elif head is not None:
                 table = model.language.get_input_embeddings().weight[torch.zeros(len(head.bias), dtype=torch.long)]
                 for logits in head(states, seen, table):
                     nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros(logits.shape))
@@ -372,14 +437,17 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
                 seen = seen[torch.zeros(rows, dtype=torch.long)]
                 if isinstance(system.fusion, AdapterPrompts):
                     model.fusion(model.language, ids, ByRow(seen), 0, use_cache=False)
+                elif isinstance(system.fusion, GatedCrossAttention):
+                    media = MediaByRow(seen[:, None], torch.ones(rows, dtype=torch.long))
+                    model.fusion(model.language, ids, media, 0, use_cache=False)
                 else:
                     embeds = model.language.get_input_embeddings()(ids)
                     embeds = embeds.masked_scatter((ids == 0)[..., None], seen.to(embeds.dtype))
                     model.language.get_decoder()(inputs_embeds=embeds, use_cache=False)
-    for name, full in (("encoder", read), ("language", language.depth)):
+    for name, count in full.items():
         for sizes in (saved.blocks, saved.casts):
-            traced = sizes[name][: min(full, _TRACED)]
-            sizes[name] = [traced[0], *[traced[1]] * (full - 2), traced[-1]] if full > _TRACED else traced
+            traced = sizes[name][: min(count, _TRACED)]
+            sizes[name] = [traced[0], *[traced[1]] * (count - 2), traced[-1]] if count > _TRACED else traced
     return saved
 
 
@@ -409,12 +477,14 @@ def jobs(recipe: System | Alignment) -> list[Stage | Alignment]:
 def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: int = 1, length: int | None = None) -> Plan:
     """Parameters and memory of one stage in one of ``processes`` processes, with every row ``length`` positions long (default: as long as
     the stage or the language model lets it be)."""
+    if sentence := unknown(recipe, job):
+        raise RunError(sentence)
     system, compute, optim, its = system_of(recipe), recipe.compute, job.optim, setting(recipe, job)
-    shape, words = sized(system), its.head is not None
+    shape, words = sized(system), its.head is not None or "queries" in job.train  # whether the language model stands aside
     pictures = math.ceil(optim.batch / processes)
     rows = pictures * (len(job.views) if isinstance(job, Alignment) else 1)
     length = length or min(job.max_length, shape.language.context)
-    if length <= shape.image_places:
+    if length <= shape.image_places and not words:
         raise RunError(f"rows of {length} positions cannot hold a picture of {shape.image_places} tokens; give a longer --length")
     sharded = compute.parallel == "fsdp" and processes > 1
     counted = count(system, its)
@@ -429,7 +499,7 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     if sharded:
         states = {name: math.ceil(value / processes) for name, value in states.items()}
         # Units are the language model's blocks, one at work and the next on its way, and all the rest, whole until the step is over.
-        # A stage of words runs no block and is one unit.
+        # A stage of words or queries runs no block and is one unit.
         block, blocks, learns = (0, 0, 0) if words else (counted.block, counted.blocks, counted.blocks_trained)
         gathered = half * (everything - blocks + trained - learns + 2 * block)
     elif processes > 1 and optim.accumulate > 1:  # DDP's buckets are the gradients, but not while micro-batches are added up
@@ -474,6 +544,8 @@ def _passing(job: Stage | Alignment, system: System, pictures: int, size: int) -
     if not given or "encoder" in job.train or (job.lora is not None and job.lora.part == "encoder"):
         return 0
     encoder = system.encoder
+    if isinstance(encoder, NfResnet):  # the stem's grid is its largest: before and after the activation of the first block, and pooled
+        return pictures * size * 3 * encoder.stem * (encoder.size // 2) ** 2
     places = pictures * ((encoder.size // encoder.patch) ** 2 + 1)
     return places * size * ((encoder.depth + 1) * encoder.width + 2 * encoder.ffn)
 
@@ -636,7 +708,8 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
     """The whole prediction as text."""
     if gpu_memory is not None and not gpu_memory > 0:
         raise RunError(f"--gpu-memory {gpu_memory}: expected GiB, more than 0")
-    plans = [predict(recipe, job, processes=processes, length=length) for job in jobs(recipe)]
+    told = [job for job in jobs(recipe) if unknown(recipe, job) is None]
+    plans = [predict(recipe, job, processes=processes, length=length) for job in told]
     compute, system = recipe.compute, system_of(recipe)
     shared = f"{processes} processes ({compute.parallel})" if processes > 1 else "one process"
     lines = [f"{recipe.name}: {compute.precision}, {shared}, checkpointing {'on' if compute.checkpointing else 'off'}"]
@@ -649,6 +722,10 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
     rows += [(part, f"{whole[part]:,}", ", ".join(trains[part]) or "-") for part in GROUPS if whole[part]]
     rows.append(("all", f"{sum(whole.values()):,}", f"adapters in {', '.join(adapters)}" if adapters else ""))
     lines += [*columns(rows, right=(1,)), ""]
+    if sentences := [unknown(recipe, job) for job in jobs(recipe) if job not in told]:
+        lines += [*sentences, ""]
+    if not plans:
+        return "\n".join(lines).rstrip()
 
     def row(name: str, value) -> tuple[str, ...]:
         return (name, *(value(plan) for plan in plans))
@@ -690,4 +767,5 @@ def _advice_lines(recipe, plan: Plan, gpu_memory: float, processes: int, length:
 
 
 def _trains(job: Stage | Alignment, part: str) -> bool:
-    return part in job.train or (part == "embeddings" and "language" in job.train)
+    inner = {"embeddings": "language", "connector": "queries"}
+    return part in job.train or inner.get(part) in job.train

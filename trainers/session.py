@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from mmfast.data import chat, images, supervised
 from mmfast.data.records import Records, Stream
+from mmfast.data.regions import format_of
 from mmfast.data.sources import Conversations, Streamed
 from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import build
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
-from mmfast.models.pretrained import resolved, text_side, tokenizer_for
+from mmfast.models.pretrained import placeholder, resolved, text_side, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.spec import BUILT_IN, Data, Lora, Mixture, SharedTokens, Stage, System
 
@@ -47,7 +48,7 @@ class Session:
         origin = self._open_origin()
         self.system = origin.adopted(system) if origin else system
         self.tokenizer = origin.tokenizer if origin else self._tokenizer()
-        self.image_token = self.tokenizer.convert_tokens_to_ids("<image>")
+        self.image_token = placeholder(self.system, self.tokenizer)
         if with_model:
             self.rebuild(origin)
         elif not self.origin:  # a run has told its sizes
@@ -136,7 +137,7 @@ class Session:
             for name, choice in (("encoder", system.encoder), ("language", system.language))
             if choice.weights or (system.weights and not self.origin)
         ]
-        given += ["connector"] if system.weights and not self.origin else []
+        given += ["connector", "fusion"] if system.weights and not self.origin else []
         own = dict(self.model.named_parameters(remove_duplicate=False))
         touched = {id(p) for n, p in own.items() if _plain(n) in self.touched}
         return {
@@ -148,7 +149,10 @@ class Session:
         t, system = self.tokenizer, self.system
         borders = tuple(t.convert_tokens_to_ids(list(system.borders)))
         learn = isinstance(system.fusion, SharedTokens)
-        return chat.Encoder(t, template, system.image_places, self.image_token, t.pad_token_id, max_length, borders, learn)
+        return chat.Encoder(
+            t, template, system.image_places, self.image_token, t.pad_token_id, max_length, borders, learn, format_of(system.regions),
+            system.image,
+        )  # fmt: skip
 
     def text_side(self, max_length: int = 32) -> chat.TextSide:
         """``encode(turns)`` for a Q-Former that compares pictures with texts."""
@@ -176,8 +180,10 @@ class Session:
                     raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
                 return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, plan=plan)
             return Conversations([Records(part) for part in parts], encode, plan=plan, seed=self.seed)
-        if len(parts) == 1 and data.name in BUILT_IN:
-            return supervised.make(parts[0], self.world, encode)
+        if all(part.path is None and part.name in BUILT_IN for part in parts):
+            made = [supervised.make(part, self.world, encode) for part in parts]
+            weights = [part.weight for part in parts]
+            return made[0] if len(made) == 1 else supervised.mixture(made, weights, self.seed)
         name = next(part.name for part in parts if part.path is None)
         raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
 

@@ -181,9 +181,10 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
         captions, _ = likelihood(rows, told, image_embeds=model.embed_images(image_states=seen), image_rows=images)
         texts, hidden = likelihood(ids[:, k:], labels[:, k:])
 
-        u = place.gather(fusion.pictures(model.connector.pooled(seen))[images])
+        # Scaled before they are gathered: each process adds its own rows' gradient of the scale, as of all else.
+        u = place.gather(fusion.logit_scale.exp() * fusion.pictures(model.connector.pooled(seen))[images])
         t = place.gather(fusion.texts(hidden[last[0], last[1] - k]))
-        nce = info_nce(u, t, fusion.logit_scale.exp())
+        nce = info_nce(u, t)
         share = (place.sum(lengths.sum().double().view(1)) / totals[:1]).to(nce.dtype)[0]
         whole = share * nce
         once = whole - whole.detach() * (1 - 1 / place.processes)  # every process has the same value, and measures are added
@@ -213,8 +214,8 @@ def joined(ids: Tensor, labels: Tensor, image_token: int) -> tuple[Tensor, Tenso
 
 def cached_states(session: Session, source) -> Tensor | None:
     """The tower's states of all pictures, where the tower stays frozen and they fit in memory."""
-    encoder = session.system.encoder
-    size = encoder.tokens * (8 if isinstance(session.system.connector, Codes) else encoder.width * 4)
+    states = 8 if isinstance(session.system.connector, Codes) else session.model.encoder.width * 4  # bytes of one
+    size = session.system.encoder.tokens * states
     pictures = getattr(source, "picture_count", None)  # a stream does not know
     if session.model.encoder_learns or not pictures or pictures * size > _STATE_BYTES:
         return None
@@ -244,10 +245,12 @@ def words_stage(session: Session, stage: Stage, source, run: Run, options: Optio
     model, system = session.model, session.system
     projects = isinstance(system.connector, Linear | Mlp)
     own = None if projects else model.language.get_input_embeddings().embedding_dim
-    head = WordHead(system.encoder.width, classes.shape[1], len(names), own).to(session.place.device)
+    head = WordHead(model.encoder.width, classes.shape[1], len(names), own).to(session.place.device)
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         states = model.encode(session.pixels(batch["pictures"]))
+        if getattr(system.connector, "pool", "") == "class":  # what is passed on must hold it all
+            states = states[:, :1]
         seen = model.connector(states) if projects else None
         class_logits, word_logits = head(states, seen, model.language.get_input_embeddings().weight[ids])
         by_class = F.binary_cross_entropy_with_logits(class_logits, batch["classes"], reduction="sum")

@@ -5,8 +5,9 @@
     python bench/trainers/architectures.py --tables               # trains nothing, prints what the file holds
 
 Every run is the command ``mmfast train NAME --tiny --device cpu --seed S`` and the variant's options, in a process and a folder of its own, so
-that nothing of an earlier run is there to make it quick; its seconds are all of it, from the start of Python to the end of the exam. What its
-``eval.json`` says becomes the rows of that recipe, variant and seed in ``bench/results/architectures.csv``, in place of those from before.
+that nothing of an earlier run is there to make it quick; its seconds are those that processors spent on all of it, from the start of Python to
+the end of the exam (on one thread the time it takes on an idle machine, whatever else runs beside it). What its ``eval.json`` says becomes the
+rows of that recipe, variant and seed in ``bench/results/architectures.csv``, in place of those from before.
 Limits and controls: the page of each architecture in docs/.
 """
 
@@ -14,10 +15,10 @@ import argparse
 import csv
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
 RUNS: dict[str, dict[str, list[str]]] = {
     "chameleon": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"]},
+    "flamingo": {"": [], "blind": ["--stages.interleaved.data.blind", "true"]},
     "llama_adapter": {"": [], "blind": ["--stages.answers.data.blind", "true"]},
     "llava": {"": [], "blind": ["--stages.align.data.blind", "true", "--stages.instruct.data.blind", "true"]},
 }
@@ -41,12 +43,18 @@ SHOWN: dict[str, tuple[str, ...]] = {
 def run(recipe: str, variant: str, seed: int, folder: Path) -> list[dict]:
     """Trains one of them into ``folder``, an empty one; its rows."""
     command = [sys.executable, "-m", "mmfast.trainers", "train", recipe, "--tiny", "--device", "cpu", "--seed", str(seed), "--quiet"]
-    began = time.perf_counter()
+    before = _processor_seconds()
     subprocess.run([*command, "--out", str(folder / "run"), *RUNS[recipe][variant]], check=True, cwd=folder, env=_environment())
-    seconds = time.perf_counter() - began
+    seconds = _processor_seconds() - before
     measured = json.loads((folder / "run" / "eval.json").read_text())
     common = {"recipe": recipe, "variant": variant, "seed": seed, **where(), "seconds": f"{seconds:.1f}"}
     return [{**common, "measure": name, "value": f"{value:.6g}"} for name, value in measured.items() if isinstance(value, int | float)]
+
+
+def _processor_seconds() -> float:
+    """Of all processes that were begun here and have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
 
 
 def _environment() -> dict[str, str]:

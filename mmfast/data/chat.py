@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmfast.spec import nearest
+from mmfast.data.regions import REGION, placed, write
+from mmfast.spec import Fixed, nearest
 
 IGNORE = -100
 # Between an instruction and its input, in one question (Alpaca).
@@ -30,6 +31,7 @@ class Template:
     keep_question: bool = True
     end: str = ""  # in place of the tokenizer's end token; a text that is cut ends with it all the same
     picture_first: bool = False  # the first question's pictures stand before the beginning token
+    learn_begin: bool = False  # ... which is learnt
 
 
 TEMPLATES = {
@@ -42,6 +44,10 @@ TEMPLATES = {
     "plain": Template(after="\n", end_each=False, keep_question=False),
     # FROMAGe: the picture, then a text from its beginning token to the token that is compared with pictures.
     "fromage": Template(end_each=False, keep_question=False, end="[RET]", picture_first=True),
+    # BLIP-2 with OPT: the picture, then a text from its beginning token, which is learnt, to the line's end.
+    "blip2": Template(end_each=False, keep_question=False, end="\n", picture_first=True, learn_begin=True),
+    # ... and its fine-tuning with a prompt, which is not learnt (nor is the token before it).
+    "blip2_prompt": Template(end_each=False, end="\n", picture_first=True),
     # Vicuna v1, LLaVA's instruction stage.
     "vicuna_v1": Template(
         system="A chat between a curious user and an artificial intelligence assistant. "
@@ -89,9 +95,11 @@ def encode(
     for i, (question, answer) in enumerate(turns):
         if not form.keep_question:
             question = "<image>" * question.count("<image>")
-        line.add(form.before + question + form.between)
         if form.picture_first and i == 0:
-            line.begin()
+            line.add("<image>" * question.count("<image>"))
+            question = question.replace("<image>", "").strip()
+            line.begin(learnt=form.learn_begin)
+        line.add(form.before + question + form.between)
         if answer is None:
             if len(line.ids) > max_length:
                 raise ValueError(f"the prompt has {len(line.ids)} tokens with its pictures, more than max_length={max_length}")
@@ -106,40 +114,54 @@ def encode_document(
     tokenizer: Any, text: str, *, image_tokens: int, image_token: int, max_length: int = 2048, borders: Sequence[int] = (),
     learn_pictures: bool = False,
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Token ids and labels of an interleaved document: all its text is supervised, and with ``learn_pictures`` its pictures are. As in
-    ``encode`` otherwise."""
+    """Token ids and labels of an interleaved document: all its text is supervised, and with ``learn_pictures`` its pictures are. Without, the
+    first of ``borders`` is where something comes before it: that a picture follows is said by the text (Kosmos-1). As in ``encode`` otherwise.
+    """
     line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures)
     line.add(text, supervised=True)
     line.end()
     return line.cut(max_length)
 
 
+def end_token(tokenizer: Any, end: str = "") -> int:
+    """The token of a template's ``end``; the tokenizer's own end token without one, or where that is no single token of it (a line end in a
+    tokenizer of words)."""
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if end else []
+    return ids[0] if len(ids) == 1 else tokenizer.eos_token_id
+
+
 class _Line:
     """Token ids and labels that grow piece by piece. ``end``: a token in place of the tokenizer's own, which survives every cut."""
 
     def __init__(
-        self, tokenizer: Any, image_tokens: int, image_token: int, borders: Sequence[int] = (), learn_pictures: bool = False, *,
-        end: str = "", begin: bool = True,
+        self, tokenizer: Any, image_tokens: int, image_token: int, borders: Sequence[int] = (), learn_pictures: bool = False, *, end: str = "",
+        begin: bool = True,
     ):  # fmt: skip
         self.tokenizer, self.learn_pictures = tokenizer, learn_pictures
         self.picture = [*borders[:1], *[image_token] * image_tokens, *borders[1:]]
+        self.announced = len(borders[:1])
         self.pictures: list[int] = []  # where each begins
-        self.kept = tokenizer.convert_tokens_to_ids(end) if end else None
+        self.kept = end_token(tokenizer, end) if end else None
         self.ids, self.labels = [], []
         if begin:
             self.begin()
 
-    def begin(self) -> None:
-        if self.tokenizer.bos_token_id is not None:
-            self.ids.append(self.tokenizer.bos_token_id)
-            self.labels.append(IGNORE)
+    def begin(self, learnt: bool = False) -> None:
+        first = self.tokenizer.bos_token_id
+        if first is not None:
+            self.ids.append(first)
+            self.labels.append(first if learnt else IGNORE)
 
     def add(self, text: str, supervised: bool = False) -> None:
         for i, piece in enumerate(text.split("<image>")):
             if i:
                 self.pictures.append(len(self.ids))
+                told = self.announced if len(self.ids) > 1 else 0  # behind more than the beginning token
+                told = len(self.picture) if self.learn_pictures else told
                 self.ids.extend(self.picture)
-                self.labels.extend(self.picture if supervised and self.learn_pictures else [IGNORE] * len(self.picture))
+                self.labels.extend(
+                    self.picture[:told] + [IGNORE] * (len(self.picture) - told) if supervised else [IGNORE] * len(self.picture)
+                )
             new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             self.ids.extend(new)
             self.labels.extend(new if supervised else [IGNORE] * len(new))
@@ -174,18 +196,47 @@ class Encoder:
     max_length: int = 2048
     borders: tuple[int, ...] = ()
     learn_pictures: bool = False
+    regions: Any = None  # how places are written, a mmfast.data.regions.Format
+    plan: Fixed | None = None  # what becomes of a picture, and so of places in it
 
     def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
         """ids and labels of turns."""
         return encode(self.tokenizer, self.template, turns, system=system, **self._sizes())
 
+    @property
+    def end_token(self) -> int:
+        """What the last answer ends with."""
+        return end_token(self.tokenizer, TEMPLATES[self.template].end)
+
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
+        if record.boxes:
+            record = self._with_places(record)
         return self(record.turns, record.system) if record.document is None else self.document(record.document)
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of an interleaved document, all of it supervised."""
         return encode_document(self.tokenizer, text, **self._sizes())
+
+    def _with_places(self, record: Any) -> Any:
+        """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out."""
+        if self.regions is None:
+            raise ValueError("speaks of places in its picture, and this system does not; set regions, or data.boxes to 0")
+        size = record.pictures[0].size()
+        placement, whole = placed(size, self.plan), (size if record.shares else (1, 1))
+        moved = [
+            [kept for box in group if (kept := placement.keep([v * whole[i % 2] for i, v in enumerate(box)])) is not None]
+            for group in record.boxes
+        ]
+        texts = [record.document] if record.document is not None else [text for turn in record.turns for text in turn]
+        told = []
+        for text in texts:
+            count = text.count(REGION)
+            told.append(write(text, moved[:count], self.regions, placement.size))
+            moved = moved[count:]
+        if record.document is not None:
+            return replace(record, document=told[0], boxes=())
+        return replace(record, turns=tuple(zip(told[::2], told[1::2], strict=True)), boxes=())
 
     def answer(self, record: Any, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of a preference record's conversation with this answer at its end; earlier answers are part of the prompt."""
@@ -226,6 +277,8 @@ class TextSide:
         """ids and labels of a ``mmfast.data.records.Record``."""
         if record.document is not None:
             raise ValueError("is a document; pictures are compared with captions, a conversation each")
+        if record.boxes:
+            raise ValueError("speaks of places, and captions that are compared with pictures have none; set data.boxes to 0")
         return self(record.turns)
 
     def text(self, text: str) -> list[int]:
@@ -253,6 +306,13 @@ class Rows:
         self.lengths = torch.tensor([len(ids) for ids, _ in encoded])
         self.ids = pad([ids for ids, _ in encoded], pad_token)
         self.labels = pad([labels for _, labels in encoded], IGNORE)
+
+    @classmethod
+    def of(cls, ids: Tensor, labels: Tensor, lengths: Tensor) -> Rows:
+        """Rows that are padded already."""
+        rows = cls.__new__(cls)
+        rows.ids, rows.labels, rows.lengths = ids, labels, lengths
+        return rows
 
     def __len__(self) -> int:
         return len(self.ids)

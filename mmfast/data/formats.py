@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmfast.data import images
 from mmfast.data.chat import INPUT
 from mmfast.data.images import Picture
+from mmfast.data.regions import REGION
 from mmfast.spec import nearest
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -25,11 +28,14 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TURN_NAMES = ("from", "value", "role", "content")
 NAMES = (
     "id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "caption",
-    "instruction", "input", "output", "text", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
+    "instruction", "input", "output", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
 )  # fmt: skip
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
 MAX_CHARACTERS = 1_000_000
 _MARK = re.compile("<image>|<video>")
+_TAGS = re.compile("</?phrase>|<region>|^<grounding> ")
+# GRIT's boxes below this score are left out (Kosmos-2, arXiv:2306.14824, section 2).
+GRIT_SCORE = 0.65
 
 
 @dataclass(frozen=True)
@@ -42,24 +48,28 @@ class Record:
     system: str | None = None
     pictures: tuple[Picture, ...] = ()
     document: str | None = None  # an interleaved document, all of it supervised
+    boxes: tuple[tuple[tuple[float, ...], ...], ...] = ()  # of each <region> in turns or document, in reading order
+    shares: bool = False  # whether boxes are shares of the picture's sides, and not pixels of it
     chosen: str | None = None
     rejected: str | None = None
 
 
-def parse(row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None) -> Record:
+def parse(row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0) -> Record:
     """The record of a row (a JSON object).
 
     Args:
         root: the folder that file names are relative to.
         frames: pictures that a video is read as.
         columns: their names to ours, of the row and of its turns.
+        boxes: the share of captions with places (GRIT) whose places are told; 0: none of any record's.
 
     Raises:
         ValueError: in one sentence, without the record's number.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {_kind(row)}")
-    return _Reader(row, number, root, frames, columns or {}).read()
+    reader = _Reader(row, number, root, frames, columns or {})
+    return reader.grounded(reader.read(), boxes)
 
 
 def name_of(row: Any, number: int, columns: dict[str, str] | None = None) -> str:
@@ -79,6 +89,15 @@ def _rename(row: dict, columns: dict[str, str]) -> dict:
         if theirs in told:
             told[ours] = told.pop(theirs)
     return told
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _draw(number: int) -> float:
+    """0 .. 1, the same for a record in every epoch."""
+    return int.from_bytes(hashlib.sha256(f"boxes {number}".encode()).digest()[:7], "big") / 2**56
 
 
 def _null(value: Any) -> bool:
@@ -154,6 +173,8 @@ class _Reader:
             return self.conversation(
                 [*self.said(asked, "instruction", "user"), *self.said(row["output"], "output", "assistant")], llava=False
             )
+        if has("noun_chunks") or has("ref_exps"):
+            self.row = row = {**row, **self.marked_caption()}
         if has("caption"):
             if not (self.listed("image") or self.listed("video")):
                 raise ValueError('has a "caption" but no "image"')
@@ -283,6 +304,71 @@ class _Reader:
             at.setdefault(place, []).append(shown)
         shows = [("<image>", shown) for place in sorted(at) for shown in at[place]]
         return " ".join("<image>" * len(at.get(i, ())) + text for i, text in enumerate(texts)), shows
+
+    # -- places
+
+    def grounded(self, record: Record, share: float) -> Record:
+        """The record with its boxes: a list for each <region>, of one box or several."""
+        texts = [record.document or "", *(text or "" for turn in record.turns for text in turn), record.chosen or "", record.rejected or ""]
+        names = [name for name in ("boxes", "box_shares") if name in self.row]
+        places = sum(text.count(REGION) for text in texts)
+        if not names:
+            if places:
+                raise ValueError(f'has {places} {REGION} places but no "boxes" (pixels) and no "box_shares"')
+            return record
+        if len(names) > 1:
+            raise ValueError('has both "boxes" and "box_shares"')
+        if record.chosen is not None:
+            raise ValueError(f'is a preference pair with "{names[0]}"; places are told in questions with answers, and documents')
+        if len(record.pictures) != 1:
+            raise ValueError(f'"{names[0]}" are places in one picture, and the record has {len(record.pictures)}')
+        groups = tuple(self.boxes(group, f"{names[0]}[{i}]") for i, group in enumerate(self.sequence(self.row[names[0]], names[0])))
+        if places != len(groups):
+            raise ValueError(f"{places} {REGION} places but {len(groups)} {names[0]}")
+        told = _draw(self.number) < share if "caption" in self.row else share > 0
+        if not told or not groups:
+
+            def bare(text: str | None) -> str | None:
+                return None if text is None else _TAGS.sub("", text)
+
+            plain = tuple((bare(question), bare(answer)) for question, answer in record.turns)
+            return replace(record, turns=plain, document=bare(record.document))
+        return replace(record, boxes=groups, shares=names[0] == "box_shares")
+
+    def boxes(self, value: Any, what: str) -> tuple[tuple[float, ...], ...]:
+        group = self.sequence(value, what)
+        group = [group] if group and not isinstance(group[0], list | tuple) else group
+        if not group:
+            raise ValueError(f"{what} is an empty list, expected [x1, y1, x2, y2] or several")
+        for box in group:
+            if not isinstance(box, list | tuple) or len(box) not in (2, 4, 8) or not all(_finite(v) for v in box):
+                raise ValueError(f"{what} is {str(value)[:60]}, expected [x1, y1, x2, y2] or several (or points, or quadrilaterals)")
+            if len(box) == 4 and (box[2] < box[0] or box[3] < box[1]):
+                raise ValueError(f"{what} is {list(box)}: its second corner is left of or above its first")
+        return tuple(tuple(float(v) for v in box) for box in group)
+
+    def marked_caption(self) -> dict[str, Any]:
+        """GRIT: a caption, and spans of it with shares of the picture and a score, ``[start, end, x1, y1, x2, y2, score]``. Those of
+        ``ref_exps`` that no other one holds are marked (the released code's mode "expression"), or else of ``noun_chunks``."""
+        caption = self.plain(self.row.get("caption"), '"caption"')
+        name = "ref_exps" if self.row.get("ref_exps") else "noun_chunks"
+        spans: dict[tuple[int, int], list[list[float]]] = {}
+        for i, span in enumerate(self.sequence(self.row.get(name, []), name)):
+            if not isinstance(span, list | tuple) or len(span) != 7 or not all(_finite(v) for v in span):
+                raise ValueError(f"{name}[{i}] is {str(span)[:60]}, expected [start, end, x1, y1, x2, y2, score]")
+            start, end = (int(v) for v in span[:2])
+            if not 0 <= start < end <= len(caption):
+                raise ValueError(f"{name}[{i}] is the span {start} .. {end} of a caption of {len(caption)} characters")
+            if span[6] >= GRIT_SCORE:
+                spans.setdefault((start, end), []).append([float(v) for v in span[2:6]])
+        marked, boxes, last = "", [], 0
+        for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
+            if start < last:  # inside one that is marked, or across its end
+                continue
+            marked += f"{caption[last:start]}<phrase>{caption[start:end]}</phrase>{REGION}"
+            boxes.append(spans[start, end])
+            last = end
+        return {"caption": f"<grounding> {marked}{caption[last:]}", "box_shares": boxes} if boxes else {"caption": caption}
 
     # -- messages
 

@@ -50,6 +50,22 @@ class Picture:
         """uint8 ``[size, size, 3]``; raises ValueError as ``images.load`` does."""
         return load(self.source, plan, self.frame, self.name)
 
+    def size(self) -> tuple[int, int]:
+        """(width, height) upright, from the file's head; raises ValueError as ``load`` does."""
+        from PIL import Image as Pillow
+
+        if self.frame is not None:
+            return _decode(self.source, self.frame, self.name).size
+        name = _called(self.source, self.name)
+        try:
+            with Pillow.open(_readable(self.source, name)) as picture:
+                turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                return picture.size[::-1] if turned else picture.size
+        except _Refused:
+            raise
+        except Exception as error:  # decoders meet hostile bytes, and each raises what it likes
+            raise ValueError(f"image {name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
+
     def check(self) -> None:
         """Decodes the picture and forgets it: ValueError if ``load`` would raise one."""
         _decode(self.source, self.frame, self.name, draft=True)

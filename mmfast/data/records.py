@@ -289,7 +289,7 @@ def _fault(picture: Picture) -> str | None:
 def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
-    record = parse(row, number, root=root, frames=data.frames, columns=data.columns)
+    record = parse(row, number, root=root, frames=data.frames, columns=data.columns, boxes=getattr(data, "boxes", 1.0))
     if isinstance(data, Pairs) and record.chosen is None:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
     if isinstance(data, Data) and record.chosen is not None:

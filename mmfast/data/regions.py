@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from mmfast.data import images
+from mmfast.spec import BoxTokens, Fixed, NoRegions
 
 Coords = tuple[float, ...]
 Size = tuple[float, float]
@@ -187,6 +188,34 @@ class Format:
         return re.escape(text).replace("\\ ", " *")
 
 
+# What stands in a record's text: a phrase of which places are told or asked, and a place, whose boxes the record lists.
+REGION = "<region>"
+_SPOKEN = re.compile(r"<phrase>(?P<phrase>[^<]*)</phrase>(?P<told><region>)?|<region>")
+
+
+def write(text: str, boxes: Sequence[Sequence[Coords]], form: Format, size: Size) -> str:
+    """A record's text in a system's words: each ``<region>`` with the boxes that are listed for it, the phrase before it as the system marks it.
+
+    A ``<region>`` without boxes (all cut off with the picture's edges) is left out, and its phrase is words like others. A phrase that no
+    region follows asks for one, and is marked likewise where the system has tags.
+
+    Raises:
+        ValueError: more or fewer places than lists of boxes, or a box that ``Format.encode`` refuses.
+    """
+    given = iter(boxes)
+    if (places := text.count(REGION)) != len(boxes):
+        raise ValueError(f"{places} {REGION} places but {len(boxes)} lists of boxes")
+
+    def said(match: re.Match) -> str:
+        phrase = match["phrase"] or ""
+        if match["phrase"] is not None and not match["told"]:
+            return form.phrase.replace("#", phrase) if "<" in form.phrase else phrase
+        found = next(given)
+        return form.encode(found, size, phrase) if found else phrase
+
+    return _SPOKEN.sub(said, text)
+
+
 def sole(regions: Iterable[Region]) -> Coords | None:
     """The one box of an answer; None where there is none or more than one, which is how Shikra's metric reads (arXiv:2306.15195)."""
     boxes = [box for region in regions for box in region.boxes if len(box) == 4]
@@ -255,6 +284,11 @@ def kosmos2(cells: int = 32, *, processor: bool = False) -> Format:
         phrase="<phrase>#</phrase>", tags="<[^<>]*>",
         attempt=r"<object>(?:(?!</?object>|<phrase>).)*(?:</object>)?|(?:<patch_index_[^<>]*>)+",
     )  # fmt: skip
+
+
+def format_of(choice: NoRegions | BoxTokens) -> Format | None:
+    """How a system's choice of regions is written."""
+    return kosmos2(choice.bins) if isinstance(choice, BoxTokens) else None
 
 
 KOSMOS2 = kosmos2()
@@ -376,6 +410,13 @@ def cropped(size: tuple[int, int], side: int) -> Placement:
     cut, resized, corner = images.crop_plan(size, side)
     scale = tuple(resized[i] / (cut[i + 2] - cut[i]) for i in (0, 1))
     return Placement(size, (side, side), scale, tuple(-cut[i] * scale[i] - corner[i] for i in (0, 1)))
+
+
+def placed(size: tuple[int, int], plan: Fixed) -> Placement:
+    """As ``images.load`` makes a picture of ``size`` by a plan."""
+    if plan.fit == "crop":
+        return cropped(size, plan.size)
+    return squashed(size, (plan.size, plan.size)) if plan.fit == "squash" else padded(size, plan.size)
 
 
 def padded(size: Size, side: float) -> Placement:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from mmfast.data import chat, images
 from mmfast.data.episodes import TAUGHT, WORDS, Pool, mixed, prompts_of
 from mmfast.data.formats import Record
+from mmfast.data.mixtures import Mixed
+from mmfast.data.regions import REGION
 from mmfast.data.synthetic import COLOURS, PROMPT, SHAPES, Scene, World
 from mmfast.spec import Data
 
@@ -115,7 +118,7 @@ class Documents(Source):
 def shapes_text(world: World, encode: chat.Encoder, count: int = 10_000) -> Documents:
     """Captions as text alone, two of every scene: what a language model has read before it sees."""
     texts = [" ".join(world.caption(s, variant=v).text for v in (0, 1)) for s in world.scenes("train", count)]
-    return Documents(np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8), texts, [[]] * count, encode)
+    return Documents(np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8), texts, [[]] * len(texts), encode)
 
 
 def shapes_single(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
@@ -133,6 +136,73 @@ def shapes_episodes(world: World, encode: chat.Encoder, count: int = 6000, *, to
         nothing = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
         return Documents(nothing, [say.document(e, lambda p: f"{pool.name(p)} ") for e in episodes], [[] for _ in episodes], encode)
     return Documents(world.render(pool.scenes), [say.document(e) for e in episodes], [e.pictures for e in episodes], encode)
+
+
+class Grounded(Source):
+    """The shapes world with places: of every scene a caption, half of them with boxes behind what they name, and questions for places, a class a
+    turn. The clean caption; several boxes of one phrase in reading order."""
+
+    def __init__(self, world: World, encode: chat.Encoder, *, split: str = "train", count: int = 6000):
+        self.world, self.scenes = world, world.scenes(split, count)
+        columns: list[list] = [[], []]
+        for i, scene in enumerate(self.scenes):
+            for rows, row in zip(columns, (self.caption(world, scene, told=i % 2 == 0), self.places(world, scene)), strict=True):
+                turns, boxes = row
+                rows.append(encode.record(Record(i, f"#{i}", turns=turns, boxes=boxes, pictures=(_Drawn(world.config.pixels),))))
+        super().__init__(world.render(self.scenes), [chat.Rows(rows, encode.pad_token) for rows in columns], encode.pad_token)
+
+    @staticmethod
+    def boxes(scene: Scene, k: int, shapes: int) -> tuple[tuple[float, ...], ...]:
+        """Those of a class, in reading order."""
+        found = sorted((o.row, o.col, o.box) for o in scene.objects if shapes * o.colour + o.shape == k)
+        return tuple(box for *_, box in found)
+
+    @classmethod
+    def caption(cls, world: World, scene: Scene, *, told: bool):
+        """(turns, boxes): "<grounding> we see <phrase>a red circle</phrase><region> top left and .."."""
+        said, text, boxes, last = world.caption(scene), "", [], 0
+        if not told:
+            return (("<image>", said.text),), ()
+        for clause in said.clauses:
+            end = said.text.rindex(" ", 0, said.text.rindex(" ", 0, clause.end))  # its last two words say where
+            text += f"{said.text[last : clause.start]}<phrase>{said.text[clause.start : end]}</phrase>{REGION}"
+            boxes.append(cls.boxes(scene, clause.class_id, world.config.shapes))
+            last = end
+        return (("<image>", f"<grounding> {text}{said.text[last:]}"),), tuple(boxes)
+
+    @classmethod
+    def places(cls, world: World, scene: Scene):
+        """(turns, boxes): "<grounding><phrase>a red circle</phrase>" and where it is, for every class."""
+        turns, boxes = [], []
+        for i, (k, n) in enumerate(zip(world.class_ids(scene), scene.classes, strict=True)):
+            turns.append(("<image>" * (i == 0) + f"<grounding><phrase>{world.counted(k, n.count)}</phrase>", REGION))
+            boxes.append(cls.boxes(scene, k, world.config.shapes))
+        return tuple(turns), tuple(boxes)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What records ask of a picture that is in memory already: its size."""
+
+    pixels: int
+
+    def size(self) -> tuple[int, int]:
+        return (self.pixels, self.pixels)
+
+
+def mixture(sources: Sequence[Source], weights: Sequence[float | None] | None, seed: int) -> Source:
+    """Several sources in one stage: each row of each of their columns is an item."""
+    pictures, rows, shown, sizes = [], [], [], []
+    for source in sources:
+        first = sum(map(len, pictures))
+        pictures.append(source.pictures)
+        rows += [column.batch(torch.arange(len(column))) for column in source.columns]
+        for _ in source.columns:
+            shown += [[first + picture for picture in pictures_of] for pictures_of in source.shown]
+        sizes.append(len(source) * len(source.columns))
+    mixed = Source(torch.cat(pictures), [chat.Rows.of(*chat.stack(rows, sources[0].pad_token))], sources[0].pad_token, shown)
+    mixed.permutation = Mixed(sizes, weights, seed).order
+    return mixed
 
 
 def shapes_crowded(world: World, encode: chat.Encoder, count: int = 3000) -> Documents:
@@ -221,11 +291,12 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
         "shapes_captions": lambda: Shapes(world, encode, encode.pad_token, turns=0, planted=False),
         "shapes_text": lambda: shapes_text(world, encode),
         "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),
-        "shapes_crowded": lambda: shapes_crowded(world, encode),
-        "shapes_drawing": lambda: shapes_drawing(world, encode),
         "shapes_single": lambda: shapes_single(world, encode),
         "shapes_episodes": lambda: shapes_episodes(world, encode),
         "shapes_told": lambda: shapes_episodes(world, encode, told=True),
+        "shapes_grounded": lambda: Grounded(world, encode),
+        "shapes_crowded": lambda: shapes_crowded(world, encode),
+        "shapes_drawing": lambda: shapes_drawing(world, encode),
     }[data.name]()
     if data.blind:
         source.pictures = torch.zeros_like(source.pictures)

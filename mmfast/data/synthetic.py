@@ -304,7 +304,7 @@ class World:
         """ "red circle", "blue stars", .."""
         return f"{COLOURS[k // self.config.shapes][0]} {SHAPES[k % self.config.shapes][2 * synonym + (count > 1)]}"
 
-    def _counted(self, k: int, count: int, synonym: bool = False) -> str:
+    def counted(self, k: int, count: int, synonym: bool = False) -> str:
         name = self.class_name(k, count, synonym)
         return f"{('an' if name[0] in 'aeiou' else 'a') if count == 1 else COUNTS[count - 1]} {name}"
 
@@ -462,14 +462,14 @@ class World:
         for i, (clause, synonym) in enumerate(zip(clauses, synonyms, strict=True)):
             text += " " if i == 0 else " and " if i == len(clauses) - 1 else ", "
             start = len(text)
-            text += f"{self._counted(clause.class_id, clause.count, synonym)} {ROWS[clause.position[0]]} {COLUMNS[clause.position[1]]}"
+            text += f"{self.counted(clause.class_id, clause.count, synonym)} {ROWS[clause.position[0]]} {COLUMNS[clause.position[1]]}"
             spoken.append(replace(clause, start=start, end=len(text)))
         return Caption(text + ".", tuple(spoken))
 
     # -- questions
 
     def ask_exists(self, k: int) -> str:
-        return f"is there {self._counted(k, 1)}?"
+        return f"is there {self.counted(k, 1)}?"
 
     def ask_count(self, k: int) -> str:
         return f"how many {self.class_name(k, 2)} are there?"

@@ -2,12 +2,16 @@
 
 from mmfast.models.adapter import load_adapter, save_adapter
 from mmfast.models.build import MultimodalModel, Output, build
+from mmfast.models.flamingo import load_flamingo, save_flamingo
+from mmfast.models.fromage import load_fromage, save_fromage
+from mmfast.models.lavis import load_lavis, save_lavis
 from mmfast.models.lora import adapters_off, add_lora, load_lora, lora_parameters, merge_lora, save_lora
+from mmfast.models.matching import Matcher, captions, rank
 from mmfast.models.pretrained import resolved, tokenizer_for
 from mmfast.models.published import from_pretrained
 from mmfast.models.tiny import tiny
 
 __all__ = [
-    "MultimodalModel", "Output", "adapters_off", "add_lora", "build", "from_pretrained", "load_adapter", "load_lora", "lora_parameters", "merge_lora",
-    "resolved", "save_adapter", "save_lora", "tiny", "tokenizer_for",
+    "Matcher", "MultimodalModel", "Output", "adapters_off", "add_lora", "build", "captions", "from_pretrained", "load_adapter", "load_flamingo", "load_fromage", "load_lavis", "load_lora", "lora_parameters", "merge_lora",
+    "rank", "resolved", "save_adapter", "save_flamingo", "save_fromage", "save_lavis", "save_lora", "tiny", "tokenizer_for",
 ]  # fmt: skip

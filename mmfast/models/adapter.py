@@ -58,8 +58,18 @@ def load_adapter_state(model: MultimodalModel, state: dict[str, Tensor], where: 
 
 def save_adapter(model: MultimodalModel, path: str | Path) -> None:
     """Writes prompts and gates alone: safetensors, or for ``.pth`` what the released code reads."""
-    state = {name: tensor.float().cpu().contiguous() for name, tensor in adapter_state(model).items()}
-    if Path(path).suffix == ".pth":
+    write_state(adapter_state(model), path)
+
+
+def load_adapter(model: MultimodalModel, path: str | Path) -> None:
+    """Reads what ``save_adapter`` or the released training code wrote: ``.safetensors``, or a ``.pth`` that holds tensors alone."""
+    load_adapter_state(model, read_state(path), str(path))
+
+
+def write_state(state: dict[str, Tensor], path: str | Path) -> None:
+    """Named tensors in fp32: safetensors, or for ``.pt`` and ``.pth`` torch's own format."""
+    state = {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
+    if Path(path).suffix in (".pt", ".pth"):
         torch.save(state, path)
         return
     from safetensors.torch import save_file
@@ -67,15 +77,13 @@ def save_adapter(model: MultimodalModel, path: str | Path) -> None:
     save_file(state, path)
 
 
-def load_adapter(model: MultimodalModel, path: str | Path) -> None:
-    """Reads what ``save_adapter`` or the released training code wrote: ``.safetensors``, or a ``.pth`` that holds tensors alone."""
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """What ``write_state`` or a release's training code wrote; a file that holds anything but tensors and plain data is refused."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    load_adapter_state(model, state, str(path))
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _layers(model: MultimodalModel) -> torch.nn.ModuleDict:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from mmfast import spec
 from mmfast.losses.lm import token_cross_entropy
@@ -21,6 +21,8 @@ from mmfast.models import chameleon, pretrained
 from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, SharedTokensFusion, blocks
 from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
+from mmfast.nn.nfresnet import NFResNet
+from mmfast.nn.pool import AttentionPool
 from mmfast.nn.projector import PooledProjector, Projector, ResampledProjector, TokenProjector
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
 from mmfast.nn.query_connector import QueryConnector
@@ -36,16 +38,19 @@ class Output:
 class Tower(nn.Module):
     """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1.
 
-    ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
+    ``scales``: hidden states that stand before it on the channels. ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
     """
 
-    def __init__(self, vision: nn.Module, *, layer: int, skip: int, post_norm: bool = False, unit: bool = False):
+    def __init__(
+        self, vision: nn.Module, *, layer: int, skip: int, scales: Sequence[int] = (), post_norm: bool = False, unit: bool = False
+    ):
         super().__init__()
-        self.vision, self.layer, self.skip, self.post_norm, self.unit = vision, layer, skip, post_norm, unit
-        self.width = vision.config.hidden_size
+        self.vision, self.layers, self.skip, self.post_norm, self.unit = vision, (*scales, layer), skip, post_norm, unit
+        self.width = vision.config.hidden_size * len(self.layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        states = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states[self.layer][:, self.skip :]
+        hidden = self.vision(pixels.to(self.vision.dtype), output_hidden_states=True).hidden_states
+        states = torch.cat([hidden[layer] for layer in self.layers], -1)[:, self.skip :]
         if self.post_norm:
             states = self._inner.post_layernorm(states)
         return F.normalize(states, dim=-1) if self.unit else states
@@ -59,10 +64,15 @@ class Tower(nn.Module):
         encoder = self._inner.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
+    def last_block(self) -> nn.ModuleList:
+        """The last block that is read, and the norm behind it where that is."""
+        read = self.layer % (len(self.blocks) + 1)
+        return nn.ModuleList([*self.blocks[:read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
+
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = self._inner
-        read = self.layer % (len(self.blocks) + 1)  # hidden state 0 is what block 0 reads
+        read = max(layer % (len(self.blocks) + 1) for layer in self.layers)  # hidden state 0 is what block 0 reads
         for block in self.blocks[read:]:
             yield from block.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
@@ -89,6 +99,29 @@ class CodeTower(nn.Module):
     def unread(self) -> Iterator[nn.Parameter]:
         """None: the decoder is read when the tokenizer trains."""
         yield from ()
+
+
+class GridTower(nn.Module):
+    """A convolutional network as a tower: pixels ``[M, 3, size, size]`` -> its last grid ``[M, N, D]``, all of which is read."""
+
+    def __init__(self, vision: NFResNet):
+        super().__init__()
+        self.vision, self.width = vision, vision.width
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.vision(pixels.to(self.vision.stem.weight.dtype))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.vision.blocks
+
+    def unread(self) -> Iterator[nn.Parameter]:
+        """None."""
+        yield from ()
+
+
+def _grid_tower(choice: spec.NfResnet, dtype: torch.dtype | None) -> GridTower:
+    return GridTower(NFResNet(stem=choice.stem, blocks=choice.blocks, width=choice.width))
 
 
 def _code_tower(choice: spec.Vqgan, dtype: torch.dtype | None) -> CodeTower:
@@ -130,15 +163,16 @@ def _tower(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva, dtype: torch.
             nn.init.normal_(vision.embeddings.position_embeddings, std=0.5)
         if isinstance(choice, spec.Eva):
             nn.init.normal_(vision.embeddings.position_embedding, std=0.5)
-    behind = {"post_norm": choice.post_norm, "unit": choice.unit} if isinstance(choice, spec.Clip) else {}
-    return Tower(vision, layer=choice.layer, skip=_skip(choice), **behind)
+    own = {name: getattr(choice, name) for name in ("scales", "post_norm", "unit")} if isinstance(choice, spec.Clip) else {}
+    return Tower(vision, layer=choice.layer, skip=_skip(choice), **own)
 
 
 def _skip(choice: spec.Clip | spec.Siglip | spec.Dino | spec.Eva) -> int:
     return 0 if isinstance(choice, spec.Siglip | spec.Eva) else int(not choice.keep_class_token)
 
 
-def _queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnector:
+def queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnector:
+    """A Q-Former's connector, with the layers of its BERT if it has one."""
     connector = QueryConnector(
         width_in, width_out, tokens=choice.tokens, width=choice.width, depth=choice.depth, heads=choice.heads, ffn=choice.ffn,
         every=choice.every, vocab=choice.vocab if choice.text else None, positions=choice.positions, shared=choice.shared,
@@ -149,15 +183,17 @@ def _queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnec
     return connector
 
 
+# Sizes that some families call otherwise than Llama.
+_OTHER_NAMES = (("intermediate_size", "ffn_dim"), ("rms_norm_eps", "layer_norm_eps"), ("initializer_range", "init_std"))
+
+
 def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) -> nn.Module:
     vocab = choice.vocab if tokenizer is None else len(tokenizer)
     if choice.weights:
         model = pretrained.load_language(choice, dtype)
         pretrained.resize_embeddings(model, vocab)
         return model
-    own = {"ffn_dim": choice.ffn, "init_std": choice.init, "dropout": 0.0} if choice.family == "opt" else {}
     sizes = dict(
-        **own,
         vocab_size=vocab,
         hidden_size=choice.width,
         num_hidden_layers=choice.depth,
@@ -168,26 +204,37 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
         rms_norm_eps=choice.norm_eps,
         tie_word_embeddings=choice.tied,
         initializer_range=choice.init,
-        pad_token_id=getattr(tokenizer, "pad_token_id", None),
-        bos_token_id=getattr(tokenizer, "bos_token_id", None),
-        eos_token_id=getattr(tokenizer, "eos_token_id", None),
     )
+    if tokenizer is not None:
+        sizes |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
     if choice.family == "chameleon":
         return chameleon.language(**sizes, swin_norm=choice.norm == "after")
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(choice.family, **sizes))
+    kind = type(AutoConfig.for_model(choice.family))
+    for ours, theirs in _OTHER_NAMES:
+        if not hasattr(kind, ours) and hasattr(kind, theirs):
+            sizes[theirs] = sizes.pop(ours)
+    for name in ("dropout", "attention_dropout"):
+        if hasattr(kind, name):
+            sizes[name] = choice.dropout
+    language = pretrained.new_language(AutoConfig.for_model(choice.family, **sizes))
+    if hasattr(language, "start_anew"):
+        language.start_anew(choice.init)
+    return language
 
 
 # What builds each kind of choice; a new kind is a class in mmfast.spec and a line here.
-ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower}
+ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower, spec.NfResnet: _grid_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
+    spec.NoConnector: lambda choice, width_in, width_out: nn.Identity(),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
+    spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads, choice.dropout),
     spec.Resampler: lambda choice, width_in, width_out: ResampledProjector(
         width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
-        activation=choice.activation, max_num_frames=choice.frames or None, interpolate_frames=True,
+        activation=choice.activation, qk_norm=choice.qk_norm, max_num_frames=choice.frames or None, interpolate_frames=True,
     ),
-    spec.QFormer: _queries,
+    spec.QFormer: queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
     spec.Codes: lambda choice, width_in, width_out: nn.Identity(),
 }  # fmt: skip
@@ -231,6 +278,7 @@ class MultimodalModel(nn.Module):
     def part(self, name: str) -> nn.Module:
         parts = {
             "encoder": self.encoder,
+            **({"last_block": self.encoder.last_block()} if hasattr(self.encoder, "last_block") else {}),
             "connector": self.connector,
             "adapter": self.fusion,  # what a fusion has to learn: gated prompts, gated blocks
             **({"queries": self.connector} if isinstance(self.connector, QueryConnector) else {}),  # what of it, train_only says
@@ -355,6 +403,12 @@ class MultimodalModel(nn.Module):
 
     # -- forward
 
+    def with_slots(self, input_ids: Tensor, images: dict[str, Tensor | None]) -> Tensor:
+        """Token ids with the placeholder in every image place. ``images`` may name these by ``image_embeds_position_mask`` [B, T] (Kosmos-2's
+        processor, whose ids there mean nothing), which is taken out of it."""
+        mask = images.pop("image_embeds_position_mask", None)
+        return input_ids if mask is None else input_ids.masked_fill(mask.bool(), self.image_token)
+
     def encode(self, pixel_values: Tensor) -> Tensor:
         """pixels [M, 3, H, W] -> the tower's states [M, N, D_tower], without a graph when the tower is frozen; videos [M, F, 3, H, W], each one
         medium to the connector, -> [M, F, N, D_tower]."""
@@ -369,15 +423,29 @@ class MultimodalModel(nn.Module):
         image_states: Tensor | None = None,
         image_embeds: Tensor | None = None,
         image_rows: Tensor | None = None,
-    ) -> Tensor | None:
-        """Whichever form the images come in -> what the language model sees, [M, N, D]; ``image_rows`` [R] picks and repeats: [R, N, D]."""
+        image_attention_mask: Tensor | None = None,
+    ) -> Tensor | object | None:
+        """Whichever form the images come in -> what the language model sees, [M, N, D]; ``image_rows`` [R] picks and repeats: [R, N, D].
+
+        With ``image_attention_mask`` [B, T, I] (Idefics) row b has images of its own, pixel_values [B, I, 3, H, W] or the other forms [B I, ..],
+        and the mask says which of them a position sees, whatever its tokens are; the fusion takes what is returned.
+        """
+        if image_attention_mask is not None and not hasattr(self.fusion, "by_mask"):
+            raise ValueError(
+                f"{self.system.name}: image_attention_mask is read by gated cross-attention, not by {type(self.system.fusion).__name__}"
+            )
+        if image_attention_mask is not None and pixel_values is not None and pixel_values.dim() == 5:
+            pixel_values = pixel_values.flatten(0, 1)
         if image_embeds is None:
             if image_states is None and pixel_values is not None:
                 image_states = self.encode(pixel_values)
             if image_states is not None:
                 learned = next(self.connector.parameters(), image_states)  # a connector of nothing takes states as they are
                 image_embeds = self.connector(image_states.to(learned.dtype))
-        return image_embeds if image_rows is None or image_embeds is None else image_embeds[image_rows]
+        if image_embeds is None:
+            return None
+        image_embeds = image_embeds if image_rows is None else image_embeds[image_rows]
+        return image_embeds if image_attention_mask is None else self.fusion.by_mask(image_embeds, image_attention_mask)
 
     def targets(self, labels: Tensor, input_ids: Tensor, image_embeds: Tensor | None = None, image_rows: Tensor | None = None) -> Tensor:
         """Labels [B, T] with a picture's own tokens where a label is the placeholder, which only those of shared tokens may be."""
@@ -394,6 +462,10 @@ class MultimodalModel(nn.Module):
         Without ``attention_mask`` padding must be on the right: under the causal mask no real token sees it, so no mask is needed.
         ``position_ids`` that start anew keep rows apart that lie end to end in one.
         """
+        input_ids = self.with_slots(input_ids, images)
+        if position_ids is None and attention_mask is not None:  # counted from the first token that is real
+            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            position_ids = (places - attention_mask.long().argmax(-1, keepdim=True)).clamp_min(0)
         masks = {k: v for k, v in (("attention_mask", attention_mask), ("position_ids", position_ids)) if v is not None}
         return self.fusion(self.language, input_ids, self.embed_images(**images), self.image_token, use_cache=False, **masks)[0]
 
@@ -466,13 +538,14 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         model.system = system
         if tokenizer is not None:
             pretrained.resize_embeddings(model.language, len(tokenizer))
-            model.image_token = tokenizer.convert_tokens_to_ids("<image>")
+            model.image_token = pretrained.placeholder(system, tokenizer)
         return model
     if tokenizer is None:  # the added tokens come last, and the placeholder before them
         vocab, count = system.language.vocab, len(system.added_tokens)
         image_token, new_tokens = vocab - count - 1, list(range(vocab - count, vocab))
     else:
-        image_token, new_tokens = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", list(system.added_tokens)))
+        image_token = pretrained.placeholder(system, tokenizer)
+        new_tokens = tokenizer.convert_tokens_to_ids(list(system.added_tokens))
     if isinstance(system.fusion, spec.GatedCrossAttention):  # <image> is read by the language model, and new to it
         new_tokens = [image_token, *new_tokens]
     encoder, language = ENCODERS[type(system.encoder)](system.encoder, dtype), _language(system.language, tokenizer, dtype)

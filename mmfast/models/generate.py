@@ -27,6 +27,7 @@ def steps(
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     allowed: Callable[[int], Tensor] | None = None,
+    rule: Callable[[int, Tensor], Tensor] | None = None,
     **images: Tensor | None,
 ) -> Iterator[Tensor]:
     """The next token of every prompt, ``[B]``, again and again, until the token ``end`` in all rows or the limit.
@@ -38,11 +39,13 @@ def steps(
         temperature: 0 takes the likeliest token, otherwise tokens are drawn with ``generator``.
         top_p: draw from the likeliest tokens that together have this probability (arXiv:1904.09751); 1: from all.
         allowed: which tokens may come, bool ``[V]``, after so many new ones. Tokens that only pictures are made of never come by default.
-        images: pixel_values, image_states or image_embeds, and image_rows, as for the model's forward.
+        rule: what is made of the logits ``[B, V]`` of those that may, after so many new ones (``mmfast.models.decoding``).
+        images: pixel_values, image_states or image_embeds, image_rows, image_embeds_position_mask, as for the model's forward.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
     head, cache = model.language.get_output_embeddings(), DynamicCache(config=model.language.config)
+    input_ids = model.with_slots(input_ids, images)
     embeds = model.embed_images(**images)
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)
@@ -55,6 +58,7 @@ def steps(
             logits = logits.masked_fill(~allowed(count), -torch.inf)
         elif codes is not None:
             logits = logits.index_fill(-1, codes.to(logits.device), -torch.inf)
+        logits = logits if rule is None else rule(count, logits)
         token = next_token(logits, temperature=temperature, top_p=top_p, generator=generator)
         if end is not None:
             token = torch.where(done, end, token)

@@ -30,6 +30,7 @@ from transformers import (
 from mmfast import spec
 from mmfast.data import chat
 from mmfast.models.chameleon import without_pictures
+from mmfast.models.kosmos import KosmosLanguage
 
 IMAGE = "<image>"
 # A kind of tower: its class, and the model types whose weights fit it.
@@ -39,6 +40,8 @@ TOWERS = {
     spec.Dino: (Dinov2Model, ("dinov2",)),
     spec.Eva: (Blip2VisionModel, ("blip_2_vision_model", "blip-2")),
 }
+# Causal language models that transformers' table does not have.
+LANGUAGES = {"kosmos_2_text_model": KosmosLanguage}
 # What a causal language model does to its logits behind the head. We read hidden states and head alone, so these would be lost in silence.
 _BEHIND_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
@@ -130,10 +133,16 @@ def tower_config(choice: spec.Clip | spec.Siglip | spec.Dino) -> PretrainedConfi
 
 def language_config(choice: spec.LanguageModel) -> PretrainedConfig:
     config = config_of(choice.weights, "language.weights")
-    if type(config) not in AutoModelForCausalLM._model_mapping and config.model_type != "chameleon":
+    if config.model_type not in (*LANGUAGES, "chameleon") and type(config) not in AutoModelForCausalLM._model_mapping:
         raise ValueError(f"language.weights {choice.weights}: model_type {config.model_type!r} is no causal language model")
     check_head(config, f"language.weights {choice.weights}")
     return config
+
+
+def new_language(config: PretrainedConfig) -> nn.Module:
+    """A causal language model with random weights."""
+    kind = LANGUAGES.get(config.model_type)
+    return AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
 
 
 def check_head(config: PretrainedConfig, where: str) -> None:
@@ -155,18 +164,31 @@ def resolved(system: spec.System) -> spec.System:
         from mmfast.models.published import system_of
 
         stock = system_of(config_of(system.weights, "weights"), system.weights)
+        if type(stock.fusion) is not type(system.fusion):
+            raise ValueError(
+                f"weights: {system.weights} are those of a model with {type(stock.fusion).__name__}; with {type(system.fusion).__name__} give the "
+                "parts' own weights"
+            )
         system = replace(
-            system, encoder=stock.encoder, connector=stock.connector, language=stock.language,
+            system, encoder=stock.encoder, connector=stock.connector, fusion=stock.fusion, language=stock.language,
             image=replace(system.image, size=stock.image.size, **_normalisation(system.weights)),
         )  # fmt: skip
         return system
-    encoder, language, image = system.encoder, system.language, system.image
+    encoder, language, image, connector = system.encoder, system.language, system.image, system.connector
     if encoder.weights and type(encoder) in TOWERS:
         encoder = tower_sizes(encoder, tower_config(encoder))
         image = replace(image, size=encoder.size, **_normalisation(encoder.weights))
     if language.weights:
         language = language_sizes(language, language_config(language))
-    return replace(system, encoder=encoder, language=language, image=image)
+    if isinstance(connector, spec.QFormer) and connector.weights:
+        bert = config_of(connector.weights, "connector.weights")
+        if bert.model_type != "bert":
+            raise ValueError(f"connector.weights {connector.weights}: model_type is {bert.model_type!r}, a Q-Former starts from a bert")
+        connector = replace(
+            connector, width=bert.hidden_size, depth=bert.num_hidden_layers, heads=bert.num_attention_heads, ffn=bert.intermediate_size,
+            positions=bert.max_position_embeddings, vocab=connector.vocab and bert.vocab_size + 1,
+        )  # fmt: skip
+    return replace(system, encoder=encoder, connector=connector, language=language, image=image)
 
 
 def tower_sizes(choice, config: PretrainedConfig):
@@ -196,6 +218,7 @@ def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec
         norm="after" if getattr(config, "swin_norm", False) else "before",
         norm_eps=first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=choice.norm_eps),
         init=first("initializer_range", "init_std", default=choice.init),
+        dropout=0.0,  # weights come with their own
     )
 
 
@@ -227,7 +250,7 @@ def tokenizer_for(system: spec.System):
     """
     weights = system.weights or system.language.weights or system.language.words
     if not weights:
-        raise ValueError(f"{system.name}: a tokenizer comes with weights, and language.weights is None")
+        raise ValueError(f"{system.name}: a tokenizer comes with weights, and language.weights is None (language.words names one alone)")
     where = "weights" if system.weights else "language.weights" if system.language.weights else "language.words"
     folder, options = locate(weights, where)
     try:
@@ -244,6 +267,12 @@ def tokenizer_for(system: spec.System):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def placeholder(system: spec.System, tokenizer) -> int:
+    """The id that stands in a picture's places: that of ``<image>``, unless this is a token before them, which is read. Then it is one that no
+    text has, the first behind the vocabulary."""
+    return len(tokenizer) if getattr(system.fusion, "begin", "") == IMAGE else tokenizer.convert_tokens_to_ids(IMAGE)
 
 
 def text_side(system: spec.System, tokenizer) -> chat.TextSide:
@@ -302,7 +331,8 @@ def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) 
         dtype = dtype or torch.bfloat16
     if language_config(choice).model_type == "chameleon":
         return without_pictures(load_weights(ChameleonForConditionalGeneration, choice.weights, "language.weights", dtype or torch.float32))
-    return load_weights(AutoModelForCausalLM, choice.weights, "language.weights", dtype or torch.float32, **options)
+    kind = LANGUAGES.get(config_of(choice.weights, "language.weights").model_type, AutoModelForCausalLM)
+    return load_weights(kind, choice.weights, "language.weights", dtype or torch.float32, **options)
 
 
 def load_weights(kind, weights: str, where: str, dtype: torch.dtype, **options) -> nn.Module:

@@ -8,19 +8,26 @@ parameters; some 1,200 steps of the last stage are where captions settle.
 
 from dataclasses import replace
 
+from mmfast.data.chat import TEMPLATES
+from mmfast.data.supervised import EPISODES
 from mmfast.spec import (
     AdapterPrompts,
     Alignment,
+    AttentionPool,
+    BoxTokens,
     Clip,
     Compute,
     Data,
     Dino,
     Eva,
+    GatedCrossAttention,
     Linear,
+    Mixture,
     Mlp,
     NfResnet,
     Optim,
     QFormer,
+    Resampler,
     Siglip,
     Stage,
     System,
@@ -31,11 +38,20 @@ _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
 _SHORT = Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST)
 _LONG = Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST)
 _DATA = Data("shapes")
+_WEB = Mixture("kosmos_web", tuple(Data(f"shapes_{kind}", weight=1.0) for kind in ("text", "captions", "episodes")))
 _MIXED = Data("shapes_drawing")
 
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
-STAND_INS: dict[str, tuple[Data, Optim]] = {
+STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
+    "kosmos_web": (_WEB, _LONG),
+    "kosmos_2_pretrain": (Data("shapes_grounded"), _LONG),
+    "kosmos_2_instruct": (Data("shapes_grounded"), _SHORT),
+    # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
+    "conceptual_captions": (Data("shapes_single"), Optim(lr=3e-3, steps=1000, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST)),
+    "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
+    "flamingo_mix": (Data("shapes_episodes"), replace(_LONG, steps=600)),
+    "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
     "chameleon_pictures": (
         Data("shapes_crowded"),
         Optim(lr=6e-3, steps=500, batch=8, warmup=20, hold=0.5, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
@@ -43,8 +59,6 @@ STAND_INS: dict[str, tuple[Data, Optim]] = {
     "chameleon_stage_1": (_MIXED, Optim(lr=4e-3, steps=600, batch=64, warmup=40, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_stage_2": (_MIXED, Optim(lr=4e-4, steps=100, batch=64, warmup=0, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_sft": (_MIXED, replace(_SHORT, lr=1e-4)),
-    "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
-    "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
 }
 _STAND_IN = (_DATA, _LONG)
 
@@ -57,7 +71,7 @@ _WORDS = Stage(
     optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
 )
 # What a language model is before anything is put into it that lets it see. What it reads, by what the last stage shows; else the same.
-_TEXTS = {"shapes_captions": Data("shapes_text")}
+_TEXTS = {"shapes_captions": Data("shapes_text"), **dict.fromkeys(EPISODES, Data("shapes_told"))}
 _TEXT = Stage(
     "text",
     train=("language", "embeddings"),
@@ -81,6 +95,7 @@ def tiny_system(system: System) -> System:
         encoder=_small(system.encoder),
         connector=_small(system.connector),
         fusion=_small(system.fusion),
+        regions=_small(system.regions),
         language=replace(
             system.language,
             weights=None,
@@ -94,6 +109,7 @@ def tiny_system(system: System) -> System:
             context=256,
             tied=True,
             init=0.05,
+            dropout=0.0,
         ),
         # The shapes world's background becomes 0; a tokenizer's pixels are what they are.
         image=replace(system.image, size=64)
@@ -107,20 +123,33 @@ def tiny_system(system: System) -> System:
 def _small(choice):
     """A choice at tiny size, its structure as it was."""
     match choice:
-        case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads
+        case Clip() | Siglip() | Dino() | Eva():  # two layers below the hidden state that the recipe reads, or one below the lowest
             depth = 1 - choice.layer if choice.layer < -1 else 2
+            if more := len(getattr(choice, "scales", ())):
+                depth = max(depth, more - choice.layer)
+                choice = replace(choice, scales=tuple(range(choice.layer - more, choice.layer)))
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
+        case NfResnet():
+            return replace(choice, size=64, stem=32, blocks=(1,) * len(choice.blocks), width=128)
+        case QFormer():  # it reads the language model's words, as there are no others
+            return replace(
+                choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
+            )
+        case Resampler():
+            return replace(choice, tokens=8, depth=2, heads=4, head_width=16)
+        case GatedCrossAttention():
+            return replace(choice, every=min(choice.every, 2), heads=4, head_width=16)
         case Vqgan():  # a code for each cell of the world's grid; those that follow what chooses them learn in tens of steps
             return replace(
                 choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
                 decay=0.9, dead_below=0.05,
             )  # fmt: skip
-        case QFormer():  # it reads the language model's words, as there are no others
-            return replace(
-                choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
-            )
         case AdapterPrompts():
             return replace(choice, layers=2)
+        case BoxTokens():  # of 4 pixels each
+            return replace(choice, bins=16)
+        case AttentionPool():
+            return replace(choice, tokens=16, heads=4, dropout=0.0)
     return choice
 
 
@@ -131,7 +160,7 @@ def _stages(system: System) -> tuple[Stage, ...]:
     projected = isinstance(system.connector, Linear | Mlp)
     words = replace(_WORDS, train=("encoder", "connector", "embeddings") if projected else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
-    text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data)) if own else _TEXT
+    text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data), template=own[-1].template) if own else _TEXT
     return (*seen, *(() if trained else (text,)), *own)
 
 
@@ -141,9 +170,9 @@ def _stage(stage: Stage) -> Stage:
     drawing = replace(stage.drawing, error="l2", adversarial=0.0) if stage.objective == "tokenizer" else stage.drawing
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
-    # Templates have words that a tiny model does not know; that of pictures and captions has none.
-    template = stage.template if stage.objective == "retrieval" else "bare"
-    optim = replace(optim, level_new=stage.optim.level_new)
+    # Templates have words that a tiny model does not know; that of pictures and captions has none, and those of episodes are known.
+    template = stage.template if TEMPLATES[stage.template].picture_first or data.name in EPISODES else "bare"
+    optim = replace(optim, level_new=stage.optim.level_new, weight_decay_of=stage.optim.weight_decay_of)
     return replace(
         stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim, drawing=drawing
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -20,6 +21,15 @@ def word_tokenizer(words: Sequence[str], added: Sequence[str] = ()):
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
         additional_special_tokens=["<image>", *added],
     )  # fmt: skip
+
+
+def tagged_text(tokenizer, ids: Sequence[int]) -> str:
+    """Decoded text up to the end token with the tokens that are tags, blanks before them left out, as Kosmos-2 shows it."""
+    ids = list(ids)
+    if tokenizer.eos_token_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_token_id)]
+    text = re.sub(" +(?=<)", "", tokenizer.decode(ids, skip_special_tokens=False))
+    return re.sub(r" +([,.?:])", r"\1", text)
 
 
 def plain_text(tokenizer, ids: Sequence[int]) -> str:

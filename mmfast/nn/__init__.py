@@ -2,6 +2,8 @@
 
 from mmfast.nn.adapter import AdapterPrompt
 from mmfast.nn.gated import GatedCrossAttention
+from mmfast.nn.idefics import IdeficsGatedBlock
+from mmfast.nn.nfresnet import NFResNet
 from mmfast.nn.preference import FusedLinearDPOLoss
 from mmfast.nn.qformer import QFormer
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
@@ -9,5 +11,5 @@ from mmfast.nn.resampler import PerceiverResampler
 from mmfast.nn.vqgan import VQGAN, PatchCritic
 
 __all__ = [
-    "VQGAN", "AdapterPrompt", "FusedLinearDPOLoss", "GatedCrossAttention", "PatchCritic", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2",
+    "VQGAN", "AdapterPrompt", "FusedLinearDPOLoss", "GatedCrossAttention", "IdeficsGatedBlock", "NFResNet", "PatchCritic", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2",
 ]  # fmt: skip

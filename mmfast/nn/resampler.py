@@ -30,9 +30,10 @@ def feed_forward(dim: int, mult: int = 4, activation: str = "gelu") -> nn.Sequen
 
 
 class PerceiverAttention(nn.Module):
-    """Latents read media and themselves: ``[B, N, D], [B, L, D] -> [B, L, D]``. Keys: ``norm_media, norm_latents, to_q, to_kv, to_out``."""
+    """Latents read media and themselves: ``[B, N, D], [B, L, D] -> [B, L, D]``. Keys: ``norm_media, norm_latents, to_q, to_kv, to_out``,
+    and ``norm_q, norm_k`` with ``qk_norm``."""
 
-    def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8):
+    def __init__(self, *, dim: int, dim_head: int = 64, heads: int = 8, qk_norm: bool = False):
         super().__init__()
         self.heads = heads
         self.norm_media = nn.LayerNorm(dim)
@@ -40,6 +41,7 @@ class PerceiverAttention(nn.Module):
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, heads * dim_head * 2, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.norm_q, self.norm_k = (nn.LayerNorm(dim_head) if qk_norm else None for _ in range(2))
 
     def forward(self, media: Tensor, latents: Tensor) -> Tensor:
         latents = self.norm_latents(latents)
@@ -47,6 +49,8 @@ class PerceiverAttention(nn.Module):
         # Media and latents are two segments of keys: neither the inputs nor the keys and values are concatenated.
         k, v = self.to_kv(self.norm_media(media)).unflatten(-1, (2, self.heads, -1)).unbind(-3)
         k2, v2 = self.to_kv(latents).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        if self.norm_q is not None:
+            q, k, k2 = self.norm_q(q), self.norm_k(k), self.norm_k(k2)
         return self.to_out(cross_attention(q, k, v, k2, v2).flatten(-2))
 
 
@@ -69,6 +73,7 @@ class PerceiverResampler(nn.Module):
         activation: of the feed-forward, "gelu", "relu" or "squared_relu".
         interpolate_frames: a medium of more frames than there are embeddings gets them stretched over it, linearly and with the first and the
             last kept (the paper trains with 8 frames and answers with 30); otherwise it is an error.
+        qk_norm: LayerNorm of every head's queries and keys (Idefics).
 
     Raises:
         ValueError: x is not ``[B, T, F, N, D]``, or holds more media or frames than there are embeddings; an unknown activation.
@@ -87,6 +92,7 @@ class PerceiverResampler(nn.Module):
         ff_mult: int = 4,
         activation: str = "gelu",
         interpolate_frames: bool = False,
+        qk_norm: bool = False,
     ):
         super().__init__()
         self.interpolate_frames = interpolate_frames
@@ -94,7 +100,9 @@ class PerceiverResampler(nn.Module):
         self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
         self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads), feed_forward(dim, ff_mult, activation)])
+            nn.ModuleList(
+                [PerceiverAttention(dim=dim, dim_head=dim_head, heads=heads, qk_norm=qk_norm), feed_forward(dim, ff_mult, activation)]
+            )
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(dim)

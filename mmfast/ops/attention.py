@@ -152,7 +152,8 @@ def media_cross_attention(
     latents_per_media: int,
     only_immediate: bool = True,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Text rows read the latents of the image before them (Flamingo, section 2.3); the cost is that of what is visible.
 
     Args:
@@ -161,9 +162,11 @@ def media_cross_attention(
         text_time: integers ``[B, Nq]``: how many images stand at or before the token, 0 before the first. Usually the running sum of
             "this token is <image>", but any order is right.
         only_immediate: the last image only (Flamingo, and OpenFlamingo's default), or all images so far.
+        return_lse: also return ``lse [B, H, Nq]``, -inf before the first image, as ``cross_attention`` does: what rows saw of one image each can
+            then be merged (``merge_attention``).
 
     Returns:
-        ``[B, Nq, H, D]``; tokens before the first image get exactly 0 and give no gradient. (OpenFlamingo with
+        ``[B, Nq, H, D]``, and lse if asked for; tokens before the first image get exactly 0 and give no gradient. (OpenFlamingo with
         ``only_attend_immediate_media=False`` gives them the mean over all images instead.)
 
     Raises:
@@ -172,7 +175,8 @@ def media_cross_attention(
     """
     rule = _MEDIA if only_immediate else _MEDIA_ALL
     extra = {"text_time": text_time, "number": latents_per_media}
-    return _attention("media_cross_attention", q, k, v, None, None, rule=rule, scale=scale, **extra)[0]
+    out, lse = _attention("media_cross_attention", q, k, v, None, None, rule=rule, scale=scale, **extra)
+    return (out, lse) if return_lse else out
 
 
 def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -281,11 +285,13 @@ def media_cross_attention_ref(
     latents_per_media: int,
     only_immediate: bool = True,
     scale: float | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """``media_cross_attention`` in plain PyTorch: all text times all media, masked."""
     image = torch.arange(k.shape[1], device=q.device) // latents_per_media + 1
     seen = text_time[..., None] == image if only_immediate else text_time[..., None] >= image
-    return _attend_ref(q, k, v, seen, scale, 0.0)[0]
+    out, lse = _attend_ref(q, k, v, seen, scale, 0.0)
+    return (out, lse) if return_lse else out
 
 
 def merge_attention_ref(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

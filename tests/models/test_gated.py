@@ -7,54 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from gated import END, IMAGE, SYSTEM, made, open_gates, pictures, rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mmfast import spec
 from mmfast.models import build
 from mmfast.models.fusions.gated import FAMILIES
-
-SYSTEM = spec.System(
-    "test",
-    encoder=spec.Clip(weights=None, width=32, depth=2, heads=2, ffn=48, patch=8, size=16, layer=-1),
-    connector=spec.Resampler(tokens=3, depth=2, heads=2, head_width=8),
-    fusion=spec.GatedCrossAttention(every=2, offset=1, heads=2, head_width=8),
-    language=spec.LanguageModel(weights=None, vocab=50, width=24, depth=4, heads=4, kv_heads=2, ffn=40, init=0.3),
-    image=spec.Fixed(size=16),
-)
-IMAGE, END = 48, 49
-
-
-def made(family="llama", *, gates=True, seed=0, **fusion):
-    torch.manual_seed(seed)
-    kv_heads = 4 if family in ("gpt_neox", "gpt2", "mpt", "opt") else 2
-    language = replace(SYSTEM.language, family=family, kv_heads=kv_heads)
-    model = build(replace(SYSTEM, language=language, fusion=replace(SYSTEM.fusion, **fusion))).eval()
-    model.language.eval()
-    if gates:
-        open_gates(model, seed)
-    return model
-
-
-def open_gates(model, seed=0):
-    """Random gates: at 0 they would hide what lies behind them."""
-    torch.manual_seed(seed)
-    for block in model.fusion.layers.values():
-        torch.nn.init.normal_(block.attn_gate)
-        torch.nn.init.normal_(block.ff_gate)
-
-
-def rows(*marks: str, seed=0) -> Tensor:
-    """A row a string: I an image, E the end of a chunk, anything else a word."""
-    words = torch.randint(1, 48, (len(marks), len(marks[0])), generator=torch.Generator().manual_seed(seed))
-    for b, row in enumerate(marks):
-        for i, mark in enumerate(row):
-            words[b, i] = {"I": IMAGE, "E": END}.get(mark, int(words[b, i]))
-    return words
-
-
-def pictures(count, seed=0) -> Tensor:
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
 def plain(model) -> torch.nn.Module:
@@ -270,6 +229,9 @@ def test_checkpointing_changes_nothing(family, packing):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_the_cache_says_what_it_says_without(family):
     model = made(family)
+    head = model.language.get_output_embeddings().weight
+    with torch.no_grad():  # a token <image> that the model itself says shows nothing, and could not be told from the others below
+        head[IMAGE] = head[5]
     texts = ["xIabEIc", "Iab", "abcd", "IIIab"]
     each = [rows(t, seed=i) for i, t in enumerate(texts)]
     counts = [t.count("I") for t in texts]
@@ -281,9 +243,6 @@ def test_generation_with_the_cache_says_what_it_says_without(family):
     for row, (prompt, images) in enumerate(zip(each, shown, strict=True)):
         said = prompt
         for _ in range(6):
-            assert not (said[:, prompt.shape[1] :] == IMAGE).any(), (
-                "choose another seed: the model itself says <image>, which shows nothing"
-            )
             logits = model(said, **({"pixel_values": images} if len(images) else {})).logits[:, -1]
             said = torch.cat([said, logits.argmax(-1)[:, None]], 1)
         assert got[row].tolist() == said[0, prompt.shape[1] :].tolist(), texts[row]

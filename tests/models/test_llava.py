@@ -62,6 +62,7 @@ CASES = [
     {"tied": True},
     {"layer": -1},
     {"layer": 1},
+    {"layer": [-3, 1, -2]},
     {"select": "full"},
     {"seed": 7},
 ]

@@ -456,9 +456,9 @@ def test_names_that_lead_nowhere(tmp_path):
 
 def test_a_stock_llava_that_is_not_understood(tmp_path):
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(intermediate_size=48, **VISION), text_config=AutoConfig.for_model("llama", hidden_size=32),
+        vision_config=SiglipVisionConfig(intermediate_size=48, **VISION), text_config=AutoConfig.for_model("llama", hidden_size=32),
         vision_feature_layer=[-2, -1],
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"read at one layer, got clip_vision_model at layer \[-2, -1\]"):
+    with pytest.raises(ValueError, match=r"read at one layer, got siglip_vision_model at layer \[-2, -1\]"):
         resolved(spec.System("test", weights=str(tmp_path)))

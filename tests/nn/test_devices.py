@@ -27,6 +27,10 @@ MODULES = {
         lambda: mmfast.nn.GatedCrossAttention(dim=32, dim_visual=24, dim_head=16, heads=2),
         lambda: (torch.randn(2, 6, 32), torch.randn(2, 2, 5, 24), TEXT),
     ),
+    "IdeficsGatedBlock": (
+        lambda: mmfast.nn.IdeficsGatedBlock(dim=32, dim_visual=24, heads=2, inner=40, qk_norm=True, gates="vector"),
+        lambda: (torch.randn(2, 6, 32), torch.randn(2, 2, 5, 24), TEXT),
+    ),
 }  # fmt: skip
 
 

@@ -233,6 +233,10 @@ def test_media(device, dtype, immediate):
         truth = ops.media_cross_attention_ref(q.double(), k.double(), v.double(), **kwargs)
         check_close(out, truth, floor=OUT[dtype])
         assert not out[kwargs["text_time"] == 0].any()
+        again, lse = mmfast.media_cross_attention(q, k, v, **kwargs, return_lse=True)
+        assert torch.equal(again, out)
+        wanted = ops.media_cross_attention_ref(q.double(), k.double(), v.double(), **kwargs, return_lse=True)[1]
+        torch.testing.assert_close(lse.double(), wanted, atol=LSE[dtype], rtol=0)
         check_gradients(
             lambda *t, kw=kwargs: mmfast.media_cross_attention(*t, **kw),
             lambda *t, kw=kwargs: ops.media_cross_attention_ref(*t, **kw),

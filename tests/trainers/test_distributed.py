@@ -25,6 +25,7 @@ from mmfast.trainers import place, preference, supervised
 from mmfast.trainers.checkpoint import Run
 from mmfast.trainers.loop import Options
 from mmfast.trainers.recipes.align.dpo import RECIPE as DPO
+from mmfast.trainers.recipes.architectures.fromage import RECIPE as FROMAGE
 from mmfast.trainers.recipes.architectures.llava import RECIPE as LLAVA
 
 out, kind, batch, accumulate, parallel, packing, last = sys.argv[1:8]
@@ -57,7 +58,11 @@ if kind == "some pictures":  # in every batch some ranks' rows have no picture
     where.barrier()
     mine = replace(system.stages[-1], train=("encoder", "connector", "language"), data=Data("mine", path=str(folder / "data.json")))
     system = replace(system, stages=(mine,))
-if kind in ("system", "adapters", "some pictures"):
+if kind == "contrast":  # nobody joins rows: each process would join its own
+    torch.rand = lambda *a: torch.ones(())
+    system = tiny(FROMAGE)
+    system = replace(system, stages=(replace(system.stages[-1], optim=few(system.stages[-1].optim, int(last))),))
+if kind in ("system", "adapters", "some pictures", "contrast"):
     session = supervised.train_system(system, Run(Path(out), resume=True, main=where.main), options=options)
 else:
     torch.manual_seed(0)
@@ -137,6 +142,18 @@ def test_adapters_and_ranks_without_pictures(tmp_path, kind):
         curve, weights, _ = run(tmp_path / parallel, kind=kind, processes=2, parallel=parallel)
         torch.testing.assert_close(curve[:, 0], alone[0][:, 0], atol=1e-6, rtol=1e-6)
         assert weights.keys() == alone[1].keys()
+
+
+@pytest.mark.slow
+def test_a_contrast_sees_the_rows_of_all_processes(tmp_path):
+    """The batch's, whoever holds them; their gradients add up to those of one process that holds them all."""
+    alone, ranks = run(tmp_path / "alone", kind="contrast"), run(tmp_path / "ranks", kind="contrast", processes=2)
+    torch.testing.assert_close(ranks[0], alone[0], atol=1e-5, rtol=1e-5)
+    for key in ("loss/caption", "loss/text", "loss/contrast", "recall@1"):
+        for line, want in zip(ranks[2], alone[2], strict=True):
+            assert line[key] == pytest.approx(want[key], abs=1e-5), key
+    for name, value in ranks[1].items():
+        torch.testing.assert_close(value, alone[1][name], atol=2e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow

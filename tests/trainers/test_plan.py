@@ -12,6 +12,7 @@ import pytest
 import torch
 from mmfast.trainers import config, plan
 from mmfast.trainers.__main__ import main
+from mmfast.trainers.checkpoint import RunError
 from mmfast.trainers.plan import GROUPS
 from mmfast.trainers.supervised import Session
 from torch.utils import _pytree as pytree
@@ -81,8 +82,14 @@ def test_counts_are_those_of_the_built_tiny_model(name):
     if "easy_vqa" in [stage.data.name for stage in system.stages]:
         pytest.importorskip("easy_vqa", reason="the words of easy-vqa are in its package")
     model = Session(system, seed=0).model
+    assert "all " in plan.page(recipe)
     for job in plan.jobs(recipe):
-        predicted = plan.predict(recipe, job, length=64)
+        if sentence := plan.unknown(recipe, job):
+            with pytest.raises(RunError, match=re.escape(sentence)):
+                plan.predict(recipe, job)
+            assert sentence in plan.page(recipe)
+            continue
+        predicted = plan.predict(recipe, job, length=100)
         sizes = {part: sum(p.numel() for p in model.part(part).parameters()) for part in GROUPS}
         sizes["language"] -= sizes["embeddings"]
         head = predicted.parameters.pop("word head", 0)
@@ -409,7 +416,7 @@ def test_activations_of_the_words_stage():
     model = build(TINY, tokenizer=word_tokenizer(World().vocabulary))
     tower = getattr(model.encoder.vision, "vision_model", model.encoder.vision)
     tower.encoder.layers = tower.encoder.layers[:-1]  # nothing reads it: autograd drops what it saved, the measure here would not
-    model.encoder.layer = -1
+    model.encoder.layers = (-1,)
     model.train_only(stage.train)
     head, pictures = WordHead(TINY.encoder.width, 36, 18), torch.randn(stage.optim.batch, 3, 64, 64)
     own = {t.untyped_storage().data_ptr() for m in (model, head) for t in (*m.parameters(), *m.buffers())}

@@ -35,7 +35,9 @@ def changed(stage=None, **encoder):
 
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch):
-    monkeypatch.setattr(supervised.Shapes.__init__, "__kwdefaults__", {"split": "train", "count": 24, "turns": 1})
+    monkeypatch.setattr(
+        supervised.Shapes.__init__, "__kwdefaults__", {**supervised.Shapes.__init__.__kwdefaults__, "count": 24, "turns": 1}
+    )
     monkeypatch.setattr(tokenizer, "PROBED", 6)
 
 
@@ -196,8 +198,12 @@ def test_the_command_trains_and_measures_a_tokenizer(tmp_path):
 
 
 def test_plan_says_that_it_does_not_know():
-    with pytest.raises(RunError, match="little: the plan knows towers"):
-        plan.sized(SYSTEM)
+    sentence = f"little, {STAGE.name}: the plan knows the memory of objectives lm and words, not of tokenizer; this stage has to be tried"
+    with pytest.raises(RunError, match=sentence):
+        plan.predict(SYSTEM, STAGE)
+    page = plan.page(SYSTEM)
+    assert sentence in page
+    assert "memory of a process" not in page
 
 
 def test_as_a_tower_its_states_are_codes():

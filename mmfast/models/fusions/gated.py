@@ -12,16 +12,21 @@ from torch import Tensor, nn
 from mmfast import spec
 from mmfast.models.fusions.prefix import blocks, run_decoder, starts
 from mmfast.nn.gated import GatedCrossAttention
+from mmfast.nn.idefics import IdeficsGatedBlock, media_times
 
 # Language models whose layers are known to take and give hidden states alone, so that a block can stand before each.
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "mpt", "opt", "qwen2", "qwen3")
 
-# Whose block: (choice, width of the language model, width of the latents) -> module(x [B, S, D], media [B, T, L, E], text_time=[B, S]).
+# Whose block: (choice, the language model's configuration, width of the latents) -> module(x [B, S, D], media [B, T, L, E], text_time=[B, S]).
 BLOCKS = {
-    "flamingo": lambda choice, dim, dim_visual: GatedCrossAttention(
-        dim=dim, dim_visual=dim_visual, dim_head=choice.head_width, heads=choice.heads, activation=choice.activation,
+    "flamingo": lambda choice, config, dim_visual: GatedCrossAttention(
+        dim=config.hidden_size, dim_visual=dim_visual, dim_head=choice.head_width, heads=choice.heads, activation=choice.activation,
         only_attend_immediate_media=choice.immediate,
-    )
+    ),
+    "idefics": lambda choice, config, dim_visual: IdeficsGatedBlock(
+        dim=config.hidden_size, dim_visual=dim_visual, heads=config.num_attention_heads, inner=config.intermediate_size,
+        eps=config.rms_norm_eps, qk_norm=choice.qk_norm, gates=choice.gates,
+    ),
 }  # fmt: skip
 
 
@@ -31,6 +36,15 @@ class MediaByRow:
 
     latents: Tensor
     count: Tensor
+
+
+@dataclass
+class MediaByMask:
+    """Latents of each row's pictures ``[B, T, L, E]``, and who sees which as text times (``mmfast.nn.idefics.media_times``), each ``[B, S]``, or
+    ``[B, 1]`` for all that comes."""
+
+    latents: Tensor
+    times: list[Tensor]
 
 
 @dataclass
@@ -74,7 +88,7 @@ class GatedFusion(nn.Module):
         if choice.block not in BLOCKS:
             raise ValueError(f"GatedCrossAttention: nothing builds block {choice.block!r}, expected one of {', '.join(map(repr, BLOCKS))}")
         self.width, self.immediate = width, choice.immediate
-        self.layers = nn.ModuleDict({str(i): BLOCKS[choice.block](choice, language.config.hidden_size, width) for i in places})
+        self.layers = nn.ModuleDict({str(i): BLOCKS[choice.block](choice, language.config, width) for i in places})
         self._now: _Seen | None = None
         for i in places:
             layers[i].register_forward_pre_hook(partial(self._before, str(i)), with_kwargs=True)
@@ -101,7 +115,18 @@ class GatedFusion(nn.Module):
 
     def carry(self, input_ids: Tensor, image_embeds: Tensor | MediaByRow | None, image_token: int) -> MediaByRow | None:
         """What steps after this one need of the images: each row's, all of which it has now shown."""
+        if isinstance(image_embeds, MediaByMask):  # what comes sees what the last position saw
+            return MediaByMask(image_embeds.latents, [time[:, -1:] for time in image_embeds.times])
         return None if image_embeds is None else self._by_row(input_ids, image_embeds, image_token)
+
+    def by_mask(self, image_embeds: Tensor, mask: Tensor) -> MediaByMask:
+        """Pictures [B T, L, E] that the positions of a mask [B, S, T] see, in place of ``<image>`` tokens: of any pattern, which costs a pass
+        over what is visible for each picture of the position that sees most (``mmfast.nn.idefics.media_attention``)."""
+        if not all(isinstance(block, IdeficsGatedBlock) for block in self.blocks):
+            raise ValueError("image_attention_mask is read by Idefics' blocks; those of Flamingo go by <image> tokens")
+        if mask.dim() != 3 or len(image_embeds) != mask.shape[0] * mask.shape[2]:
+            raise ValueError(f"expected image_attention_mask [B, S, T] for {len(image_embeds)} = B T images, got {list(mask.shape)}")
+        return MediaByMask(image_embeds.unflatten(0, (mask.shape[0], -1)), media_times(mask))
 
     def recomputing(self) -> tuple[nullcontext, "_Showing"]:
         """torch.utils.checkpoint's ``context_fn``: a layer that is computed again reads what it read. (Hooks are within what is computed again
@@ -116,6 +141,8 @@ class GatedFusion(nn.Module):
             return _Seen(torch.zeros(rows, 0, 1, self.width, device=input_ids.device), torch.zeros_like(input_ids))
         if isinstance(images, MediaByRow):  # a token <image> that the model itself says shows nothing
             return _Seen(images.latents, images.count[:, None].expand(-1, length))
+        if isinstance(images, MediaByMask):
+            return _Seen(images.latents, [time.expand(-1, length) for time in images.times])
         is_image = input_ids == image_token
         if cu_seqlens is None:
             return _Seen(self._by_row(input_ids, images, image_token).latents, is_image.cumsum(-1))

@@ -11,12 +11,22 @@ def blocks(language: nn.Module) -> nn.ModuleList:
 
 def run_decoder(language: nn.Module, embeds: Tensor, **kwargs) -> tuple[Tensor, object]:
     """The decoder on input embeddings: last hidden states in the head's type, and the key/value cache. Embeddings (and a head that is tied to
-    them) learn in fp32 over layers that may be held in half precision."""
+    them) learn in fp32 over layers that may be held in half precision. ``position_ids`` count from 0, whatever the family does."""
+    if "position_ids" in kwargs and (first := getattr(language, "first_position", 0)):
+        kwargs["position_ids"] = kwargs["position_ids"] + first
     for half in {p.dtype for p in blocks(language)[0].parameters()} & {torch.bfloat16, torch.float16}:
         embeds = embeds.to(half)
     out, head = language.get_decoder()(inputs_embeds=embeds, **kwargs), language.get_output_embeddings().weight
     hidden = out.last_hidden_state
     return hidden.to(head.dtype) if head.is_floating_point() else hidden, out.past_key_values
+
+
+def starts(position_ids: Tensor) -> Tensor | None:
+    """Where sequences start among all positions ``[B T]``, and their number last; None where rows hold one each."""
+    first = position_ids == 0
+    first[:, 0] = True
+    at = first.flatten().nonzero().flatten()
+    return None if len(at) == len(position_ids) else torch.cat([at, at.new_tensor([first.numel()])]).int()
 
 
 def slots(input_ids: Tensor, images: Tensor, image_token: int) -> Tensor:
@@ -30,14 +40,6 @@ def slots(input_ids: Tensor, images: Tensor, image_token: int) -> Tensor:
     return slots
 
 
-def starts(position_ids: Tensor) -> Tensor | None:
-    """Where sequences start among all positions ``[B T]``, and their number last; None where rows hold one each."""
-    first = position_ids == 0
-    first[:, 0] = True
-    at = first.flatten().nonzero().flatten()
-    return None if len(at) == len(position_ids) else torch.cat([at, at.new_tensor([first.numel()])]).int()
-
-
 class PrefixFusion(nn.Module):
     """The i-th placeholder of the batch, read row by row, becomes the i-th image vector; then the language model runs as always."""
 
@@ -48,9 +50,13 @@ class PrefixFusion(nn.Module):
 
         ``kwargs`` go to the decoder: attention_mask, position_ids, past_key_values, use_cache.
         """
-        embeds = language.get_input_embeddings()(input_ids)
-        if image_embeds is not None:
-            embeds = embeds.masked_scatter(slots(input_ids, image_embeds, image_token)[..., None], image_embeds.to(embeds.dtype))
+        embed = language.get_input_embeddings()
+        if image_embeds is None:
+            embeds = embed(input_ids)
+        else:
+            at = slots(input_ids, image_embeds, image_token)
+            embeds = embed(input_ids.masked_fill(at, 0))  # the placeholder need not be a token
+            embeds = embeds.masked_scatter(at[..., None], image_embeds.to(embeds.dtype))
         return run_decoder(language, embeds, **kwargs)
 
     def carry(self, input_ids: Tensor, image_embeds: Tensor | None, image_token: int) -> None:

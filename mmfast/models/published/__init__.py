@@ -15,17 +15,20 @@ from transformers import PretrainedConfig
 
 from mmfast import spec
 from mmfast.models.build import MultimodalModel
+from mmfast.models.matching import Matcher
 from mmfast.models.pretrained import config_of, load_weights
-from mmfast.models.published import chameleon, llava
+from mmfast.models.published import blip2, blip2_retrieval, chameleon, idefics, kosmos2, llava
 
 SHARD = "5GB"  # files of larger models are cut to this
-KNOWN = {"chameleon": chameleon, "llava": llava}  # by model_type
+KNOWN = {"llava": llava, "kosmos-2": kosmos2, "blip-2": blip2, "chameleon": chameleon, "idefics": idefics}  # by model_type
+BY_CLASS = {"Blip2ForImageTextRetrieval": blip2_retrieval}  # where a model_type has several
 
 
-def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None) -> MultimodalModel:
+def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None) -> MultimodalModel | Matcher:
     """Read a Hugging Face folder (or hub name) of a known ``model_type``; frozen and in evaluation mode.
 
-    Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model, ``chameleon``. Anything else raises ``ValueError`` with what was found.
+    Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model; ``blip-2`` with a causal language model, and as
+    Blip2ForImageTextRetrieval, which is a ``mmfast.models.Matcher``; ``kosmos-2``, ``chameleon``, ``idefics``. Anything else raises ``ValueError`` with what was found.
     """
     config, name = config_of(str(path)), Path(path).name
     kind = _known(config, str(path))
@@ -41,7 +44,7 @@ def system_of(config: PretrainedConfig, name: str) -> spec.System:
 def _known(config: PretrainedConfig, name: str) -> ModuleType:
     if config.model_type not in KNOWN:
         raise ValueError(f"{name}: model_type is {config.model_type!r}; from_pretrained knows {', '.join(map(repr, KNOWN))}")
-    return KNOWN[config.model_type]
+    return BY_CLASS.get((config.architectures or [""])[0], KNOWN[config.model_type])
 
 
 def save_pretrained(model: MultimodalModel, path: str | Path) -> None:
@@ -54,7 +57,13 @@ def _class_of(system: spec.System) -> ModuleType:
     match system.connector, system.fusion:
         case (spec.Linear() | spec.Mlp(), spec.Prefix()):
             return llava
+        case (spec.AttentionPool(), spec.Prefix()):
+            return kosmos2
+        case (spec.QFormer(), spec.Prefix()):
+            return blip2
         case (spec.Codes(), spec.SharedTokens()):
             return chameleon
+        case (spec.Resampler() | spec.NoConnector(), spec.GatedCrossAttention(block="idefics")):
+            return idefics
     parts = f"{type(system.connector).__name__} and {type(system.fusion).__name__}"
     raise ValueError(f"{system.name}: no class of transformers has a model of {parts}")

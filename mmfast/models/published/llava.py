@@ -24,7 +24,8 @@ def system_of(config: LlavaConfig, name: str) -> spec.System:
     """The choices that a stock LLaVA's configuration stands for."""
     vision, text = config.vision_config, config.text_config
     kinds = [kind for kind, (_, types) in TOWERS.items() if vision.model_type in types]
-    if not kinds or not isinstance(config.vision_feature_layer, int):
+    *scales, layer = [config.vision_feature_layer] if isinstance(config.vision_feature_layer, int) else config.vision_feature_layer
+    if not kinds or (scales and kinds[0] is not spec.Clip):
         raise ValueError(
             f"{name}: expected a tower of {', '.join(kind.__name__ for kind in TOWERS)} read at one layer, got {vision.model_type} at layer "
             f"{config.vision_feature_layer}"
@@ -36,10 +37,11 @@ def system_of(config: LlavaConfig, name: str) -> spec.System:
         raise ValueError(f"{name}: projector_hidden_act is {config.projector_hidden_act!r}, expected 'gelu' or 'linear'")
     check_head(text, name)
     extra = {} if kinds[0] is spec.Siglip else {"keep_class_token": whole}
+    extra |= {"scales": tuple(scales)} if scales else {}
     return spec.System(
         name=Path(name).name,
         paper="arXiv:2304.08485",
-        encoder=tower_sizes(kinds[0](weights=None, layer=config.vision_feature_layer, **extra), vision),
+        encoder=tower_sizes(kinds[0](weights=None, layer=layer, **extra), vision),
         connector=spec.Linear() if config.projector_hidden_act == "linear" else spec.Mlp(2),
         language=language_sizes(spec.LanguageModel(weights=None), text),
         image=spec.Fixed(size=vision.image_size),
@@ -56,7 +58,7 @@ def from_stock(stock: LlavaForConditionalGeneration, name: str = "llava") -> Mul
         raise ValueError(
             f"{name}: projector_hidden_act is 'linear' and linear_2 is not the identity; two maps without activation are unknown"
         )
-    connector = Projector(system.encoder.width, first.out_features, 1 if linear else 2)
+    connector = Projector(first.in_features, first.out_features, 1 if linear else 2)
     for slot, layer in ((0, first),) if linear else ((0, first), (2, second)):
         connector[slot] = layer
     with torch.device("meta"):  # only the shell of the causal model; its insides are the checkpoint's
@@ -64,7 +66,7 @@ def from_stock(stock: LlavaForConditionalGeneration, name: str = "llava") -> Mul
     set_decoder(language, parts.language_model)
     language.set_output_embeddings(stock.lm_head)
     skip = int(config.vision_feature_select_strategy == "default")
-    tower = Tower(parts.vision_tower, layer=system.encoder.layer, skip=skip)
+    tower = Tower(parts.vision_tower, layer=system.encoder.layer, skip=skip, scales=getattr(system.encoder, "scales", ()))
     return MultimodalModel(system, tower, connector, language, image_token=config.image_token_id).eval()
 
 
@@ -93,7 +95,7 @@ def as_stock(model: MultimodalModel) -> Iterator[LlavaForConditionalGeneration]:
         image_token_index=model.image_token,
         image_seq_length=system.encoder.tokens,
         projector_hidden_act="linear" if len(maps) == 1 else "gelu",
-        vision_feature_layer=model.encoder.layer,
+        vision_feature_layer=list(model.encoder.layers) if len(model.encoder.layers) > 1 else model.encoder.layers[0],
         vision_feature_select_strategy="default" if model.encoder.skip else "full",
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )

@@ -30,7 +30,7 @@ RECIPE = System(
             "speak",
             train=("connector",),
             data=Data("blip_129m"),
-            template="plain",
+            template="blip2",
             max_length=64,
             optim=Optim(
                 lr=1e-4,

@@ -3,8 +3,8 @@
 The multimodal model of ScienceQA; its text half on Alpaca is the same with ``train=("adapter",)`` and the template ``alpaca``. Where paper
 and released script differ the script is followed: 32 rows and lr 9e-3 x 32 / 256 (paper: batch 64, lr 9e-3, read as the base rate that is
 2.25e-3), gates through tanh (paper: as they are). No clipping there. The script decays prompts and gates like all else, as here. Labels of
-``<unk>`` are scored here. Not published: the visual projection's layout (108 units meet the paper's total of 1.79 M) and its scales of CLIP
-features; here it is the class token of one.
+``<unk>`` are scored here. Not published: which scales of CLIP's global features are concatenated, here the class token after every sixth
+block, and the layout of the projection, here two maps (68 units meet the paper's total of 1.79 M).
 """
 
 from mmfast.spec import AdapterPrompts, Clip, Data, Fixed, LanguageModel, Optim, Pooled, Stage, System
@@ -12,8 +12,8 @@ from mmfast.spec import AdapterPrompts, Clip, Data, Fixed, LanguageModel, Optim,
 RECIPE = System(
     name="llama_adapter",
     paper="arXiv:2303.16199",
-    encoder=Clip(weights="openai/clip-vit-large-patch14", patch=14, size=224, layer=-1, keep_class_token=True),
-    connector=Pooled(hidden=108),
+    encoder=Clip(weights="openai/clip-vit-large-patch14", patch=14, size=224, layer=-1, scales=(-19, -13, -7), keep_class_token=True),
+    connector=Pooled(hidden=68),
     fusion=AdapterPrompts(length=10, layers=30, gate="tanh"),
     language=LanguageModel(weights="huggyllama/llama-7b"),
     image=Fixed(size=224),

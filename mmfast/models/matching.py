@@ -1,0 +1,117 @@
+"""Pictures and texts compared by a Q-Former, without a language model: scores, ranking, and its own captions (BLIP-2, arXiv:2301.12597).
+
+Letters: M images, B texts, S text tokens, n queries, P the shared space's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mmfast import spec
+from mmfast.models.build import MultimodalModel
+from mmfast.nn.query_connector import QueryConnector, similarity
+
+
+@dataclass
+class Matched:
+    """What ``Blip2ForImageTextRetrieval`` returns.
+
+    Contrast: logits_per_image [M, B] cosines, image_embeds [M, n, P], text_embeds [B, P]. Matching of pairs: logits_per_image [B, 2] ("no",
+    "yes"), image_embeds the normed states, text_embeds the last states of queries and text. logits_per_text is the transpose.
+    """
+
+    logits_per_image: Tensor
+    logits_per_text: Tensor
+    text_embeds: Tensor
+    image_embeds: Tensor
+
+
+class Matcher(nn.Module):
+    """A tower and a Q-Former with text. ``places``: how many ids of a batch's rows stand for a picture, in front of the text."""
+
+    def __init__(self, encoder: nn.Module, connector: QueryConnector, system: spec.System, *, places: int = 0):
+        super().__init__()
+        self.encoder, self.connector, self.system, self.places = encoder, connector, system, places
+
+    @classmethod
+    def of(cls, model: MultimodalModel) -> Matcher:
+        """That of a model whose connector is a ``QFormer`` with text; the weights are the model's own."""
+        if not (isinstance(model.connector, QueryConnector) and model.connector.reads_text):
+            raise ValueError(f"{model.system.name}: comparing pictures with texts needs a connector QFormer with text")
+        return cls(model.encoder, model.connector, model.system)
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None, *, use_image_text_matching_head: bool = False
+    ) -> Matched:
+        """pixel_values [M, 3, H, W], input_ids and attention_mask [B, places + S]; the arguments of ``Blip2ForImageTextRetrieval``."""
+        connector, ids = self.connector, input_ids[:, self.places :]
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask[:, self.places :]
+        image = connector.normed(self.encoder(pixel_values))
+        if use_image_text_matching_head:
+            queries, text, _ = connector.qformer(connector.query_tokens, image, text=ids, text_mask=mask)
+            logits = connector.itm_head(queries).mean(1)
+            return Matched(logits, logits.T, torch.cat([queries, text], 1), image)
+        images, texts = connector.images(connector.read(image)), connector.texts(ids, mask)
+        scores = similarity(images, texts)
+        return Matched(scores, scores.T, texts, images)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that ``Blip2ForImageTextRetrieval`` loads, with the same scores."""
+        from mmfast.models.published import SHARD, blip2_retrieval
+
+        with blip2_retrieval.as_stock(self) as stock:
+            stock.save_pretrained(path, max_shard_size=SHARD)
+
+
+@torch.no_grad()
+def rank(
+    connector: QueryConnector, states: Tensor, ids: Tensor, mask: Tensor, *, top: int = 128, batch: int = 256
+) -> tuple[Tensor, Tensor]:
+    """Scores of all texts for each picture ``[M, B]`` and of all pictures for each text ``[B, M]``, higher is better.
+
+    By the contrast's cosine; with ``top`` the best so many of each row are ranked anew, before all others, by the cosine plus the matching
+    logit for "yes" (LAVIS's evaluation; 128 there). ``top`` 0: by the cosine alone.
+
+    Args:
+        states: tower states [M, N, W]. ids, mask: [B, S].
+    """
+    image = connector.normed(states)
+    images = torch.cat([connector.images(connector.read(part)) for part in image.split(batch)])
+    texts = torch.cat([connector.texts(*part) for part in zip(ids.split(batch), mask.split(batch), strict=True)])
+    cosine = torch.cat([similarity(part, texts) for part in images.split(batch)])
+    scores = cosine.clone(), cosine.T.clone()
+    for turned, ranked in zip((False, True), scores, strict=True) if top else ():
+        rows, columns = (
+            torch.arange(len(ranked)).repeat_interleave(min(top, ranked.shape[1])),
+            ranked.topk(min(top, ranked.shape[1])).indices.flatten().cpu(),
+        )
+        for row, column in zip(rows.split(batch), columns.split(batch), strict=True):
+            picture, text = (column, row) if turned else (row, column)
+            yes = connector.match(image[picture], ids[text], mask[text])[:, 1]
+            # A cosine is at least -1 and the logits of these are compared among themselves: raised above all that were not.
+            ranked[row, column] += yes + _ABOVE
+    return scores
+
+
+_ABOVE = 1e4
+
+
+@torch.no_grad()
+def captions(connector: QueryConnector, states: Tensor, *, first: int, last: int, max_new_tokens: int = 30) -> Tensor:
+    """The Q-Former's own greedy captions ``[M, up to max_new_tokens]`` from ``first`` ([DEC]) to ``last``, no language model involved."""
+    cache = connector.read(connector.normed(states)).cache
+    token = torch.full((len(states), 1), first, device=states.device)
+    done, said = torch.zeros(len(states), dtype=torch.bool, device=states.device), []
+    for _ in range(max_new_tokens):
+        logits, cache = connector.continued(cache, token)
+        token = torch.where(done, last, logits[:, -1].argmax(-1))
+        done |= token == last
+        said.append(token)
+        if done.all():
+            break
+        token = token[:, None]
+    return torch.stack(said, 1)

@@ -1,0 +1,241 @@
+"""Records that speak of places: GRIT's captions and boxes in any record, moved as the picture is, in a system's words; pictures between tags."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from mmfast import spec
+from mmfast.data import chat, regions, supervised
+from mmfast.data.formats import parse
+from mmfast.data.records import Records
+from mmfast.data.regions import KOSMOS2, MINIGPT_V2, QWEN_VL, REGION, SHIKRA, write
+from mmfast.data.sources import Conversations
+from mmfast.data.synthetic import World
+from mmfast.models.tokenizer import tagged_text, word_tokenizer
+
+SNOWMAN = "An image of a snowman warming himself by a fire."
+BOXES = [[0.39, 0.05, 0.98, 0.82], [0.17, 0.02, 0.48, 0.88]]
+GRIT = {"image": "a.png", "caption": SNOWMAN, "noun_chunks": [[12, 21, *BOXES[0], 0.9], [41, 47, *BOXES[1], 0.8]], "ref_exps": []}
+TAGS = spec.BoxTokens(bins=32).tokens
+
+
+def grit(**changes):
+    return parse({**GRIT, **changes}, 0, root="/x")
+
+
+def test_grit_becomes_marks_and_shares():
+    record = grit()
+    text = f"<grounding> An image of <phrase>a snowman</phrase>{REGION} warming himself by <phrase>a fire</phrase>{REGION}."
+    assert record.turns == (("<image>", text),)
+    assert record.boxes == tuple((tuple(box),) for box in BOXES)
+    assert record.shares
+
+
+def test_the_published_example():
+    """The snowman's string, but for the blank that Kosmos-2's tokenizer moves into the phrase; read back it is the published reading."""
+    text = write(grit().turns[0][1], [[tuple(b)] for b in BOXES], KOSMOS2, (1, 1))
+    assert text == (
+        "<grounding> An image of <phrase>a snowman</phrase><object><patch_index_0044><patch_index_0863></object> warming himself by "
+        "<phrase>a fire</phrase><object><patch_index_0005><patch_index_0911></object>."
+    )
+    reading = KOSMOS2.read(text.replace("<grounding> ", "<grounding>"), (1, 1))
+    assert reading.text == SNOWMAN
+    assert [(r.phrase, (r.start, r.end), r.boxes) for r in reading.regions] == [
+        ("a snowman", (12, 21), ((0.390625, 0.046875, 0.984375, 0.828125),)),
+        ("a fire", (41, 47), ((0.171875, 0.015625, 0.484375, 0.890625),)),
+    ]
+
+
+def test_what_the_released_code_leaves_out():
+    low = grit(noun_chunks=[[12, 21, *BOXES[0], 0.6499], [41, 47, *BOXES[1], 0.65]])
+    assert low.turns[0][1].count(REGION) == 1
+    assert "<phrase>a fire</phrase>" in low.turns[0][1]
+    # Expressions come before noun chunks, and one inside another is left out; several boxes of one span stay together.
+    nested = grit(ref_exps=[[12, 47, *BOXES[0], 0.9], [41, 47, *BOXES[1], 0.9], [12, 47, *BOXES[1], 0.7]])
+    assert nested.turns[0][1] == f"<grounding> An image of <phrase>a snowman warming himself by a fire</phrase>{REGION}."
+    assert nested.boxes == ((tuple(BOXES[0]), tuple(BOXES[1])),)
+    joined = write(nested.turns[0][1], nested.boxes, KOSMOS2, (1, 1))
+    assert "<patch_index_0863></delimiter_of_multi_objects/><patch_index_0005>" in joined
+    assert grit(noun_chunks=[[12, 21, *BOXES[0], 0.1]]).turns == (("<image>", SNOWMAN),)
+
+
+def test_half_of_the_captions_tell_places():
+    told = [bool(parse(GRIT, i, root="/x", boxes=0.5).boxes) for i in range(400)]
+    assert 160 < sum(told) < 240
+    assert told == [bool(parse(GRIT, i, root="/x", boxes=0.5).boxes) for i in range(400)]
+    plain = parse(GRIT, told.index(False), root="/x", boxes=0.5)
+    assert plain.turns == (("<image>", SNOWMAN),)
+
+
+def places(**changes):
+    row = {
+        "image": "a.png",
+        "question": "Where is <phrase>the cat</phrase>?",
+        "answer": f"There{REGION}, beside <phrase>two dogs</phrase>{REGION}.",
+        "boxes": [[10, 20, 30, 40], [[0, 0, 5, 5], [50, 50, 64, 64]]],
+    }
+    return {k: v for k, v in {**row, **changes}.items() if v is not None}
+
+
+def test_any_record_may_speak_of_places():
+    record = parse(places(), 3, root="/x")
+    assert record.boxes == (((10.0, 20.0, 30.0, 40.0),), ((0.0, 0.0, 5.0, 5.0), (50.0, 50.0, 64.0, 64.0)))
+    assert not record.shares
+    answer = record.turns[0][1]
+    size = (100, 100)
+    assert (
+        write(answer, record.boxes, SHIKRA, size)
+        == "There[0.100,0.200,0.300,0.400], beside two dogs[0.000,0.000,0.050,0.050;0.500,0.500,0.640,0.640]."
+    )
+    assert write(answer, record.boxes, QWEN_VL, size).startswith(
+        "There<box>(100,200),(300,400)</box>, beside <ref>two dogs</ref><box>(0,0)"
+    )
+    assert "<p>two dogs</p> {<0><0><5><5>}<delim>{<50><50><64><64>}" in write(answer, record.boxes, MINIGPT_V2, size)
+    # The asked phrase is tagged where the system has tags.
+    assert write(record.turns[0][0], [], KOSMOS2, size) == "<image>\nWhere is <phrase>the cat</phrase>?"
+    assert write(record.turns[0][0], [], SHIKRA, size) == "<image>\nWhere is the cat?"
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        (places(boxes=None), r'has 2 <region> places but no "boxes" \(pixels\) and no "box_shares"'),
+        (places(boxes=[[1, 2, 3, 4]]), "2 <region> places but 1 boxes"),
+        (places(boxes=[[1, 2, 3], [1, 2, 3, 4]]), r"boxes\[0\] is \[1, 2, 3\], expected \[x1, y1, x2, y2\] or several"),
+        (places(boxes=[[9, 2, 3, 4], [1, 2, 3, 4]]), r"boxes\[0\] is \[9, 2, 3, 4\]: its second corner is left of or above its first"),
+        (places(boxes=[[], [1, 2, 3, 4]]), r"boxes\[0\] is an empty list"),
+        (places(box_shares=[[0, 0, 1, 1]] * 2), 'has both "boxes" and "box_shares"'),
+        (places(image=None, images=["a.png", "b.png"]), 'are places in one picture, and the record has 2'),
+        ({**GRIT, "noun_chunks": [[12, 21, 0, 0, 1, 1]]}, r"noun_chunks\[0\] is .*, expected \[start, end, x1, y1, x2, y2, score\]"),
+        ({**GRIT, "noun_chunks": [[40, 99, 0, 0, 1, 1, 1]]}, r"noun_chunks\[0\] is the span 40 .. 99 of a caption of 48 characters"),
+    ],
+)  # fmt: skip
+def test_faults_are_told(row, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        parse(row, 0, root="/x")
+
+
+def encoder(plan, form=KOSMOS2, **more):
+    words = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", *dict.fromkeys(f"{SNOWMAN} There beside two dogs , Where is the cat ?".split()))
+    tok = word_tokenizer((*words, "snowman", "fire", "."), ("</image>", *TAGS))
+    borders = tuple(tok.convert_tokens_to_ids(["<image>", "</image>"]))
+    return chat.Encoder(tok, "bare", 3, len(tok), 0, borders=borders, regions=form, plan=plan, **more)
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+def test_boxes_move_with_the_picture(fit, tmp_path):
+    """A picture twice as wide as high with one bright block; where the block lies in what the tower sees is where the tokens say it is."""
+    block, size = (70, 20, 110, 60), (200, 100)
+    picture = Image.new("RGB", size)
+    picture.paste((255, 255, 255), block)
+    picture.save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "Where is the cat ?", "answer": f"There {REGION}", "boxes": [list(block)]}
+    (tmp_path / "d.json").write_text(json.dumps([row]))
+    encode = encoder(spec.Fixed(size=64, fit=fit))
+    source = Conversations([Records(spec.Data("d", path=str(tmp_path / "d.json")))], encode, plan=encode.plan)
+    batch = source.batch(torch.tensor([0]))
+    found = KOSMOS2.parse(tagged_text(encode.tokenizer, [i for i in batch["input_ids"][0].tolist() if i != encode.image_token]), (64, 64))
+    bright = batch["pictures"][0].float().mean(-1) > 128
+    rows, columns = (bright.any(1).nonzero().flatten(), bright.any(0).nonzero().flatten())
+    seen = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    assert len(found) == 1
+    assert found[0].boxes[0] == pytest.approx([float(v) for v in seen], abs=2.1)
+
+
+def test_what_the_crop_cuts_off_is_not_told(tmp_path):
+    Image.new("RGB", (200, 100)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "caption": "x", "answer": None}
+    row = {"image": "a.png", "question": "Where is <phrase>the cat</phrase> ?", "answer": f"There beside <phrase>two dogs</phrase>{REGION} .",
+           "boxes": [[[0, 0, 40, 40], [90, 40, 110, 60]]]}  # fmt: skip
+    (tmp_path / "d.json").write_text(json.dumps([row, {**row, "boxes": [[0, 0, 40, 40]]}]))
+    encode = encoder(spec.Fixed(size=64))
+    records = Records(spec.Data("d", path=str(tmp_path / "d.json")))
+    texts = [tagged_text(encode.tokenizer, encode.record(records.parse(i))[0]) for i in range(2)]
+    assert texts[0].count("<object>") == 1
+    assert "delimiter" not in texts[0]
+    assert texts[1].endswith("There beside two dogs.")
+
+
+def test_a_system_without_places_says_so(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    record = parse({**GRIT, "image": str(tmp_path / "a.png")}, 0, root="/x")
+    with pytest.raises(ValueError, match=r"speaks of places in its picture, and this system does not; set regions, or data.boxes to 0"):
+        encoder(spec.Fixed(size=64), form=None).record(record)
+    plain = parse({**GRIT, "image": "a.png"}, 0, root="/x", boxes=0.0)
+    assert encoder(spec.Fixed(size=64), form=None).record(plain)[1].count(chat.IGNORE) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures between tags
+
+
+def test_67_positions_are_not_text():
+    """<s>, <image>, 64 places and </image>; the first thing that is scored is the first word, the last the end token."""
+    tok = word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "a", "cat"), ("</image>", *TAGS))
+    system = spec.System("k", connector=spec.AttentionPool(), fusion=spec.Prefix("<image>", "</image>"))
+    assert (system.image_places, system.borders, system.added_tokens) == (64, ("<image>", "</image>"), ("</image>",))
+    borders = tuple(tok.convert_tokens_to_ids(list(system.borders)))
+    encode = chat.Encoder(tok, "bare", system.image_places, len(tok), 0, borders=borders)
+    ids, labels = encode([("<image>", "a cat")])
+    assert len(ids) - 3 == 67
+    assert labels == [chat.IGNORE] * 67 + [5, 6, 2]
+    assert ids[:2] == [1, 4]
+    assert ids[66] == tok.convert_tokens_to_ids("</image>")
+
+
+def test_a_document_announces_its_pictures():
+    tok = word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "a", "cat"), ("</image>",))
+    encode = chat.Encoder(tok, "bare", 2, 99, 0, borders=(4, 7))
+    items = [{"image": "x.png"}, {"text": "a"}, {"image": "y.png"}, {"text": "cat"}]
+    record = parse({"items": items}, 0, root="/x")
+    ids, labels = encode.record(record)
+    assert ids == [1, 4, 99, 99, 7, 5, 4, 99, 99, 7, 6, 2]
+    no = chat.IGNORE
+    assert labels == [no, no, no, no, no, 5, 4, no, no, no, 6, 2]
+    # A picture that the cut would tear goes whole, tags and all; so does one that would lose its last tag.
+    for length in (7, 8, 9):
+        cut = chat.Encoder(tok, "bare", 2, 99, 0, length, (4, 7))
+        assert cut.record(record)[0] == [1, 4, 99, 99, 7, 5]
+
+
+def test_the_world_with_places():
+    world = World()
+    form, side = regions.kosmos2(16), world.config.pixels
+    tok = word_tokenizer(world.vocabulary, ("</image>", *spec.BoxTokens(16).tokens))
+    encode = chat.Encoder(
+        tok, "bare", 2, len(tok), 0, borders=(4, tok.convert_tokens_to_ids("</image>")), regions=form, plan=spec.Fixed(size=side)
+    )
+    source = supervised.Grounded(world, encode, count=40)
+    assert not (source.columns[0].ids == tok.unk_token_id).any()
+    for i, scene in enumerate(source.scenes):
+        caption, asked = (
+            form.read(tagged_text(tok, [t for t in column.ids[i].tolist() if t != encode.image_token]), (side, side))
+            for column in source.columns
+        )
+        assert not caption.faults + asked.faults
+        if i % 2 == 0:
+            assert caption.text == world.caption(scene).text
+            assert [caption.text[r.start : r.end] for r in caption.regions] == [r.phrase for r in caption.regions]
+        for reading in (caption, asked) if i % 2 == 0 else (asked,):
+            boxes = sorted(box for region in reading.regions for box in region.boxes)
+            true = sorted(form.parse(form.encode(o.box, (side, side)), (side, side))[0].boxes[0] for o in scene.objects)
+            assert boxes == true
+    labels = source.columns[1].labels[0]
+    told = tok.convert_ids_to_tokens(labels[labels != chat.IGNORE].tolist())
+    assert set(told) - {"<object>", "</object>", "</delimiter_of_multi_objects/>", "<eos>"} <= set(spec.BoxTokens(16).tokens[6:])
+
+
+def test_mixtures_of_built_in_sets():
+    world, tok = World(), word_tokenizer((*World().vocabulary, *supervised.WORDS))
+    encode = chat.Encoder(tok, "bare", 2, 4, 0)
+    makers = (lambda: supervised.shapes_text(world, encode, 30), lambda: supervised.shapes_episodes(world, encode, 20))
+    parts = [make() for make in makers]
+    mixed = supervised.mixture(parts, [3.0, 1.0], 0)
+    assert len(mixed) == 50
+    order = mixed.permutation(0)
+    assert (order < 30).sum() == 38  # three quarters of 50, to the nearest
+    batch, alone = mixed.batch(torch.tensor([3, 34])), parts[1].batch(torch.tensor([4]))
+    width = alone["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"][1, :width], alone["input_ids"][0])
+    assert torch.equal(batch["pictures"][batch["image_rows"]], alone["pictures"][alone["image_rows"]])

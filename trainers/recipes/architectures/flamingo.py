@@ -1,0 +1,29 @@
+"""Flamingo (arXiv:2204.14198): gated cross-attention blocks before some layers of a frozen language model read a picture's latents.
+
+The 9B model with open parts: CLIP L/14 for its NFNet-F6, so that the resampler is 1024 wide (paper: 1536, 16 heads of 96), and LLaMA-7B for
+Chinchilla's 7.1B, whose 32 layers have 8 blocks (paper: 40 and 10). Data are interleaved pages (M3W) and pairs and videos (ALIGN, LTIP, VTP),
+their losses weighed as published, all in every update; none is open, and the shares of a batch are not published. Nor are the betas. A third
+and more of the steps that the paper takes would be years here: set ``steps``.
+"""
+
+from mmfast.spec import Clip, Data, Fixed, GatedCrossAttention, LanguageModel, Mixture, Optim, Resampler, Stage, System
+
+RECIPE = System(
+    name="flamingo",
+    paper="arXiv:2204.14198",
+    encoder=Clip(weights="openai/clip-vit-large-patch14-336", patch=14, size=336, layer=-1),
+    connector=Resampler(tokens=64, depth=6, heads=16, head_width=64, activation="squared_relu", frames=8),
+    fusion=GatedCrossAttention(every=4, offset=0, heads=32, head_width=128, activation="squared_relu"),
+    language=LanguageModel(weights="huggyllama/llama-7b"),
+    image=Fixed(size=336),
+    stages=(
+        Stage(
+            "interleaved",
+            train=("connector", "adapter", "new_tokens"),
+            data=Mixture("flamingo_mix", (Data("m3w"), Data("align"), Data("ltip"), Data("vtp"))),
+            template="flamingo",
+            max_length=256,
+            optim=Optim(lr=1e-4, steps=500_000, batch=256, warmup=5000, schedule="constant", weight_decay_of={"adapter": 0.1}),
+        ),
+    ),
+)

@@ -1,0 +1,35 @@
+"""Kosmos-1 (arXiv:2302.14045): a language model that learns from scratch on text, image-caption pairs and interleaved documents together.
+
+Where the paper and the released code (Kosmos-2's, the only one) differ the code is followed in positions: the paper's are xPos, those of the
+released model sinusoidal. Not published for Kosmos-1: the number of image tokens (64, as in Kosmos-2). CLIP is frozen except its last block,
+as in the paper. The share of each kind of data is that of the paper's tokens an update, 0.5, 0.5 and 0.2 million; 1.2 million are 586 rows of
+2,048. The second stage, instructions of text alone, has no published hyper-parameters and is left out.
+"""
+
+from mmfast.spec import AttentionPool, Clip, Data, Fixed, LanguageModel, Mixture, Optim, Prefix, Stage, System
+
+RECIPE = System(
+    name="kosmos_1",
+    paper="arXiv:2302.14045",
+    encoder=Clip(weights="openai/clip-vit-large-patch14", layer=-1, keep_class_token=True, post_norm=True, unit=True),
+    connector=AttentionPool(tokens=64, heads=32, dropout=0.1),
+    fusion=Prefix(begin="<image>", end="</image>"),
+    language=LanguageModel(
+        family="kosmos_2_text_model", weights=None, words="microsoft/kosmos-2-patch14-224", vocab=65037, width=2048, depth=24, heads=32,
+        kv_heads=32, ffn=8192, context=2048, tied=True, norm_eps=1e-5, init=2048**-0.5, dropout=0.1,
+    ),
+    image=Fixed(size=224),
+    stages=(
+        Stage(
+            "pretrain",
+            train=("last_block", "connector", "language", "embeddings"),
+            data=Mixture(
+                "kosmos_web",
+                (Data("text", weight=0.5), Data("image_text_pairs", weight=0.5), Data("interleaved", weight=0.2)),
+            ),
+            template="bare",
+            max_length=2048,
+            optim=Optim(lr=2e-4, steps=300_000, batch=586, warmup=375, schedule="linear", betas=(0.9, 0.98), weight_decay=0.01, clip=2.0),
+        ),
+    ),
+)  # fmt: skip
