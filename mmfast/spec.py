@@ -224,7 +224,6 @@ class AttentionPool:
 
     tokens: int = 64
     heads: int = 32
-    dropout: float = 0.0  # of attention weights
 
 
 @dataclass(frozen=True)
@@ -292,6 +291,7 @@ class GatedCrossAttention:
     qk_norm: bool = False  # idefics
     gates: Literal["scalar", "vector"] = "scalar"  # idefics
     end: str = "<|endofchunk|>"  # token at the end of what is said of a picture; "": none
+    around: str = ""  # token on either side of a picture, one between adjacent ones; "": none
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,6 @@ class LanguageModel:
     norm_eps: float = 1e-6
     norm: Literal["before", "after"] = "before"  # chameleon: each sub-layer's norm stands before it, or over what it adds (its 34B)
     init: float = 0.02
-    dropout: float = 0.0  # of a model without weights, where its family has any
     words: str | None = None  # the folder or hub name of a tokenizer, for a model that starts from nothing
 
 
@@ -365,6 +364,7 @@ class Fixed:
 
     size: int = 224
     fit: Literal["crop", "squash", "pad", "pad_mean"] = "crop"
+    augment: bool = False  # in training: a part of the square, at least half of it, in its place, every other one mirrored
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -379,12 +379,28 @@ BUILT_IN = (
 
 
 @dataclass(frozen=True)
+class Pages:
+    """How interleaved documents are read. What is drawn is drawn once a document, the same in every run.
+
+    ``pictures``: the first so many are kept; 0: all. ``similarity``: of MMC4's records, pictures that match no sentence so well are left out,
+    and the others are matched one to one. ``window``: a document begins at one of its pieces, drawn, and what follows ``max_length`` is cut
+    as ever. ``following``: the share of documents whose pictures each stand before the text that precedes them, so that it is read with them.
+    """
+
+    pictures: int = 0
+    similarity: float = 0.0
+    window: bool = False
+    following: float = 0.0
+
+
+@dataclass(frozen=True)
 class Data:
     """What a stage reads. ``name`` is a built-in set (``BUILT_IN``), or a published one, whose records the user supplies.
 
     ``path``: JSON, JSONL, parquet or webdataset tar files (a file, a folder or a pattern), or ``hub:NAME``. ``images``: the folder that
     picture names are relative to (default: beside the file). ``columns`` maps their names to ours, so nothing has to be converted.
-    ``streaming`` reads through without an index; ``weight`` is the share of draws within a ``Mixture`` (None: as many as it has records).
+    ``streaming`` reads through without an index; ``weight`` is the share of draws within a ``Mixture`` (None: as many as it has records), and
+    ``loss`` the weight of its loss there, a mean over its own tokens in a step (None: tokens weigh alike, whichever set they are of).
     """
 
     name: str
@@ -394,18 +410,24 @@ class Data:
     columns: dict[str, str] = field(default_factory=dict)
     streaming: bool = False
     blind: bool = False  # every picture black: the control of what the words alone give away
+    clean: bool = False  # answers as BLIP reads captions: lower case, .!"()*#:;~ left out, the first 50 words
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
+    full: bool = False  # texts end to end in rows of max_length, cut where a row ends; records without pictures
     weight: float | None = None
+    loss: float | None = None
+    pages: Pages = Pages()
     on_bad_record: Literal["fail", "skip"] = "fail"
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several data sets in one stage. An epoch has as many items as all of them together; where weights are given, items are drawn by them."""
+    """Several data sets in one stage. An epoch has as many items as all of them together; where weights are given, items are drawn by them:
+    as shares of ``items``, or so that the ``tokens`` drawn of each set (pictures' places among them) have these shares."""
 
     name: str
     parts: tuple[Data, ...]
+    by: Literal["items", "tokens"] = "items"
 
 
 @dataclass(frozen=True)
@@ -506,7 +528,7 @@ class System:
     paper: str = ""
     weights: str | None = None
     encoder: Clip | Siglip | Dino | Eva | NfResnet | Vqgan = Clip()
-    connector: Linear | NoConnector | Mlp | Pooled | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
+    connector: Linear | Mlp | Pooled | NoConnector | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
     fusion: Prefix | AdapterPrompts | GatedCrossAttention | Retrieval | SharedTokens = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()
@@ -520,8 +542,15 @@ class System:
         return 1 if isinstance(self.fusion, AdapterPrompts | GatedCrossAttention) else self.image_tokens
 
     @property
+    def projects(self) -> bool:
+        """Whether the connector makes vectors of the language model's width that words can be read from, several a picture."""
+        return isinstance(self.connector, Linear | Mlp | AttentionPool)
+
+    @property
     def borders(self) -> tuple[str, ...]:
-        """Tokens before and behind each picture, of its own."""
+        """Tokens before and behind each picture; where they are the same, adjacent pictures share the one between them."""
+        if isinstance(self.fusion, GatedCrossAttention) and self.fusion.around:
+            return (self.fusion.around,) * 2
         spoken = isinstance(self.fusion, Prefix | SharedTokens) and self.fusion.begin
         return (self.fusion.begin, self.fusion.end) if spoken else ()
 
@@ -538,8 +567,8 @@ class System:
             added += [token for token in self.borders if token != "<image>"]
         if isinstance(self.connector, QFormer) and self.connector.text and not self.connector.vocab:
             added.append(DECODE)
-        if isinstance(self.fusion, GatedCrossAttention) and self.fusion.end:
-            added.append(self.fusion.end)
+        if isinstance(self.fusion, GatedCrossAttention):
+            added += filter(None, (self.fusion.around, self.fusion.end))
         if isinstance(self.fusion, Retrieval):
             added.append(self.fusion.token)
         if isinstance(self.fusion, SharedTokens) and isinstance(self.encoder, Vqgan):
@@ -675,11 +704,16 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
         )
-    if isinstance(system.fusion, GatedCrossAttention) and not isinstance(system.connector, Resampler | NoConnector):
+    gated, told = isinstance(system.fusion, GatedCrossAttention), read or not system.weights
+    if told and gated and not isinstance(system.connector, Resampler | NoConnector):
         out.append(
             f"connector: GatedCrossAttention reads the latents of a Resampler, in the tower's width, got {type(system.connector).__name__}"
         )
-    if isinstance(system.connector, NoConnector) and not isinstance(system.fusion, GatedCrossAttention):
+    if told and gated and system.fusion.block == "idefics" and not system.fusion.immediate:
+        out.append(
+            "fusion.immediate: false is for Flamingo's blocks; Idefics' see the latest picture, or what an image_attention_mask says"
+        )
+    if told and isinstance(system.connector, NoConnector) and not gated:
         out.append(
             f"connector: NoConnector leaves states in the tower's width, which GatedCrossAttention reads; with {type(system.fusion).__name__} "
             "set Linear or another"

@@ -33,9 +33,9 @@ def made(family="llama", *, gates=True, seed=0, tied=False, **fusion):
 def open_gates(model, seed=0):
     """Random gates: at 0 they would hide what lies behind them."""
     torch.manual_seed(seed)
-    for block in model.fusion.layers.values():
-        torch.nn.init.normal_(block.attn_gate)
-        torch.nn.init.normal_(block.ff_gate)
+    for name, parameter in model.fusion.named_parameters():
+        if name.rpartition(".")[2] in ("attn_gate", "ff_gate", "alpha_cross_attn", "alpha_dense"):
+            torch.nn.init.normal_(parameter)
 
 
 def rows(*marks: str, seed=0) -> Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mmfast.data import images as pictures
+from mmfast.data.chat import TEMPLATES, end_token
 from mmfast.models.generate import text_pieces
 from mmfast.spec import BUILT_IN, System, nearest
 
@@ -63,12 +64,12 @@ def chat(
         raise RunError(f"the conversation takes {len(ids)} places of the model's {context}, so no answer fits; ask less or begin anew")
     device = next(model.parameters()).device
     shown = [pictures.load(path, system.image) for path in (*earlier, *images)]
-    seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device))} if shown else {}
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     was_training = model.training
     model.eval()
+    seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device))} if shown else {}
     tokens = model.steps(
-        torch.tensor([ids], device=device), end=tokenizer.eos_token_id, max_new_tokens=min(max_new_tokens, context - len(ids)),
+        torch.tensor([ids], device=device), end=end_token(tokenizer, TEMPLATES[template].end), max_new_tokens=min(max_new_tokens, context - len(ids)),
         temperature=temperature, top_p=top_p, generator=generator, **seen,
     )  # fmt: skip
     said = []

@@ -555,7 +555,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     learns = not isinstance(system.fusion, Prefix | SharedTokens)
     rules(learns or "adapter" not in job.train, "train", f"adapter is what the fusion has to learn, and {kind} has nothing; take it out")
     rules(
-        bool(system.added_tokens) or "new_tokens" not in job.train,
+        bool(system.added_tokens or system.weights) or "new_tokens" not in job.train,
         "train",
         "new_tokens are the tokens that the choices add, and these add none; take it out",
     )
@@ -590,22 +590,25 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         its = rules.below(where)
         its.within(data, frames="[1, inf)")
         if isinstance(data, Data):
-            its.within(data, weight="(0, inf)", boxes="[0, 1]")
+            its.within(data, weight="(0, inf)", loss="(0, inf)", boxes="[0, 1]")
+            its.below("pages").within(data.pages, pictures="[0, inf)", similarity="[0, 1]", following="[0, 1]")
             endless = data.streaming and job.optim.steps is None
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
             built_in = data.path is None and data.name in BUILT_IN
+            its(not (data.streaming and data.full), "full", "a stream is read record by record; leave streaming off, or full")
+            its(not (data.clean and built_in), "clean", f"{data.name} is built in, and its captions are what they are; leave clean off")
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
-    if isinstance(job, Stage):
-        rules.within(job, z_loss="[0, inf)", dropout="[0, 1)")
-        rules(not job.z_loss or job.objective == "lm", "z_loss", f"is a term of objective lm, and this is {job.objective}; set it to 0")
     if isinstance(job, Stage) and job.objective == "retrieval":
         rules(isinstance(system.fusion, Retrieval), "objective", f"retrieval compares pictures with texts, and {kind} does not; choose lm")
         rules(job.template == "fromage", "template", f"retrieval ends texts with {Retrieval.token}; choose fromage")
         rules(not system.compute.packing, "objective", "retrieval compares rows; set compute.packing false")
         rules.within(job, contrast="[0, inf)")
+    if isinstance(job, Stage):
+        rules.within(job, z_loss="[0, inf)", dropout="[0, 1)")
+        rules(not job.z_loss or job.objective == "lm", "z_loss", f"is a term of objective lm, and this is {job.objective}; set it to 0")
     if isinstance(job, Stage) and job.objective == "words":
-        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in BUILT_IN
-        rules(told, "objective", f"words needs to know what is true of a picture, as the built-in {', '.join(BUILT_IN)} do; choose lm")
+        told = isinstance(job.data, Data) and job.data.path is None and job.data.name in ("shapes", "shapes_captions", "easy_vqa")
+        rules(told, "objective", "words needs to know what is true of a picture, as the built-in shapes and easy_vqa do; choose lm")
 
 
 def _check_queries(job: Any, system: System, rules: _Rules) -> None:
@@ -619,6 +622,8 @@ def _check_queries(job: Any, system: System, rules: _Rules) -> None:
     rules("queries" in job.train, "train", "objective queries trains the part queries; name it")
     others = [part for part in job.train if part not in ("queries", "encoder")]
     rules(not others, "train", f"objective queries reaches queries and encoder, not {', '.join(others)}; take it out")
+    most = getattr(system.connector, "positions", job.max_length)
+    rules(job.max_length <= most, "max_length", f"{job.max_length} words are more than the Q-Former's {most} positions; at most {most}")
     rules(job.optim.batch >= 2, "optim.batch", "a text is compared with other pictures of its micro-batch, and 1 row has none; at least 2")
 
 
@@ -628,6 +633,8 @@ def _check_mixture(mixture: Mixture, rules: _Rules) -> None:
     its(len({p.name for p in parts}) == len(parts), "parts", "every data set of a mixture needs a name of its own")
     given = [p.weight is not None for p in parts]
     its(all(given) or not any(given), "parts", "give every data set of a mixture a weight, or none")
+    given = [p.loss is not None for p in parts]
+    its(all(given) or not any(given), "parts", "give the loss of every data set of a mixture a weight, or of none")
     bare = [p.name for p in parts if p.path is None]
     its(
         not bare or len(bare) == len(parts),

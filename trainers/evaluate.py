@@ -162,21 +162,23 @@ def make_probe(
     names = _keep_pictures(run, [pictures for *_, pictures in asked])
 
     def samples(step: int) -> dict[str, float]:
-        said = zip(asked, answer(session, asked), names, strict=True)
+        said = zip(asked, answer(session, asked, end=session.encoder(template).end_token), names, strict=True)
         _note(run, step, [{"asked": question, "said": words, "images": n} for (question, *_), words, n in said])
         return {}
 
     return samples
 
 
-def answer(session: Session, asked: list[tuple[str, list[int], Tensor]], max_new_tokens: int = 64) -> list[str]:
-    """Greedy answers to (question, token ids, pictures uint8 [M, H, W, 3])."""
+def answer(session: Session, asked: list[tuple[str, list[int], Tensor]], *, end: int | None = None, max_new_tokens: int = 64) -> list[str]:
+    """Greedy answers, up to the token ``end`` (default: the tokenizer's end token), to (question, token ids, pictures uint8 [M, H, W, 3])."""
     said = []
     session.model.eval()
     for _, ids, pictures in asked:
         seen = {"pixel_values": session.pixels(pictures)} if len(pictures) else {}
         prompt = torch.tensor([ids], device=session.place.device)
-        out = session.model.generate(prompt, end=session.tokenizer.eos_token_id, max_new_tokens=max_new_tokens, **seen)
+        out = session.model.generate(
+            prompt, end=session.tokenizer.eos_token_id if end is None else end, max_new_tokens=max_new_tokens, **seen
+        )
         said.append(plain_text(session.tokenizer, out[0].tolist()))
     return said
 

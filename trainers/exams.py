@@ -7,11 +7,14 @@ for captions and questions, which every model of the shapes world's words takes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from mmfast.data.episodes import Episode, Plan, Pool, Prompts, mixed, prompts_of
+from mmfast.data.episodes import ATTRIBUTES, Episode, Plan, Pool, Prompts, mixed, most_similar, orderings, prompts_of
+from mmfast.data.synthetic import COLOURS, SHAPES, Draws
+from mmfast.models.generate import option_logps
 from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
@@ -39,9 +42,7 @@ def few_shot(session: Any, system: System, *, episodes: int = 300) -> dict[str, 
     best blind guess, which knows the attribute. ``naming/..``: ``NAMINGS``; by chance one of the two words. A model whose last stage was
     blind is shown black pictures here, too.
     """
-    pool, stage = Pool(session.world, "eval", 1500), system.stages[-1]
-    pictures = torch.from_numpy(session.world.render(pool.scenes))
-    states = session.states(torch.zeros_like(pictures) if getattr(stage.data, "blind", False) else pictures)
+    (pool, states), stage = pool_states(session, system), system.stages[-1]
     colours, shapes = session.world.config.colours, session.world.config.shapes
     plans = {f"few_shot/{n}": Plan("attribute", shots=n) for n in SHOTS} | NAMINGS
     measured = {
@@ -49,6 +50,60 @@ def few_shot(session: Any, system: System, *, episodes: int = 300) -> dict[str, 
         for name, plan in plans.items()
     }
     return measured | {"few_shot/chance": (1 / colours + 1 / shapes + 1 / (colours * shapes)) / 3, "naming/chance": 1 / 2}
+
+
+def pool_states(session: Any, system: System) -> tuple[Pool, torch.Tensor]:
+    """Pictures that no training has shown, and the tower's states of them."""
+    pool = Pool(session.world, "eval", 1500)
+    pictures = torch.from_numpy(session.world.render(pool.scenes))
+    blind = getattr(system.stages[-1].data, "blind", False)
+    return pool, session.states(torch.zeros_like(pictures) if blind else pictures)
+
+
+def in_context(session: Any, system: System, *, episodes: int = 300) -> dict[str, float]:
+    """``few_shot``, and how Flamingo is asked (arXiv:2204.14198, section 3 and appendix B):
+
+    ``few_shot/0_told``: the words of two examples without their pictures. ``ranked/..``: the likeliest of all colours and shapes, after four
+    examples; ``rices``: those most like the query by the tower's states, out of 300 pictures; ``ensemble``: of the mean log-probability over
+    six orders of the examples; ``swapped``: a control, every picture that of another episode.
+    """
+    measured, (pool, states), stage = few_shot(session, system, episodes=episodes), pool_states(session, system), system.stages[-1]
+    say, world, tokenizer = prompts_of(stage.template), session.world, session.tokenizer
+    told = mixed(pool, episodes, purpose=3, plans=(Plan("attribute", shots=2),))
+    said = answers(session, [(say.prompt(e, unseen=True), [e.query]) for e in told], states, end=say.after)
+    measured["few_shot/0_told"] = sum(got == e.answer for got, e in zip(said, told, strict=True)) / len(told)
+
+    words = [name for name, _ in COLOURS[: world.config.colours]] + [shape[0] for shape in SHAPES[: world.config.shapes]]
+    ends, encode = say.after.strip(), session.encoder("bare", 1 << 30)
+    options = [tokenizer(f"{word}{ends}", add_special_tokens=False)["input_ids"] for word in words]
+    asked = mixed(pool, episodes, purpose=3, plans=(Plan("attribute", attributes=("colour", "shape")),))
+
+    def logps(episodes: Sequence[Episode], states: torch.Tensor) -> torch.Tensor:
+        """[episodes, options]; all prompts have one length, as every answer is one word."""
+        ids = torch.tensor([encode([(say.prompt(e), None)])[0] for e in episodes], device=session.place.device)
+        shown = torch.tensor([p for e in episodes for p in e.pictures], device=states.device)
+        return option_logps(session.model.eval(), ids, options, image_states=states, image_rows=shown)
+
+    def right(logps: torch.Tensor) -> float:
+        best = logps.argmax(-1).tolist()
+        return sum(words[i] == e.answer for i, e in zip(best, asked, strict=True)) / len(asked)
+
+    queries, pooled = [e.query for e in asked], states.mean(1)
+    support = torch.tensor(sorted(set(range(len(pool.scenes))) - set(queries))[:300])
+    near = support[most_similar(pooled[queries], pooled[support.to(states.device)], 4).cpu()].tolist()
+    colours = words[: world.config.colours]
+    similar = []
+    for e, shown in zip(asked, near, strict=True):
+        name = ATTRIBUTES["colour" if e.answer in colours else "shape"]
+        similar.append(replace(e, examples=tuple((p, name(pool.scenes[p], world)) for p in shown)))
+    orders = [orderings(e, Draws(world.config.seed, 9, 4, i)) for i, e in enumerate(asked)]
+    each = torch.stack([logps(same, states) for same in zip(*orders, strict=True)])
+    return measured | {
+        "ranked/4": right(logps(asked, states)),
+        "ranked/4_rices": right(logps(similar, states)),
+        "ranked/4_ensemble": right(each.mean(0)),
+        "ranked/4_swapped": right(logps(asked, states.roll(len(states) // 2, 0))),
+    }
 
 
 def right_share(session: Any, episodes: Sequence[Episode], say: Prompts, states: torch.Tensor) -> float:
@@ -82,18 +137,10 @@ def answers(
     return said
 
 
-def recall(scores: torch.Tensor, name: str = "retrieval", at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Share of texts whose own picture is among the first k of all, ``scores`` [N, N]; of equal ones each is as likely to come first."""
-    own = scores.diagonal()[:, None]
-    before, equal = (scores > own).sum(1), (scores == own).sum(1)
-    measured = {f"{name}/recall@{k}": ((k - before) / equal).clamp(0, 1).mean().item() for k in at}
-    return measured | {f"{name}/chance@1": 1 / len(scores)}
-
-
 EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {
     "shapes_captions": captions_exam,
     "shapes_single": few_shot,
-    "shapes_episodes": few_shot,
+    "shapes_episodes": in_context,
     "shapes_drawing": drawing_exam,
     "shapes_grounded": grounded,
 }

@@ -35,9 +35,7 @@ from mmfast.spec import (
     Compute,
     GatedCrossAttention,
     LanguageModel,
-    Linear,
     Lora,
-    Mlp,
     NfResnet,
     Prefix,
     QFormer,
@@ -146,7 +144,7 @@ def unknown(recipe: System | Alignment, job: Stage | Alignment) -> str | None:
     at = f"{recipe.name}, {job.name}: the plan knows"
     if objective not in ("lm", "words", "queries"):
         return f"{at} the memory of objectives lm, words and queries, not of {objective}; this stage has to be tried"
-    if isinstance(system.encoder, Vqgan) or (isinstance(system.encoder, NfResnet) and "encoder" not in job.train):
+    if isinstance(system.encoder, Vqgan):
         return f"{at} the memory of towers of transformers, not of {type(system.encoder).__name__}; this stage has to be tried"
     if not isinstance(system.fusion, kinds):
         known = ", ".join(kind.__name__ for kind in kinds)
@@ -268,9 +266,8 @@ def count(system: System, its: Setting) -> Count:
 def _word_head(system: System, its: Setting) -> WordHead | None:
     if its.head is None:
         return None
-    projects = isinstance(system.connector, Linear | Mlp)
     encoder = sized(system).encoder
-    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, None if projects else sized(system).language.width)
+    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, None if system.projects else sized(system).language.width)
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace
@@ -484,6 +481,8 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     pictures = math.ceil(optim.batch / processes)
     rows = pictures * (len(job.views) if isinstance(job, Alignment) else 1)
     length = length or min(job.max_length, shape.language.context)
+    if "queries" in job.train:
+        length = min(length, shape.connector.positions)
     if length <= shape.image_places and not words:
         raise RunError(f"rows of {length} positions cannot hold a picture of {shape.image_places} tokens; give a longer --length")
     sharded = compute.parallel == "fsdp" and processes > 1

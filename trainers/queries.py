@@ -138,7 +138,7 @@ def measure(session: Session, scenes: list, states: Tensor, *, top: int = 16) ->
     ``retrieval``: a text's picture among all, ``retrieval_text``: a picture's text; by the contrast, and ``reranked``: the best ``top`` anew by
     matching. ``matching/accuracy``: pairs that belong together, and as many whose picture or text is the most similar wrong one.
     """
-    from .exams import recall
+    from .captions import recall
 
     world, side, connector = session.world, session.text_side(64), session.model.eval().connector
     told = [world.caption(scene).text for scene in scenes]

@@ -153,7 +153,7 @@ def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> 
 
     if isinstance(recipe, Alignment) and recipe.data.path is None and recipe.data.name == "shapes_own":
         return "no preview: these pairs are made of what the policy says once it is trained"
-    stages = [] if isinstance(recipe, Alignment) else [s for s in recipe.stages if s.objective == "lm"]
+    stages = [] if isinstance(recipe, Alignment) else [s for s in recipe.stages if s.objective in ("lm", "retrieval")]
     readable = [s for s in stages if all(data.path is not None or data.name in BUILT_IN for data in parts_of(s.data))]
     if not (readable or (isinstance(recipe, Alignment) and recipe.data.path is not None)):
         return "no preview: the data of this recipe is not built in, and none was given (--data FILE)"
@@ -221,7 +221,7 @@ def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
             parts = tuple(replace(part, **given) for part in parts_of(stage.data))
             return replace(stage, data=replace(stage.data, parts=parts) if isinstance(stage.data, Mixture) else parts[0])
         own = stage.data if isinstance(stage.data, Data) else Data(stage.data.name)  # a mixture gives way to the one set
-        return replace(stage, data=replace(own, **given)) if stage.objective in ("lm", "queries") else stage
+        return replace(stage, data=replace(own, **given)) if stage.objective in ("lm", "queries", "retrieval") else stage
 
     return replace(recipe, stages=tuple(map(other, recipe.stages)))
 

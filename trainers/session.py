@@ -173,22 +173,24 @@ class Session:
 
     def _make_source(self, data: Data | Mixture, encode: chat.Encoder | chat.TextSide):
         plan = self.system.image
-        parts = parts_of(data)
+        parts, by_tokens = parts_of(data), isinstance(data, Mixture) and data.by == "tokens"
         if all(part.path is not None for part in parts):
             if any(part.streaming for part in parts):
                 if len(parts) > 1:
                     raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
                 return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, plan=plan)
-            return Conversations([Records(part) for part in parts], encode, plan=plan, seed=self.seed)
+            return Conversations([Records(part) for part in parts], encode, plan=plan, seed=self.seed, by_tokens=by_tokens)
         if all(part.path is None and part.name in BUILT_IN for part in parts):
             made = [supervised.make(part, self.world, encode) for part in parts]
             weights = [part.weight for part in parts]
-            return made[0] if len(made) == 1 else supervised.mixture(made, weights, self.seed)
+            return made[0] if len(made) == 1 else supervised.mixture(made, weights, self.seed, by_tokens=by_tokens)
         name = next(part.name for part in parts if part.path is None)
         raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
 
     def pixels(self, pictures: Tensor) -> Tensor:
-        return images.normalise(pictures.to(self.place.device), self.system.image)
+        """uint8 [M, H, W, 3] as the tower reads them; augmented while the model trains."""
+        made = images.normalise(pictures.to(self.place.device), self.system.image)
+        return images.augmented(made) if self.system.image.augment and self.model.training else made
 
     @torch.no_grad()
     def states(self, pictures: Tensor, batch: int = 250) -> Tensor:

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfast.data import chat
-from mmfast.losses.contrastive import info_nce
+from mmfast.losses import image_text_contrast
 from mmfast.ops import linear_logp
-from mmfast.spec import Alignment, Codes, Compute, Linear, Mlp, Stage, System, to_dict
+from mmfast.spec import Alignment, Codes, Compute, Stage, System, to_dict
 
 from . import queries
 from .checkpoint import Run, RunError, load_model, load_state
@@ -119,18 +119,20 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
 def lm_stage(session: Session, stage: Stage, source, run: Run, options: Options):
     states = cached_states(session, source)
     source.with_pictures = states is None
-    return answer_objective(session, states, stage.z_loss), source, make_probe(session, source, stage.template, run, options)
+    objective = answer_objective(session, states, stage.z_loss, getattr(source, "loss_weights", None))
+    return objective, source, make_probe(session, source, stage.template, run, options)
 
 
-def answer_objective(session: Session, states: Tensor | None, z_loss: float = 0.0) -> Objective:
-    """Cross-entropy of the answers' tokens: of each column of a source its mean over the step's tokens, added up; and beside it
-    ``z_loss mean(log^2 Z)`` of the same tokens (``mmfast.losses.lm.z_loss``)."""
+def answer_objective(session: Session, states: Tensor | None, z_loss: float = 0.0, shares: Tensor | None = None) -> Objective:
+    """Cross-entropy of the answers' tokens: of each column of a source its mean over the step's tokens, added up (times ``shares``, where the
+    columns are a mixture's sets whose losses have weights); and beside it ``z_loss mean(log^2 Z)`` of the same tokens (``mmfast.losses.lm.z_loss``)."""
     model = session.model
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
         scored = token_stats if z_loss else token_logps
         logp, rows, *lse = scored(session, batch, states)
-        weights = (1 / totals.clamp_min(1)).to(logp.dtype)[batch["groups"]][rows]
+        weights = (1 if shares is None else shares.to(totals)) / totals.clamp_min(1)
+        weights = weights.to(logp.dtype)[batch["groups"]][rows]
         loss, measures = -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
         if lse:
             z = z_loss * (lse[0].square() * weights).sum()
@@ -184,19 +186,20 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
         # Scaled before they are gathered: each process adds its own rows' gradient of the scale, as of all else.
         u = place.gather(fusion.logit_scale.exp() * fusion.pictures(model.connector.pooled(seen))[images])
         t = place.gather(fusion.texts(hidden[last[0], last[1] - k]))
-        nce = info_nce(u, t)
+        with torch.autocast(place.device.type, enabled=False):  # a product in half precision would round what the scale magnifies
+            logits, own = u @ t.T, torch.arange(len(u), device=u.device)
+        nce = image_text_contrast(logits, logits.T, own, own, smoothing=0.0)
         share = (place.sum(lengths.sum().double().view(1)) / totals[:1]).to(nce.dtype)[0]
         whole = share * nce
         once = whole - whole.detach() * (1 - 1 / place.processes)  # every process has the same value, and measures are added
         total = totals[0].to(captions.dtype)
         loss = -(captions + texts) / total + contrast * once
-        right = (u @ t.T).argmax(0) == torch.arange(len(t), device=t.device)
         return loss, {
             "tokens": rows.numel() + ids.numel(),
             "loss/caption": -captions.detach() / total,
             "loss/text": -texts.detach() / total,
             "loss/contrast": once.detach(),
-            "recall@1": share * right.float().mean() / place.processes,
+            "recall@1": share * (logits.argmax(0) == own).float().mean() / place.processes,
         }
 
     return Objective(step, model, blocks=model.blocks)
@@ -213,7 +216,9 @@ def joined(ids: Tensor, labels: Tensor, image_token: int) -> tuple[Tensor, Tenso
 
 
 def cached_states(session: Session, source) -> Tensor | None:
-    """The tower's states of all pictures, where the tower stays frozen and they fit in memory."""
+    """The tower's states of all pictures, where the tower stays frozen, sees them as they are, and they fit in memory."""
+    if session.system.image.augment:
+        return None
     states = 8 if isinstance(session.system.connector, Codes) else session.model.encoder.width * 4  # bytes of one
     size = session.system.encoder.tokens * states
     pictures = getattr(source, "picture_count", None)  # a stream does not know
@@ -243,7 +248,7 @@ def words_stage(session: Session, stage: Stage, source, run: Run, options: Optio
     ids = torch.tensor(session.tokenizer.convert_tokens_to_ids(names), device=session.place.device)
     torch.manual_seed(session.seed)
     model, system = session.model, session.system
-    projects = isinstance(system.connector, Linear | Mlp)
+    projects = system.projects
     own = None if projects else model.language.get_input_embeddings().embedding_dim
     head = WordHead(model.encoder.width, classes.shape[1], len(names), own).to(session.place.device)
 

@@ -19,8 +19,10 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+
+from mmfast.trainers.measured import read, shown, table
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(os.environ.get("MMFAST_RESULTS", ROOT / "bench" / "results")) / "architectures.csv"
@@ -28,15 +30,22 @@ COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "
 
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
 RUNS: dict[str, dict[str, list[str]]] = {
-    "chameleon": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"]},
+    "blip2": {"": [], "no stage 1": ["--stages.see", "null"]},
+    "chameleon": {
+        "": [],
+        "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"],
+    },
     "flamingo": {"": [], "blind": ["--stages.interleaved.data.blind", "true"]},
+    "fromage": {
+        "": [],
+        "blind": ["--stages.pairs.data.blind", "true"],
+        "no contrast": ["--stages.pairs.contrast", "0"],
+    },
+    "frozen": {"": [], "blind": ["--stages.captions.data.blind", "true"]},
+    "kosmos_1": {"": []},
+    "kosmos_2": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.instruct.data.blind", "true"]},
     "llama_adapter": {"": [], "blind": ["--stages.answers.data.blind", "true"]},
     "llava": {"": [], "blind": ["--stages.align.data.blind", "true", "--stages.instruct.data.blind", "true"]},
-}
-
-# The measures that a recipe's table shows; of one that is not named here all that have a "/" in their name, else SHOWN[""].
-SHOWN: dict[str, tuple[str, ...]] = {
-    "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
 }
 
 
@@ -77,14 +86,6 @@ def where() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------------ results
 
 
-def read(path: Path = FILE) -> list[dict]:
-    """All rows, none where nothing was measured yet."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write(rows: Iterable[dict], path: Path = FILE) -> None:
     """The file with these rows over those of the same recipe, variant and seed; in order, and replaced whole."""
 
@@ -99,36 +100,6 @@ def write(rows: Iterable[dict], path: Path = FILE) -> None:
         writer.writeheader()
         writer.writerows(sorted([*(row for row in read(path) if key(row) not in new), *rows], key=lambda row: (*key(row), row["measure"])))
     path.with_suffix(".part").replace(path)
-
-
-def shown(recipe: str, measures: Iterable[str]) -> list[str]:
-    """Which of these measures the table of a recipe shows."""
-    measures = list(dict.fromkeys(measures))
-    named = SHOWN.get(recipe) or [name for name in measures if "/" in name] or SHOWN[""]
-    return [name for name in named if name in measures] or measures
-
-
-def table(recipe: str, rows: Sequence[dict], measures: Sequence[str] = ()) -> str:
-    """A Markdown table: a line a variant, a column a measure, mean over seeds and the range of the seeds behind it."""
-    own = [row for row in rows if row["recipe"] == recipe]
-    if not own:
-        return f"{recipe}: nothing measured yet"
-    names = list(measures) or shown(recipe, (row["measure"] for row in own))
-    lines = ["| " + " | ".join(["variant", "seeds", *names, "seconds"]) + " |", "|" + " --- |" * (len(names) + 3)]
-    for variant in dict.fromkeys(row["variant"] for row in own):
-        of = [row for row in own if row["variant"] == variant]
-        seeds = {row["seed"]: float(row["seconds"]) for row in of}
-        cells = [spread([float(row["value"]) for row in of if row["measure"] == name]) for name in names]
-        lines.append("| " + " | ".join([variant or "as it is", str(len(seeds)), *cells, f"{max(seeds.values()):.0f}"]) + " |")
-    return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """``0.51 (0.48 .. 0.55)``: mean, smallest and largest."""
-    if not values:
-        return "-"
-    middle = f"{sum(values) / len(values):.3g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} .. {max(values):.3g})"
 
 
 def main() -> None:
@@ -153,7 +124,7 @@ def main() -> None:
                 told = ", ".join(f"{m} {values[m]}" for m in shown(name, values))
                 print(f"{name} {variant or 'as it is'}, seed {seed}: {told}; {rows[0]['seconds']} s", flush=True)
     for name in names:
-        print(f"\n{name}\n\n{table(name, read())}")
+        print(f"\n{name}\n\n{table(name, read(FILE))}")
 
 
 if __name__ == "__main__":

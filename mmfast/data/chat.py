@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +32,10 @@ class Template:
     keep_question: bool = True
     end: str = ""  # in place of the tokenizer's end token; a text that is cut ends with it all the same
     picture_first: bool = False  # the first question's pictures stand before the beginning token
+    chunk: str = ""  # in a document, before every picture but the first and at the end: what was said of the one before is over
+    only_seen: bool = False  # of a document only what follows a picture is supervised, up to the end of its chunk
     learn_begin: bool = False  # ... which is learnt
+    tight: bool = False  # no spaces beside a picture in a question
 
 
 TEMPLATES = {
@@ -39,7 +43,8 @@ TEMPLATES = {
     "bare": Template(end_each=False),
     # Few-shot episodes, whose words mmfast.data.episodes has; a picture and its caption as examples of one are, without more words.
     "frozen": Template(end_each=False),
-    "flamingo": Template(after="<|endofchunk|>"),
+    "flamingo": Template(after="<|endofchunk|>", chunk="<|endofchunk|>"),
+    "open_flamingo": Template(after="<|endofchunk|>", chunk="<|endofchunk|>", only_seen=True),
     # LLaVA's alignment stage: the picture, then its caption; the question is dropped.
     "plain": Template(after="\n", end_each=False, keep_question=False),
     # FROMAGe: the picture, then a text from its beginning token to the token that is compared with pictures.
@@ -63,6 +68,10 @@ TEMPLATES = {
         "Write a response that appropriately completes the request.\n\n",
         before="### Instruction:\n",
         between="\n\n### Response:",
+    ),
+    # Idefics' instructed models, as their cards show it; the tokens around pictures are the fusion's (``System.borders``).
+    "idefics": Template(
+        before="User: ", between="<end_of_utterance>\nAssistant:", after="<end_of_utterance>\n", end_each=False, tight=True
     ),
     # Chameleon's fine-tuning: one reserved token between question and answer, and the end token behind an answer.
     "chameleon": Template(between="<reserved08706>"),
@@ -99,7 +108,8 @@ def encode(
             line.add("<image>" * question.count("<image>"))
             question = question.replace("<image>", "").strip()
             line.begin(learnt=form.learn_begin)
-        line.add(form.before + question + form.between)
+        asked = form.before + question + form.between
+        line.add(re.sub(" *<image> *", "<image>", asked) if form.tight else asked)
         if answer is None:
             if len(line.ids) > max_length:
                 raise ValueError(f"the prompt has {len(line.ids)} tokens with its pictures, more than max_length={max_length}")
@@ -112,14 +122,18 @@ def encode(
 
 def encode_document(
     tokenizer: Any, text: str, *, image_tokens: int, image_token: int, max_length: int = 2048, borders: Sequence[int] = (),
-    learn_pictures: bool = False,
+    learn_pictures: bool = False, template: str = "bare",
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Token ids and labels of an interleaved document: all its text is supervised, and with ``learn_pictures`` its pictures are. Without, the
-    first of ``borders`` is where something comes before it: that a picture follows is said by the text (Kosmos-1). As in ``encode`` otherwise.
-    """
+    """Token ids and labels of an interleaved document: all its text is supervised (but for ``Template.only_seen``), and with
+    ``learn_pictures`` its pictures are. Without, the first of ``borders`` is where something comes before it: that a picture follows is said
+    by the text (Kosmos-1). As in ``encode`` otherwise."""
+    form = TEMPLATES[template]
     line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures)
-    line.add(text, supervised=True)
-    line.end()
+    if form.chunk:
+        line.add_chunks(text, form.chunk, form.only_seen)
+    else:
+        line.add(text, supervised=True)
+    line.end(supervised=not form.only_seen)
     return line.cut(max_length)
 
 
@@ -139,8 +153,8 @@ class _Line:
     ):  # fmt: skip
         self.tokenizer, self.learn_pictures = tokenizer, learn_pictures
         self.picture = [*borders[:1], *[image_token] * image_tokens, *borders[1:]]
-        self.announced = len(borders[:1])
-        self.pictures: list[int] = []  # where each begins
+        self.shared, self.announced = len(borders) == 2 and borders[0] == borders[1], len(borders[:1])
+        self.pictures: list[tuple[int, int]] = []  # where each begins and ends
         self.kept = end_token(tokenizer, end) if end else None
         self.ids, self.labels = [], []
         if begin:
@@ -155,25 +169,38 @@ class _Line:
     def add(self, text: str, supervised: bool = False) -> None:
         for i, piece in enumerate(text.split("<image>")):
             if i:
-                self.pictures.append(len(self.ids))
-                told = self.announced if len(self.ids) > 1 else 0  # behind more than the beginning token
-                told = len(self.picture) if self.learn_pictures else told
-                self.ids.extend(self.picture)
-                self.labels.extend(
-                    self.picture[:told] + [IGNORE] * (len(self.picture) - told) if supervised else [IGNORE] * len(self.picture)
-                )
+                joins = self.shared and self.ids[-1:] == self.picture[:1]  # adjacent pictures have one border between them
+                picture = self.picture[joins:]
+                self.pictures.append((len(self.ids), len(self.ids) + len(picture)))
+                told = self.announced if len(self.ids) > 1 and not joins else 0  # behind more than the beginning token
+                told = len(picture) if self.learn_pictures else told
+                self.ids.extend(picture)
+                self.labels.extend(picture[:told] + [IGNORE] * (len(picture) - told) if supervised else [IGNORE] * len(picture))
             new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
             self.ids.extend(new)
             self.labels.extend(new if supervised else [IGNORE] * len(new))
 
-    def end(self) -> None:
+    def add_chunks(self, text: str, end: str, only_seen: bool) -> None:
+        """A document as chunks, each of a picture and what is said of it, closed by ``end``; neither token has a space beside it."""
+        before, *chunks = text.split("<image>")
+        self.add(before.strip() if chunks else before.strip().removesuffix(end).rstrip() + end, supervised=not only_seen)
+        for chunk in chunks:
+            self.add("<image>")
+            seen, closed, after = (
+                chunk.strip().removesuffix(end).partition(end)
+            )  # closed: within the text, and what follows is of no picture
+            self.add(seen.strip() + end, supervised=True)
+            if closed:
+                self.add(after.strip() + end, supervised=not only_seen)
+
+    def end(self, supervised: bool = True) -> None:
         token = self.tokenizer.eos_token_id if self.kept is None else self.kept
         self.ids.append(token)
-        self.labels.append(token)
+        self.labels.append(token if supervised else IGNORE)
 
     def cut(self, max_length: int) -> tuple[list[int], list[int]]:
         whole = len(self.ids)
-        end = next((at for at in self.pictures if at < max_length < at + len(self.picture)), max_length)
+        end = next((first for first, last in self.pictures if first < max_length < last), max_length)
         ids, labels = self.ids[:end], self.labels[:end]
         if self.kept is not None and whole > max_length and ids:
             ids, labels = [*ids[:-1], self.kept], [*labels[:-1], self.kept]
@@ -216,7 +243,7 @@ class Encoder:
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of an interleaved document, all of it supervised."""
-        return encode_document(self.tokenizer, text, **self._sizes())
+        return encode_document(self.tokenizer, text, template=self.template, **self._sizes())
 
     def _with_places(self, record: Any) -> Any:
         """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out."""

@@ -6,7 +6,7 @@
     say = PROMPTS["frozen"]
     say.prompt(episode)     # "<image>This is a dax. <image>This is a blicket. <image>Q: What is this? A: This is a"
     say.document(episode)   # the same with the answer, "dax.": what models train on that learn from interleaved documents
-    say.told(episode, name) # a picture's name in place of each <image>: the same for a model that does not see
+    say.turns(episode, pool.told)  # the same for a model that does not see: other words in the place of a picture, "scarlet disc"
 
 Source: Frozen (arXiv:2106.13884, section 4.2 and appendix) and Flamingo (arXiv:2204.14198, appendix C). Files of the published form
 (``image_1``, ``caption_1``, .., ``question_image``, ``question``, ``answer``) are records like others: ``mmfast.data.formats``.
@@ -15,8 +15,11 @@ Source: Frozen (arXiv:2106.13884, section 4.2 and appendix) and Flamingo (arXiv:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from mmfast.data.synthetic import COLOURS, COLUMNS, ROWS, SHAPES, Draws, Scene, World
 
@@ -83,7 +86,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The words around pictures and answers. Neither paper fixes the space between two examples, which is ``between`` here."""
+    """The words around pictures and answers. Frozen does not fix the space between two examples; Flamingo has none."""
 
     example: str  # behind a picture; {answer}
     query: str  # behind the last picture, up to the answer
@@ -102,12 +105,22 @@ class Prompts:
         prompt of a task of which it has seen no picture)."""
         said = [self.induction(episode)] if episode.induction else []
         said += [("" if unseen else show(picture)) + self.example.format(answer=answer) for picture, answer in episode.examples]
-        asked = self.turn.partition("{answer}")[0].format(question=episode.question).rstrip() if episode.question else self.query
-        return self.between.join([*said, show(episode.query) + asked])
+        return self.between.join([*said, show(episode.query) + self.asked(episode)])
 
-    def document(self, episode: Episode, show: Callable[[int], str] = lambda picture: "<image>") -> str:
+    def document(self, episode: Episode) -> str:
         """Prompt, answer and what ends it."""
-        return f"{self.prompt(episode, show)} {episode.answer}{self.after}"
+        return f"{self.prompt(episode)} {episode.answer}{self.after}"
+
+    def turns(self, episode: Episode, show: Callable[[int], str]) -> list[tuple[str, str]]:
+        """The document as a conversation: what stands for a picture is a question, what is said of it the answer."""
+        first = self.induction(episode) + self.between if episode.induction else ""
+        turns = [(show(picture) + " ", self.example.format(answer=answer) + self.between) for picture, answer in episode.examples]
+        turns.append((f"{show(episode.query)} {self.asked(episode)} ", episode.answer + self.after))
+        return [(first + turns[0][0], turns[0][1]), *turns[1:]]
+
+    def asked(self, episode: Episode) -> str:
+        """Between the last picture and its answer."""
+        return self.turn.partition("{answer}")[0].format(question=episode.question).rstrip() if episode.question else self.query
 
     def induction(self, episode: Episode) -> str:
         *others, last = episode.words or ("",)
@@ -118,11 +131,35 @@ class Prompts:
 PROMPTS = {
     "frozen": Prompts(example="This is a {answer}.", query="Q: What is this? A: This is a"),
     "flamingo": Prompts(
-        example="Output: {answer}<|endofchunk|>", query="Output:", turn="Question: {question} Answer: {answer}<|endofchunk|>"
+        example="Output: {answer}<|endofchunk|>",
+        query="Output:",
+        turn="Question: {question} Answer: {answer}<|endofchunk|>",
+        between="",
     ),
 }
+# OpenFlamingo's questions are the same but for one word (arXiv:2308.01390, appendix).
+PROMPTS["open_flamingo"] = replace(
+    PROMPTS["flamingo"], example="Output:{answer}<|endofchunk|>", turn="Question:{question} Short answer:{answer}<|endofchunk|>"
+)
 # The words of episodes that the shapes world does not have; they come behind its own in a tiny model's vocabulary.
-WORDS = ("This", "Q", "What", "this", "A", "Output", "Question", "Answer", "with", "or", "Please", "answer", "question", *NONSENSE)
+OTHER_COLOURS = ("scarlet", "emerald", "navy", "golden", "amber", "violet", "chestnut", "jet")
+WORDS = (
+    "This",
+    "Q",
+    "What",
+    "this",
+    "A",
+    "Output",
+    "Question",
+    "Answer",
+    "with",
+    "or",
+    "Please",
+    "answer",
+    "question",
+    *NONSENSE,
+    *OTHER_COLOURS,
+)
 
 
 def prompts_of(template: str) -> Prompts:
@@ -142,6 +179,11 @@ class Pool:
     def name(self, picture: int) -> str:
         """ "red circle"."""
         return ATTRIBUTES["object"](self.scenes[picture], self.world)
+
+    def told(self, picture: int) -> str:
+        """The same in words that answers never use: "scarlet disc". What a language model reads where a seeing one has a picture."""
+        thing = self.scenes[picture].objects[0]
+        return f"{OTHER_COLOURS[thing.colour]} {SHAPES[thing.shape][2]}"
 
     def episode(self, draws: Draws, plan: Plan) -> Episode:
         return self._naming(draws, plan) if plan.task == "naming" else self._attribute(draws, plan)
@@ -178,8 +220,25 @@ def mixed(pool: Pool, count: int, *, purpose: int, plans: Sequence[Plan]) -> lis
     return [pool.episode(Draws(pool.world.config.seed, 9, purpose, i), plans[i % len(plans)]) for i in range(count)]
 
 
+def orderings(episode: Episode, draws: Draws, count: int = 6) -> list[Episode]:
+    """The same episode with its examples in so many drawn orders; what a model says of all is averaged (Flamingo's prompt ensembling)."""
+    return [replace(episode, examples=tuple(draws.shuffled(episode.examples))) for _ in range(count)]
+
+
+def most_similar(queries: Tensor, support: Tensor, shots: int) -> Tensor:
+    """Which pictures to show before each query: the ``shots`` of the support with the largest cosine to it, the most similar last (RICES,
+    arXiv:2109.05014, as Flamingo uses it). queries [Q, D], support [S, D], shots at most S -> indices [Q, shots]."""
+    cosine = torch.nn.functional.normalize(queries, dim=-1) @ torch.nn.functional.normalize(support, dim=-1).T
+    return cosine.topk(shots).indices.flip(-1)
+
+
 # What documents teach: either task, with few examples or more, announced or not.
 TAUGHT = (
     *(Plan("attribute", shots=n) for n in (0, 1, 2, 4)),
     *(Plan("naming", inner_shots=1, induction=i % 2 == 0, repeats=i // 2) for i in range(4)),
+)
+# What a language model reads before it sees: longer ones, each of which is an episode of every smaller number of examples, too.
+TOLD = (
+    *(Plan("attribute", shots=n) for n in (7, 7, 7, 1, 0)),
+    *(Plan("naming", inner_shots=3, induction=i < 2) for i in range(3)),
 )

@@ -9,19 +9,23 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
+
+import numpy as np
 
 from mmfast.data import images
 from mmfast.data.chat import INPUT
 from mmfast.data.images import Picture
 from mmfast.data.regions import REGION
-from mmfast.spec import nearest
+from mmfast.spec import Pages, nearest
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # The names that rows may have: what ``columns`` may map to.
@@ -54,7 +58,21 @@ class Record:
     rejected: str | None = None
 
 
-def parse(row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0) -> Record:
+def cleaned(record: Record) -> Record:
+    """The record with its answers as BLIP and BLIP-2 read captions (LAVIS's caption processor)."""
+
+    def clean(text: str) -> str:
+        words = re.sub(r"[.!\"()*#:;~]", " ", text.lower()).split()[:50]
+        if not words:
+            raise ValueError("has an answer without words; leave clean off, or the record out")
+        return " ".join(words)
+
+    return replace(record, turns=tuple((question, answer and clean(answer)) for question, answer in record.turns))
+
+
+def parse(
+    row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, pages: Pages | None = None
+) -> Record:  # fmt: skip
     """The record of a row (a JSON object).
 
     Args:
@@ -62,13 +80,14 @@ def parse(row: Any, number: int, *, root: str, frames: int = 8, columns: dict[st
         frames: pictures that a video is read as.
         columns: their names to ours, of the row and of its turns.
         boxes: the share of captions with places (GRIT) whose places are told; 0: none of any record's.
+        pages: how an interleaved document is read.
 
     Raises:
         ValueError: in one sentence, without the record's number.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {_kind(row)}")
-    reader = _Reader(row, number, root, frames, columns or {})
+    reader = _Reader(row, number, root, frames, columns or {}, pages or Pages())
     return reader.grounded(reader.read(), boxes)
 
 
@@ -140,7 +159,8 @@ class _Said:
 
 
 class _Reader:
-    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str]):
+    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages):
+        self.pages = pages
         self.row, self.number, self.root, self.frames, self.columns = _rename(row, columns), number, root, frames, columns
         self.characters = 0
 
@@ -274,36 +294,81 @@ class _Reader:
                     f"{len(texts)} texts but {len(shown)} images; an interleaved document has one of both, or null, at each place"
                 )
             pairs = [(f"texts[{i}]", text, image) for i, (text, image) in enumerate(zip(texts, shown, strict=True))]
-        pieces, shows = [], []
+        pieces = []
         for what, text, image in pairs:
             if not _null(text) and not _null(image):
                 raise ValueError(f"{what} has a text and an image at one place, so their order is unknown")
             if not _null(text):
-                pieces.append(self.unmarked(self.plain(text, what), what))
+                pieces.append((self.unmarked(self.plain(text, what), what), None))
             elif not _null(image):
-                pieces.append("<image>")
-                shows.append(("<image>", image))
-        return "\n".join(pieces), shows
+                pieces.append(("<image>", image))
+        pieces = self.paged(pieces)
+        return "\n".join(text for text, _ in pieces), [("<image>", image) for _, image in pieces if image is not None]
+
+    def paged(self, pieces: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """Pieces of a document, texts with None and places of pictures, as ``spec.Pages`` wants them."""
+        drawn, pages = Random(self.number), self.pages
+        follows, start = drawn.random() < pages.following, drawn.randrange(len(pieces)) if pages.window and pieces else 0
+        pieces = pieces[start:]
+        if follows:  # pictures go before the text that ends where they stand
+            ordered: list[tuple[str, Any]] = []
+            before: list[tuple[str, Any]] = []
+            for text, run in itertools.groupby(pieces, key=lambda piece: piece[1] is None):
+                if text:
+                    before = list(run)
+                else:
+                    ordered, before = [*ordered, *run, *before], []
+            pieces = [*ordered, *before]
+        count = itertools.count(1)
+        return [piece for piece in pieces if piece[1] is None or not pages.pictures or next(count) <= pages.pictures]
 
     def matched(self) -> tuple[str, list[tuple[str, Any]]]:
-        """MMC4: every picture stands before the sentence that it was matched to."""
-        row = self.row
+        """MMC4: every picture stands before the sentence that it was matched to; with ``pages.similarity`` they are matched anew, one to one,
+        so that similarities add up to the most (OpenFlamingo, arXiv:2308.01390, section 3.2)."""
+        row, least = self.row, self.pages.similarity
         texts = [
             self.unmarked(self.plain(t, f"text_list[{i}]"), f"text_list[{i}]")
             for i, t in enumerate(self.sequence(row["text_list"], "text_list"))
         ]
-        at: dict[int, list[Any]] = {}
-        for i, info in enumerate(self.sequence(row.get("image_info", []), "image_info")):
+        found: list[tuple[int, Any]] = []  # place and picture
+        infos = self.sequence(row.get("image_info", []), "image_info")
+        similar = self.similarities(len(infos), len(texts)) if least else None
+        anew = dict(zip(*assign(-similar), strict=True)) if similar is not None else {}
+        for i, info in enumerate(infos):
             place = info.get("matched_text_index") if isinstance(info, dict) else None
             if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(texts):
                 raise ValueError(f"image_info[{i}] has matched_text_index {place!r}, expected the place of one of {len(texts)} texts")
+            if similar is not None:
+                if i not in anew or similar[i, anew[i]] < least:
+                    continue
+                place = anew[i]
             if "image_base64" in info and not _null(info["image_base64"]):
                 shown = f"data:image;base64,{info['image_base64']}"
             else:
                 shown = info.get("image_name") or info.get("raw_url") or ""
+            found.append((place, shown))
+        if self.pages.pictures:
+            found = found[: self.pages.pictures]
+        # In the order of the sentences, which need not be that of the pictures.
+        at: dict[int, list[Any]] = {}
+        for place, shown in sorted(found, key=lambda pair: pair[0]):
             at.setdefault(place, []).append(shown)
-        shows = [("<image>", shown) for place in sorted(at) for shown in at[place]]
+        shows = [("<image>", shown) for place in at for shown in at[place]]
         return " ".join("<image>" * len(at.get(i, ())) + text for i, text in enumerate(texts)), shows
+
+    def similarities(self, pictures: int, texts: int) -> np.ndarray:
+        """``similarity_matrix`` as numbers [pictures, texts]."""
+        try:
+            matrix = np.asarray(self.sequence(self.row.get("similarity_matrix"), "similarity_matrix"), dtype=float)
+        except (TypeError, ValueError) as error:
+            if "similarity_matrix" in str(error):
+                raise
+            matrix = np.empty(0)
+        if matrix.size != pictures * texts or (matrix.ndim != 2 and matrix.size) or not np.isfinite(matrix).all():
+            raise ValueError(
+                f'"similarity_matrix" has the shape {list(matrix.shape)}, expected numbers of {pictures} images by {texts} texts'
+            )
+        return matrix.reshape(pictures, texts)
 
     # -- places
 
@@ -551,3 +616,33 @@ class _Reader:
                 f"{what} is the web address {value[:80]!r}; nothing is downloaded in training, so save it and give a file name"
             )
         return os.path.join(self.root, value), None, ""
+
+
+def assign(cost: np.ndarray) -> tuple[list[int], list[int]]:
+    """Rows and the columns they get, as many as the smaller side has, so that what they cost adds up to the least: the Hungarian algorithm
+    (Kuhn 1955, with Munkres' potentials), by shortest augmenting paths. cost ``[n, m]``."""
+    if cost.shape[0] > cost.shape[1]:
+        columns, rows = assign(cost.T)
+        order = np.argsort(rows)
+        return [rows[i] for i in order], [columns[i] for i in order]
+    n, m = cost.shape
+    high, low = np.zeros(n + 1), np.zeros(m + 1)  # potentials of rows and columns
+    of = np.zeros(m + 1, int)  # the row of each column, counted from 1; 0: free
+    for row in range(1, n + 1):
+        of[0], column, least = row, 0, np.full(m + 1, np.inf)
+        before, done = np.zeros(m + 1, int), np.zeros(m + 1, bool)
+        while of[column]:
+            done[column] = True
+            reduced = cost[of[column] - 1] - high[of[column]] - low[1:]
+            better = ~done[1:] & (reduced < least[1:])
+            least[1:][better], before[1:][better] = reduced[better], column
+            following = int(np.where(done, np.inf, least)[1:].argmin()) + 1
+            step = least[following]
+            high[of[done]] += step
+            low[done] -= step
+            least[~done] -= step
+            column = following
+        while column:  # along the path, every column takes the row of the one before
+            of[column], column = of[before[column]], before[column]
+    pairs = sorted((of[j] - 1, j - 1) for j in range(1, m + 1) if of[j])
+    return [int(i) for i, _ in pairs], [int(j) for _, j in pairs]

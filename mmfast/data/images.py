@@ -276,3 +276,21 @@ def normalise(pixels: Tensor, spec: Fixed) -> Tensor:
     """uint8 ``[M, H, W, 3]`` -> float ``[M, 3, H, W]``, less the mean, over the deviation (both of values 0 .. 1)."""
     mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) * 255 for v in (spec.mean, spec.std))
     return (pixels.permute(0, 3, 1, 2).float() - mean) / std
+
+
+def augmented(pixels: Tensor) -> Tensor:
+    """A random part of each square ``[M, 3, H, H]``, resized to the whole (bicubic), and mirrored or not: area 0.5 .. 1, proportions 3:4 .. 4:3,
+    a side that would be longer than the square as long as it.
+
+    Drawn from torch's generator, which a training step starts anew from seed, step and process: a resumed run sees the same.
+    """
+    u = torch.rand(5, len(pixels), device=pixels.device)
+    area, proportion = 0.5 + 0.5 * u[0], (4 / 3) ** (2 * u[1] - 1)
+    wide, high = ((area * p).sqrt().clamp(max=1) for p in (proportion, 1 / proportion))
+    mirror = torch.where(u[4] < 0.5, -1.0, 1.0)
+    # Of coordinates -1 .. 1: half of the part's sides, and its middle.
+    theta = torch.zeros(len(pixels), 2, 3, device=pixels.device)
+    theta[:, 0, 0], theta[:, 1, 1] = wide * mirror, high
+    theta[:, 0, 2], theta[:, 1, 2] = (2 * u[2] - 1) * (1 - wide), (2 * u[3] - 1) * (1 - high)
+    grid = torch.nn.functional.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(pixels, grid, mode="bicubic", padding_mode="border", align_corners=False)

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from mmfast.data.formats import NAMES, TURN_NAMES, Record, name_of, parse
+from mmfast.data.formats import NAMES, TURN_NAMES, Record, cleaned, name_of, parse
 from mmfast.data.images import SUFFIXES, Picture
 from mmfast.spec import Data, Pairs, nearest
 
 __all__ = ["Picture", "Record", "Records", "Stream", "check"]
 
-KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".tar": "webdataset"}
+KINDS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".tsv": "tsv", ".parquet": "parquet", ".tar": "webdataset"}
 IGNORE = -100
 _LISTED = 20
 
@@ -58,8 +58,8 @@ class Records:
             ]
         else:
             kind, files = _files(data)
-            if kind == "json":
-                lists = [_read_json(file) for file in files]
+            if kind in ("json", "tsv"):
+                lists = [_read_text(file) for file in files]
                 self.rows = [row for rows, _ in lists for row in rows]
                 self._starts = [sum(len(rows) for rows, _ in lists[:i]) for i in range(len(lists))]
                 identity = [digest for _, digest in lists]
@@ -138,6 +138,8 @@ class Stream:
             self._kind, self._files = _files(data)
             _one_folder(data, self._files)
             self._root = data.images or str(self._files[0].parent)
+            if self._kind == "tsv":
+                raise ValueError(f"{self._files[0]}: tables of text are read whole; leave streaming off")
             for file in self._files if self._kind == "json" else ():
                 with open(file, "rb") as opened:
                     if opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
@@ -289,12 +291,13 @@ def _fault(picture: Picture) -> str | None:
 def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
-    record = parse(row, number, root=root, frames=data.frames, columns=data.columns, boxes=getattr(data, "boxes", 1.0))
+    extra = {"boxes": data.boxes, "pages": data.pages} if isinstance(data, Data) else {}
+    record = parse(row, number, root=root, frames=data.frames, columns=data.columns, **extra)
     if isinstance(data, Pairs) and record.chosen is None:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
     if isinstance(data, Data) and record.chosen is not None:
         raise ValueError("is a preference pair; supervised training reads questions with answers, or documents")
-    return record
+    return cleaned(record) if isinstance(data, Data) and data.clean else record
 
 
 def _check_columns(data: Data | Pairs) -> None:
@@ -346,8 +349,9 @@ def _one_folder(data: Data | Pairs, files: Sequence[Path]) -> None:
         raise ValueError(f"{data.path}: its files are in several folders; name the one that pictures are relative to with data.images")
 
 
-def _read_json(file: Path) -> tuple[list[Any], str]:
-    """Rows of a JSON array or a JSONL file, and the hash of its bytes. A bad line of JSONL is a row that says so; a bad array is no data."""
+def _read_text(file: Path) -> tuple[list[Any], str]:
+    """Rows of a JSON array, a JSONL file or a table with names in its first line, and the hash of its bytes. A bad line is a row that says so; a
+    bad array is no data."""
     try:
         raw = file.read_bytes()
     except OSError as error:
@@ -356,6 +360,8 @@ def _read_json(file: Path) -> tuple[list[Any], str]:
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"data file {file} is UTF-16; save it as UTF-8")
     raw = raw.removeprefix(b"\xef\xbb\xbf")
+    if KINDS[file.suffix.lower()] == "tsv":
+        return _table(raw, file), digest
     if raw.lstrip().startswith(b"["):
         rows = _whole(raw)
         if isinstance(rows, _Broken):
@@ -371,6 +377,24 @@ def _read_json(file: Path) -> tuple[list[Any], str]:
     if not rows:
         raise ValueError(f"data file {file} holds no record")
     return rows, digest
+
+
+def _table(raw: bytes, file: Path) -> list[Any]:
+    """Fields between tabs, as Conceptual Captions has them: nothing is quoted."""
+    names, *lines = raw.splitlines() or [b""]
+    names = names.decode(errors="replace").split("\t")
+    rows: list[Any] = []
+    for at, line in enumerate(lines, 2):
+        try:
+            fields = line.decode().split("\t")
+        except UnicodeDecodeError as error:
+            rows.append(_Broken(f"line {at} of {file.name} is not UTF-8: {error.reason} at byte {error.start}"))
+            continue
+        told = f"line {at} of {file.name} has {len(fields)} fields, the first line names {len(names)}"
+        rows += [dict(zip(names, fields, strict=True)) if len(fields) == len(names) else _Broken(told)] if line.strip() else []
+    if not rows:
+        raise ValueError(f"data file {file} holds no record")
+    return rows
 
 
 def _whole(raw: bytes) -> Any:

@@ -83,6 +83,8 @@ class _Checked:
         """The first items' last questions, with the token ids up to their answers and their pictures: what samples are made of."""
         found = []
         for at, number in self.items[:count]:
+            if number < 0:  # a row of texts
+                continue
             record = self.parts[at].parse(number)
             if record.turns:
                 turns = [*record.turns[:-1], (record.turns[-1][0], None)]
@@ -159,17 +161,54 @@ class Conversations(_Checked):
         encoder: from turns to token ids.
         plan: what pictures become; a number: squares of so many pixels, cropped.
         seed: of the order in which a mixture is drawn.
+        by_tokens: the parts' weights are shares of tokens, not of records.
     """
 
-    def __init__(self, parts: Sequence[Records], encoder: chat.Encoder, *, plan: Fixed | int, seed: int = 0):
+    def __init__(self, parts: Sequence[Records], encoder: chat.Encoder, *, plan: Fixed | int, seed: int = 0, by_tokens: bool = False):
         super().__init__(parts, {"answer": encoder.record}, encoder, plan)
+        for at, records in enumerate(parts):
+            if records.data.full:
+                self._fill(at)
         weights = [records.data.weight for records in parts]
+        if by_tokens:
+            tokens = [0] * len(parts)
+            for item, (at, _) in enumerate(self.items):
+                tokens[at] += len(self.encoded(item, "answer")[0])
+            weights = [None if w is None else w * n / t for w, n, t in zip(weights, self.sizes, tokens, strict=True)]
         self.mixed = Mixed(self.sizes, None if all(w is None for w in weights) else weights, seed) if len(parts) > 1 else None
         self.permutation = self.mixed.order if self.mixed is not None else None
+        losses = [records.data.loss for records in parts]
+        self.loss_weights = None if all(w is None for w in losses) else torch.tensor(losses)  # of the sets, each then a group
+
+    def _fill(self, part: int) -> None:
+        """A part's texts end to end in rows of ``max_length`` ("full sentences", as Kosmos-1's text is packed): what an item is, from here on."""
+        length, row, rows = self.encoder.max_length, ([], []), []
+        for item in [i for i, (at, _) in enumerate(self.items) if at == part]:
+            if self._pictures_of[item]:
+                name = self.parts[part].id(self.items[item][1])
+                raise ValueError(
+                    f"{self.parts[part].name}: record {name} has a picture, and data.full lays texts alone end to end; set it to false"
+                )
+            for kept, new in zip(row, self.encoded(item, "answer"), strict=True):
+                kept.extend(new)
+            while len(row[0]) >= length:
+                rows.append((row[0][:length], row[1][:length]))
+                row = row[0][length:], row[1][length:]
+        rows += [row] if row[0] else []
+        first = next(i for i, (at, _) in enumerate(self.items) if at == part)
+        kept = slice(first, first + self.sizes[part])
+        self.items[kept], self._pictures_of[kept] = [(part, -1 - i) for i in range(len(rows))], [[] for _ in rows]
+        self.sizes[part] = len(rows)
+        for i, (ids, labels) in enumerate(rows):
+            self._keep((part, -1 - i, "answer"), ids, labels)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         batch, scored = self.lay_out(index, ["answer"])
-        return {**batch, "groups": torch.zeros(len(index), dtype=torch.long), "counts": scored.sum().double().view(1)}
+        if self.loss_weights is None:
+            groups, count = torch.zeros(len(index), dtype=torch.long), 1
+        else:
+            groups, count = torch.tensor([self.items[i][0] for i in index.tolist()], dtype=torch.long), len(self.parts)
+        return {**batch, "groups": groups, "counts": torch.zeros(count, dtype=torch.double).index_add(0, groups, scored.double())}
 
 
 class PreferencePairs(_Checked):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data import chat, images
-from mmfast.data.episodes import TAUGHT, WORDS, Pool, mixed, prompts_of
+from mmfast.data.episodes import ATTRIBUTES, TAUGHT, TOLD, WORDS, Plan, Pool, mixed, prompts_of
 from mmfast.data.formats import Record
 from mmfast.data.mixtures import Mixed
 from mmfast.data.regions import REGION
@@ -122,20 +122,29 @@ def shapes_text(world: World, encode: chat.Encoder, count: int = 10_000) -> Docu
 
 
 def shapes_single(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
-    """Pictures of one object, each with its name as an example of an episode has it: "This is a red circle."."""
+    """Pictures of one object, each with three captions in the words of an episode's examples: "This is a red circle.", "This is a red.", "This
+    is a circle.". Which of them is meant, a picture alone does not tell."""
     pool, say = Pool(world, "single", count), prompts_of(encode.template)
-    texts = ["<image>" + say.example.format(answer=pool.name(i)) for i in range(len(pool.scenes))]
-    return Documents(world.render(pool.scenes), texts, [[i] for i in range(len(texts))], encode)
+    said = [(i, ATTRIBUTES[name](scene, world)) for i, scene in enumerate(pool.scenes) for name in Plan().attributes]
+    texts = ["<image>" + say.example.format(answer=answer) for _, answer in said]
+    return Documents(world.render(pool.scenes), texts, [[i] for i, _ in said], encode)
 
 
-def shapes_episodes(world: World, encode: chat.Encoder, count: int = 6000, *, told: bool = False) -> Documents:
-    """Episodes as interleaved documents; ``told``: of words alone, a picture's name in place of each picture."""
+def shapes_episodes(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
+    """Episodes as interleaved documents."""
     pool, say = Pool(world, "single", 3000), prompts_of(encode.template)
-    episodes = mixed(pool, count, purpose=2 if told else 1, plans=TAUGHT)
-    if told:
-        nothing = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
-        return Documents(nothing, [say.document(e, lambda p: f"{pool.name(p)} ") for e in episodes], [[] for _ in episodes], encode)
+    episodes = mixed(pool, count, purpose=1, plans=TAUGHT)
     return Documents(world.render(pool.scenes), [say.document(e) for e in episodes], [e.pictures for e in episodes], encode)
+
+
+def shapes_told(world: World, encode: chat.Encoder, count: int = 10_000) -> Source:
+    """Episodes without pictures: a language model that never changes knows from here what examples are for. Other words stand where a picture
+    would, and like pictures they are read and not said."""
+    pool, say = Pool(world, "single", 3000), prompts_of(encode.template)
+    bare = replace(encode, template="bare")  # the turns have all their words
+    rows = [bare(say.turns(episode, pool.told)) for episode in mixed(pool, count, purpose=2, plans=TOLD)]
+    nothing = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
+    return Source(nothing, [chat.Rows(rows, encode.pad_token)], encode.pad_token, [[]] * len(rows))
 
 
 class Grounded(Source):
@@ -190,9 +199,13 @@ class _Drawn:
         return (self.pixels, self.pixels)
 
 
-def mixture(sources: Sequence[Source], weights: Sequence[float | None] | None, seed: int) -> Source:
-    """Several sources in one stage: each row of each of their columns is an item."""
+def mixture(sources: Sequence[Source], weights: Sequence[float | None], seed: int, *, by_tokens: bool = False) -> Source:
+    """Several sources in one stage: each row of each of their columns is an item. ``weights`` as of ``Mixed``, ``by_tokens`` as of
+    ``mmfast.data.sources.Conversations``."""
     pictures, rows, shown, sizes = [], [], [], []
+    if by_tokens:
+        tokens = [sum(int(c.lengths.sum()) for c in s.columns) / sum(map(len, s.columns)) for s in sources]
+        weights = [None if w is None else w / mean for w, mean in zip(weights, tokens, strict=True)]
     for source in sources:
         first = sum(map(len, pictures))
         pictures.append(source.pictures)
@@ -293,7 +306,7 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
         "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),
         "shapes_single": lambda: shapes_single(world, encode),
         "shapes_episodes": lambda: shapes_episodes(world, encode),
-        "shapes_told": lambda: shapes_episodes(world, encode, told=True),
+        "shapes_told": lambda: shapes_told(world, encode),
         "shapes_grounded": lambda: Grounded(world, encode),
         "shapes_crowded": lambda: shapes_crowded(world, encode),
         "shapes_drawing": lambda: shapes_drawing(world, encode),

@@ -38,14 +38,16 @@ class Output:
 class Tower(nn.Module):
     """One hidden state of a vision tower: pixels ``[M, 3, size, size]`` -> states ``[M, N, D]``, without the class token where ``skip`` is 1.
 
-    ``scales``: hidden states that stand before it on the channels. ``post_norm``: through the norm that CLIP keeps for its class token; ``unit``: then of length 1, both for every state.
+    ``scales``: hidden states that stand before it on the channels. ``post_norm``: through the norm that CLIP keeps for its class token;
+    ``unit``: then of length 1, both for every state.
     """
 
     def __init__(
         self, vision: nn.Module, *, layer: int, skip: int, scales: Sequence[int] = (), post_norm: bool = False, unit: bool = False
     ):
         super().__init__()
-        self.vision, self.layers, self.skip, self.post_norm, self.unit = vision, (*scales, layer), skip, post_norm, unit
+        self.vision, self.layer, self.layers = vision, layer, (*scales, layer)
+        self.skip, self.post_norm, self.unit = skip, post_norm, unit
         self.width = vision.config.hidden_size * len(self.layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -64,16 +66,19 @@ class Tower(nn.Module):
         encoder = self._inner.encoder
         return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
+    @property
+    def read(self) -> int:
+        """How many blocks stand before the highest state that is read; state 0 is what block 0 reads."""
+        return max(layer % (len(self.blocks) + 1) for layer in self.layers)
+
     def last_block(self) -> nn.ModuleList:
         """The last block that is read, and the norm behind it where that is."""
-        read = self.layer % (len(self.blocks) + 1)
-        return nn.ModuleList([*self.blocks[:read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
+        return nn.ModuleList([*self.blocks[: self.read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
 
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = self._inner
-        read = max(layer % (len(self.blocks) + 1) for layer in self.layers)  # hidden state 0 is what block 0 reads
-        for block in self.blocks[read:]:
+        for block in self.blocks[self.read :]:
             yield from block.parameters()
         for name in ("post_layernorm", "layernorm", "head"):  # CLIP and SigLIP, DINOv2, SigLIP's pooling
             if hasattr(tower, name) and not self.post_norm:
@@ -213,9 +218,7 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
     for ours, theirs in _OTHER_NAMES:
         if not hasattr(kind, ours) and hasattr(kind, theirs):
             sizes[theirs] = sizes.pop(ours)
-    for name in ("dropout", "attention_dropout"):
-        if hasattr(kind, name):
-            sizes[name] = choice.dropout
+    sizes |= {name: 0.0 for name in ("dropout", "attention_dropout") if hasattr(kind, name)}  # a stage's own
     language = pretrained.new_language(AutoConfig.for_model(choice.family, **sizes))
     if hasattr(language, "start_anew"):
         language.start_anew(choice.init)
@@ -226,16 +229,16 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
 ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower, spec.NfResnet: _grid_tower}
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
-    spec.NoConnector: lambda choice, width_in, width_out: nn.Identity(),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
     spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
-    spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads, choice.dropout),
+    spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads),
     spec.Resampler: lambda choice, width_in, width_out: ResampledProjector(
         width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,
         activation=choice.activation, qk_norm=choice.qk_norm, max_num_frames=choice.frames or None, interpolate_frames=True,
     ),
     spec.QFormer: queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
+    spec.NoConnector: lambda choice, width_in, width_out: nn.Identity(),
     spec.Codes: lambda choice, width_in, width_out: nn.Identity(),
 }  # fmt: skip
 # (choice, language model, the tower's width)
@@ -311,15 +314,18 @@ class MultimodalModel(nn.Module):
             raise ValueError(f"{self.system.name}: adapters are to train, and none were added (mmfast.models.add_lora)")
         for parameter in adapters:
             parameter.requires_grad_(lora)
-        for parameter in self.encoder.unread():
+        for parameter in self.unread(parts):
             parameter.requires_grad_(False)
-        if isinstance(self.connector, QueryConnector):
-            for parameter in self.connector.unread(compared="queries" in parts):
-                parameter.requires_grad_(False)
         self._trained, self._lora = tuple(parts), lora
         self._mask_old_rows()
         self.train(self.training)
         return [p for p in self.parameters() if p.requires_grad]
+
+    def unread(self, parts: Sequence[str]) -> Iterator[nn.Parameter]:
+        """Parameters of tower and connector that stages which train ``parts`` do not read: no gradient can reach them."""
+        yield from self.encoder.unread()
+        if isinstance(self.connector, QueryConnector):
+            yield from self.connector.unread(compared="queries" in parts)
 
     def partly_trained(self) -> list[nn.Parameter]:
         """Weights of which only the rows of ``new_tokens`` learn."""
@@ -350,9 +356,15 @@ class MultimodalModel(nn.Module):
             self._masks.append(parameter.register_hook(new_rows_alone))
 
     def drop(self, rate: float) -> None:
-        """Dropout of what each attention and each feed-forward layer of the language model adds, while that trains; 0: none."""
+        """Dropout of what each attention and each feed-forward layer of the language model adds, while that trains, and with Kosmos' of all that
+        its code drops; 0: none."""
         while self._dropouts:
             self._dropouts.pop().remove()
+        if hasattr(self.language, "drop"):
+            self.language.drop(rate)
+            if isinstance(self.connector, AttentionPool):
+                self.connector.x_attn.dropout = rate
+            return
         for layer in self.blocks if rate else ():
             adds = [module for name, module in layer.named_modules() if name in ("self_attn.o_proj", "mlp.down_proj")]
             if len(adds) != 2:
@@ -476,16 +488,18 @@ class MultimodalModel(nn.Module):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         *,
+        position_ids: Tensor | None = None,
         token_weights: Tensor | None = None,
         total: Tensor | float | None = None,
         **images: Tensor | None,
     ) -> Output:
-        """input_ids, attention_mask, labels, token_weights [B, T]; pixel_values [M, 3, H, W], or one of ``embed_images``' other forms.
+        """input_ids, attention_mask, position_ids, labels, token_weights [B, T]; pixel_values [M, 3, H, W], or one of ``embed_images``' other forms.
 
         The loss is the weighted mean over scored tokens, labels shifted inside (``mmfast.losses.token_cross_entropy``).
         """
-        seen = self.embed_images(pixel_values, **{k: images.pop(k) for k in ("image_states", "image_embeds", "image_rows") if k in images})
-        hidden = self.hidden(input_ids, attention_mask=attention_mask, image_embeds=seen, **images)
+        input_ids = self.with_slots(input_ids, images)
+        seen = self.embed_images(pixel_values, **images)
+        hidden = self.hidden(input_ids, attention_mask=attention_mask, position_ids=position_ids, image_embeds=seen)
         labels = labels if labels is None else self.targets(labels, input_ids, seen)
         logits = self.language.get_output_embeddings()(hidden)
         loss = None if labels is None else token_cross_entropy(logits, labels, token_weights=token_weights, total=total)

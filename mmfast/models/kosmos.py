@@ -23,6 +23,14 @@ class KosmosLanguage(Kosmos2TextForCausalLM):
         """The number that the decoder gives a text's first token."""
         return self.config.pad_token_id + 1
 
+    def drop(self, rate: float) -> None:
+        """Dropout of embeddings, of attention weights and of what each attention and each feed-forward layer adds, as in the released training.
+        The stock class drops embeddings twice: each time so much that together it is once."""
+        for module in self.model.modules():
+            if isinstance(getattr(module, "dropout", None), int | float):
+                module.dropout = rate
+        self.model.dropout = 1 - math.sqrt(1 - rate)
+
     @torch.no_grad()
     def start_anew(self, std: float) -> None:
         """Magneto's initialisation (arXiv:2210.06423) of a decoder of N layers: Xavier, and gain sqrt(ln 2N) for values, outputs and the

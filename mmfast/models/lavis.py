@@ -100,6 +100,7 @@ def load_lavis_state(model: MultimodalModel, state: dict[str, Tensor], where: st
             to, parts = _renamed(name, _TOWER), tower
         if to is None:
             raise ValueError(f"{where} holds {name}, which is no part of BLIP-2")
+        value = value.view(1) if name == "temp" else value  # a scalar there
         if parts is own and to not in own and not connector.reads_text:
             continue  # the text's half
         if to == "qformer.embeddings.layernorm.weight" or to == "qformer.embeddings.layernorm.bias":
@@ -123,7 +124,7 @@ def lavis_state(model: MultimodalModel, projection: str = "opt_proj") -> dict[st
     tables = {ours: theirs for theirs, ours in _CONNECTOR.items() if ours != "projection."} | {"projection.": f"{projection}."}
     tables = {"qformer.layernorm.": "Qformer.bert.embeddings.LayerNorm.", **tables}
     for name, value in connector.state_dict().items():
-        state[_renamed(name, tables)] = value
+        state[_renamed(name, tables)] = value.view(()) if name == "temp" else value
     if connector.reads_text:
         state["Qformer.cls.predictions.decoder.weight"] = state["Qformer.bert.embeddings.word_embeddings.weight"]
         state["Qformer.cls.predictions.decoder.bias"] = state["Qformer.cls.predictions.bias"]

@@ -218,7 +218,6 @@ def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec
         norm="after" if getattr(config, "swin_norm", False) else "before",
         norm_eps=first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=choice.norm_eps),
         init=first("initializer_range", "init_std", default=choice.init),
-        dropout=0.0,  # weights come with their own
     )
 
 

@@ -21,9 +21,7 @@ from mmfast.spec import (
     Dino,
     Eva,
     GatedCrossAttention,
-    Linear,
     Mixture,
-    Mlp,
     NfResnet,
     Optim,
     QFormer,
@@ -38,7 +36,7 @@ _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
 _SHORT = Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST)
 _LONG = Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST)
 _DATA = Data("shapes")
-_WEB = Mixture("kosmos_web", tuple(Data(f"shapes_{kind}", weight=1.0) for kind in ("text", "captions", "episodes")))
+_WEB = Mixture("kosmos_web", tuple(Data(f"shapes_{kind}", weight=1.0) for kind in ("text", "captions", "episodes")), by="tokens")
 _MIXED = Data("shapes_drawing")
 
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
@@ -109,12 +107,11 @@ def tiny_system(system: System) -> System:
             context=256,
             tied=True,
             init=0.05,
-            dropout=0.0,
         ),
         # The shapes world's background becomes 0; a tokenizer's pixels are what they are.
-        image=replace(system.image, size=64)
+        image=replace(system.image, size=64, augment=False)  # states that never change are computed once
         if isinstance(system.encoder, Vqgan)
-        else replace(system.image, size=64, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
+        else replace(system.image, size=64, augment=False, mean=(220 / 255,) * 3, std=(64 / 255,) * 3),
         stages=_stages(system),
         compute=Compute(device="cpu"),
     )
@@ -149,7 +146,7 @@ def _small(choice):
         case BoxTokens():  # of 4 pixels each
             return replace(choice, bins=16)
         case AttentionPool():
-            return replace(choice, tokens=16, heads=4, dropout=0.0)
+            return replace(choice, tokens=16, heads=4)
     return choice
 
 
@@ -157,8 +154,7 @@ def _stages(system: System) -> tuple[Stage, ...]:
     own = [_stage(stage) for stage in system.stages]
     # A language model that is to stay as it is learns before; any other learns with the pictures, as there is none to start from.
     trained = any("language" in stage.train or stage.lora is not None for stage in system.stages)
-    projected = isinstance(system.connector, Linear | Mlp)
-    words = replace(_WORDS, train=("encoder", "connector", "embeddings") if projected else ("encoder", "embeddings"))
+    words = replace(_WORDS, train=("encoder", "connector", "embeddings") if system.projects else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
     text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data), template=own[-1].template) if own else _TEXT
     return (*seen, *(() if trained else (text,)), *own)

@@ -7,9 +7,10 @@ from mmfast.nn.nfresnet import NFResNet
 from mmfast.nn.preference import FusedLinearDPOLoss
 from mmfast.nn.qformer import QFormer
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
+from mmfast.nn.query_connector import QueryConnector
 from mmfast.nn.resampler import PerceiverResampler
 from mmfast.nn.vqgan import VQGAN, PatchCritic
 
 __all__ = [
-    "VQGAN", "AdapterPrompt", "FusedLinearDPOLoss", "GatedCrossAttention", "IdeficsGatedBlock", "NFResNet", "PatchCritic", "PerceiverResampler", "QFormer", "VectorQuantize", "VectorQuantizer2",
+    "VQGAN", "AdapterPrompt", "FusedLinearDPOLoss", "GatedCrossAttention", "IdeficsGatedBlock", "NFResNet", "PatchCritic", "PerceiverResampler", "QFormer", "QueryConnector", "VectorQuantize", "VectorQuantizer2",
 ]  # fmt: skip

@@ -9,9 +9,9 @@ from mmfast.ops import cross_attention
 class Heads(nn.Module):
     """Attention of rows on a picture's states and on themselves, all maps with biases. Keys: ``k_proj, v_proj, q_proj, out_proj``."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, 0.0  # of attention weights, in training
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, rows: Tensor, states: Tensor) -> Tensor:
@@ -32,18 +32,15 @@ class AttentionPool(nn.Module):
 
     No residual, no norm, no feed-forward behind it. Source: Kosmos-2 (arXiv:2306.14824) as released; keys are those of transformers'
     ``Kosmos2ImageToTextProjection``: ``dense``, ``latent_query``, ``x_attn.{k,v,q,out}_proj``. The queries start from N(0, 1).
-
-    Args:
-        dropout: of attention weights, in training.
     """
 
-    def __init__(self, width_in: int, width_out: int, tokens: int = 64, heads: int = 32, dropout: float = 0.0):
+    def __init__(self, width_in: int, width_out: int, tokens: int = 64, heads: int = 32):
         super().__init__()
         if width_out % heads:
             raise ValueError(f"AttentionPool: expected a width that {heads} heads divide, got {width_out}")
         self.dense = nn.Linear(width_in, width_out)
         self.latent_query = nn.Parameter(torch.randn(tokens, width_out))
-        self.x_attn = Heads(width_out, heads, dropout)
+        self.x_attn = Heads(width_out, heads)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.x_attn(self.latent_query, self.dense(states))

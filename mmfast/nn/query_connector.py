@@ -54,7 +54,7 @@ class QueryConnector(nn.Module):
         if vocab is not None:
             self.vision_proj, self.text_proj = nn.Linear(width, shared), nn.Linear(width, shared)
             self.itm_head = nn.Linear(width, 2)
-            self.temp = nn.Parameter(torch.tensor(0.07))
+            self.temp = nn.Parameter(torch.tensor([0.07]))  # FSDP2 knows no scalars
             self.cls = nn.ModuleDict({"transform": nn.Linear(width, width), "norm": nn.LayerNorm(width, eps=1e-12)})
             self.cls_bias = nn.Parameter(torch.zeros(vocab))
             for layer in self.qformer.encoder["layer"]:  # the queries' feed-forward starts as the text's

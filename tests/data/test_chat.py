@@ -1,5 +1,7 @@
 """Token ids and labels of conversations, checked on a tokenizer that spells: its ids are code points, so every expectation can be read."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -147,3 +149,56 @@ def test_packing_lays_rows_end_to_end():
     padded = chat.lay_out(ids, labels, lengths, packing=False)
     assert "position_ids" not in padded
     assert padded["rows"].tolist() == [[0] * 3, [1] * 3]
+
+
+def test_idefics_borders_are_shared_by_adjacent_pictures():
+    """<fake><image><fake> for one, <fake><image><fake><image><fake> for two; borders that differ are each picture's own."""
+    fake = ord("#")
+    turns = [("<image><image>What? <image>", "Red"), ("And?", "No")]
+    ids, labels = encode("idefics", turns, tokens=1, borders=(fake, fake))
+    assert read(ids) == (
+        "<s>User:#@#@#What?#@#<end_of_utterance>\nAssistant:Red<end_of_utterance>\nUser: And?<end_of_utterance>\nAssistant:No<end_of_utterance>\n"
+    )
+    assert scored(ids, labels) == "Red<end_of_utterance>\nNo<end_of_utterance>\n"
+    assert read(encode("bare", [("<image><image>", "a")], tokens=1, borders=(ord("("), ord(")")))[0]) == "<s>(@)(@)a</s>"
+    # A picture that is cut goes whole, and leaves the border that the one before it ends with.
+    cut, _ = chat.encode_document(Speller(), "ab<image><image>", image_tokens=1, image_token=IMAGE, max_length=7, borders=(fake, fake))
+    assert read(cut) == "<s>ab#@#"
+
+
+E = "<E>"  # what closes a chunk, spelt
+
+
+def document(template, text, monkeypatch, **kwargs):
+    form = chat.TEMPLATES[template]
+    monkeypatch.setitem(chat.TEMPLATES, template, replace(form, chunk=E, after=E))
+    return chat.encode_document(Speller(), text, image_tokens=1, image_token=IMAGE, template=template, **kwargs)
+
+
+CHUNKS = [
+    # Before every picture but the first, and at the end; no space beside either token.
+    ("intro <image> a b <image>c", "<s>intro@a b<E>@c<E></s>", "introa b<E>c<E></s>", "a b<E>c<E>"),
+    # A document that has them is left as it is.
+    ("<image>Output: red<E> <image>Output: blue<E>", "<s>@Output: red<E>@Output: blue<E></s>", "Output: red<E>Output: blue<E></s>", "Output: red<E>Output: blue<E>"),
+    # What follows a chunk's end is said of no picture.
+    ("<image>seen<E> unseen <image>again", "<s>@seen<E>unseen<E>@again<E></s>", "seen<E>unseen<E>again<E></s>", "seen<E>again<E>"),
+    # Examples without their pictures come before.
+    ("Output: a<E> Output: b<E> <image>Output: c", "<s>Output: a<E> Output: b<E>@Output: c<E></s>", "Output: a<E> Output: b<E>Output: c<E></s>", "Output: c<E>"),
+    ("words alone", "<s>words alone<E></s>", "words alone<E></s>", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "whole", "flamingo", "open_flamingo"), CHUNKS)
+def test_documents_of_chunks(text, whole, flamingo, open_flamingo, monkeypatch):
+    """Flamingo masks pictures alone; OpenFlamingo also what precedes the first and what lies between a chunk's end and the next picture."""
+    for template, expected in (("flamingo", flamingo), ("open_flamingo", open_flamingo)):
+        ids, labels = document(template, text, monkeypatch)
+        assert read(ids) == whole
+        assert scored(ids, labels) == expected
+
+
+def test_a_pair_of_flamingo():
+    ids, labels = encode("flamingo", [("<image>", "a cat")], tokens=1)
+    assert read(ids) == "<s>@a cat<|endofchunk|></s>"
+    assert scored(ids, labels) == "a cat<|endofchunk|></s>"
+    assert encode("open_flamingo", [("<image>", "a cat")], tokens=1) == (ids, labels)

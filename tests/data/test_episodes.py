@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from mmfast.data import chat, supervised
-from mmfast.data.episodes import ATTRIBUTES, NONSENSE, PROMPTS, WORDS, Episode, Plan, Pool, mixed
+from mmfast.data.episodes import ATTRIBUTES, NONSENSE, PROMPTS, WORDS, Episode, Plan, Pool, mixed, most_similar, orderings
 from mmfast.data.formats import parse
-from mmfast.data.synthetic import World
+from mmfast.data.synthetic import Draws, World
 from mmfast.models.tokenizer import word_tokenizer
 
 
@@ -29,10 +29,10 @@ def test_the_published_strings():
     assert frozen.document(two) == frozen.prompt(two) + " dax."
     shown = Episode(((3, "two cats"),), 5, "a dog", "attribute")
     flamingo = PROMPTS["flamingo"]
-    assert flamingo.document(shown) == "<image>Output: two cats<|endofchunk|> <image>Output: a dog<|endofchunk|>"
-    assert flamingo.prompt(shown, unseen=True) == "Output: two cats<|endofchunk|> <image>Output:"
+    assert flamingo.document(shown) == "<image>Output: two cats<|endofchunk|><image>Output: a dog<|endofchunk|>"
+    assert flamingo.prompt(shown, unseen=True) == "Output: two cats<|endofchunk|><image>Output:"
     asked = Episode((), 0, "yes", "naming", induction=True, question="is it big?")
-    assert flamingo.document(asked) == "Please answer the question. <image>Question: is it big? Answer: yes<|endofchunk|>"
+    assert flamingo.document(asked) == "Please answer the question.<image>Question: is it big? Answer: yes<|endofchunk|>"
     assert frozen.prompt(asked).endswith("<image>Question: is it big? Answer:")
 
 
@@ -119,26 +119,40 @@ def test_documents_supervise_all_text_and_show_their_pictures_in_order(template,
     assert torch.equal(batch["labels"] != -100, text)
 
 
-def test_told_documents_have_a_name_where_a_picture_was():
+def test_told_episodes_have_other_words_where_a_picture_was_and_do_not_teach_them():
     encode, world = encoder(), World()
-    source = supervised.shapes_episodes(world, encode, 8, told=True)
+    source = supervised.shapes_told(world, encode, 8)
     assert source.picture_count == 0
     assert source.pictures.shape == (0, 64, 64, 3)
-    text = encode.tokenizer.decode(source.columns[0].ids[1], skip_special_tokens=True)
     pool = Pool(world, "single", 3000)
-    episode = mixed(pool, 8, purpose=2, plans=supervised.TAUGHT)[1]
-    (first, answer), last = episode.examples[0], episode.query
-    assert text == f"{pool.name(first)} This is a {answer} . {pool.name(last)} Q : What is this ? A : This is a {episode.answer} ."
+    for i, episode in enumerate(mixed(pool, 8, purpose=2, plans=supervised.TOLD)):
+        text = "Answer with {} or {} . ".format(*episode.words) if episode.induction else ""
+        answers = []
+        for picture, answer in episode.examples:
+            text += f"{pool.told(picture)} This is a {answer} . "
+            answers.append(f"This is a {answer} .")
+        text += f"{pool.told(episode.query)} Q : What is this ? A : This is a {episode.answer} ."
+        ids, labels = source.columns[0].ids[i], source.columns[0].labels[i]
+        assert encode.tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert encode.tokenizer.decode(labels[labels >= 0]) == " ".join([*answers, f"{episode.answer} . <eos>"])
+    chunks = encoder("flamingo", added=("<|endofchunk|>",))
+    other = supervised.shapes_told(world, chunks, 1).columns[0]
+    assert (other.ids == chunks.tokenizer.convert_tokens_to_ids("<|endofchunk|>")).sum() == 8
+    assert (other.ids == chunks.tokenizer.eos_token_id).sum() == 1
+    names = {pool.told(p) for p in range(len(pool.scenes))}
+    assert len(names) == 36
+    assert not {word for name in names for word in name.split()} & {word for p in range(99) for word in pool.name(p).split()}
 
 
-def test_single_pictures_have_their_name():
-    encode = encoder()
-    source = supervised.shapes_single(World(), encode, 20)
-    pool = Pool(World(), "single", 20)
+def test_single_pictures_are_captioned_in_three_ways():
+    encode, world = encoder(), World()
+    source = supervised.shapes_single(world, encode, 20)
+    pool, texts = Pool(world, "single", 20), []
     for i, scene in enumerate(pool.scenes):
-        text = encode.tokenizer.decode(source.columns[0].ids[i], skip_special_tokens=True)
-        assert text == f"This is a {pool.world.class_name(scene.objects[0].colour * 6 + scene.objects[0].shape)} ."
-    assert source.shown == [[i] for i in range(len(pool.scenes))]
+        colour, shape = world.class_name(scene.objects[0].colour * 6 + scene.objects[0].shape).split()
+        texts += [(i, f"This is a {said} .") for said in (colour, shape, f"{colour} {shape}")]
+    said = [encode.tokenizer.decode(ids, skip_special_tokens=True) for ids in source.columns[0].ids]
+    assert [(*shown, text) for shown, text in zip(source.shown, said, strict=True)] == texts
 
 
 def test_the_published_files_are_records():
@@ -155,3 +169,19 @@ def test_the_published_files_are_records():
         parse({k: v for k, v in row.items() if k != "caption_2"}, 0, root="")
     with pytest.raises(ValueError, match='but no "question_image"'):
         parse({k: v for k, v in row.items() if k != "question_image"}, 0, root="")
+
+
+def test_the_most_similar_comes_last():
+    support = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 1.0], [-1.0, 0.0]])
+    assert most_similar(torch.tensor([[1.0, 0.1], [0.0, 2.0]]), support, 3).tolist() == [[1, 2, 0], [0, 2, 1]]
+    assert most_similar(torch.tensor([[5.0, 0.5]]), 9 * support, 1).tolist() == [[0]], "by angle, not by length"
+
+
+def test_orders_of_the_same_examples(pool):
+    (episode,) = episodes(pool, Plan("attribute", shots=4), 1)
+    made = orderings(episode, Draws(0, 3), 6)
+    assert len(made) == 6
+    assert len({e.examples for e in made}) > 3
+    for e in made:
+        assert sorted(e.examples) == sorted(episode.examples)
+        assert (e.query, e.answer) == (episode.query, episode.answer)

@@ -239,3 +239,39 @@ def test_mixtures_of_built_in_sets():
     width = alone["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][1, :width], alone["input_ids"][0])
     assert torch.equal(batch["pictures"][batch["image_rows"]], alone["pictures"][alone["image_rows"]])
+
+
+def texts_file(folder, texts, name="t"):
+    (folder / f"{name}.json").write_text(json.dumps([{"text": text} for text in texts]))
+    return str(folder / f"{name}.json")
+
+
+def test_texts_fill_whole_rows(tmp_path):
+    """Documents end to end, each begun and ended, cut wherever a row is full: nothing lost, nothing doubled."""
+    tok = word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "a", "b", "c"))
+    encode = chat.Encoder(tok, "bare", 2, 4, 0, 5)
+    path = texts_file(tmp_path, ["a b c", "c", "b b", "a"])
+    source = Conversations([Records(spec.Data("t", path=path, full=True))], encode, plan=64)
+    batch = source.batch(torch.arange(len(source)))
+    stream = [1, 5, 6, 7, 2, 1, 7, 2, 1, 6, 6, 2, 1, 5, 2]
+    assert batch["input_ids"].tolist() == [stream[i : i + 5] for i in (0, 5, 10)]
+    assert batch["labels"].flatten().tolist() == [chat.IGNORE if t == 1 else t for t in stream]
+    assert source.prompts(4) == []
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "i.json").write_text(json.dumps([{"items": [{"text": "a"}, {"image": "a.png"}]}]))
+    with pytest.raises(ValueError, match=r"record #0 has a picture, and data.full lays texts alone end to end"):
+        Conversations([Records(spec.Data("t", path=str(tmp_path / "i.json"), full=True))], encode, plan=64)
+
+
+def test_a_mixture_by_tokens(tmp_path):
+    """Texts of 4 and of 10 tokens, equal shares of tokens: the short ones are drawn two and a half times as often."""
+    tok = word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "a"))
+    encode = chat.Encoder(tok, "bare", 2, 4, 0)
+    paths = [texts_file(tmp_path, [" ".join("a" * n)] * 70, f"t{n}") for n in (2, 8)]
+    parts = [Records(spec.Data(f"t{i}", path=path, weight=1.0)) for i, path in enumerate(paths)]
+    by_items, by_tokens = (Conversations(parts, encode, plan=64, by_tokens=flag) for flag in (False, True))
+    assert (by_items.permutation(0) < 70).sum() == 70
+    order = by_tokens.permutation(0)
+    assert (order < 70).sum() == 100
+    drawn = [sum(len(by_tokens.encoded(int(i), "answer")[0]) for i in order if (i < 70) == first) for first in (True, False)]
+    assert drawn == [400, 400]

@@ -119,3 +119,31 @@ def test_a_strip_is_padded_without_a_huge_square(monkeypatch):
     assert made.shape == (32, 32, 3)
     assert made[15].min() == 255
     assert made[0].max() == 0
+
+
+def test_augmentation_shows_a_part_of_the_square_and_repeats_with_the_generator():
+    """On a picture whose values are its coordinates a part is a rectangle that can be read off; bicubic reproduces a ramp, borders aside."""
+    ramp = (torch.arange(64) + 0.5) / 32 - 1
+    pixels = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64), torch.zeros(64, 64)]).expand(500, 3, 64, 64)
+    torch.manual_seed(0)
+    seen = images.augmented(pixels)
+    torch.manual_seed(0)
+    assert torch.equal(images.augmented(pixels), seen)
+    assert not torch.equal(images.augmented(pixels), seen)
+    x, y = seen[:, 0, 32], seen[:, 1, :, 32]
+    assert (x.std(1) > 0).all()
+    mirrored = x[:, 40] < x[:, 24]
+    assert 0.4 < mirrored.float().mean() < 0.6
+    assert (y[:, 40] > y[:, 24]).all(), "never upside down"
+    # Sides of the part, as shares of the square, from the slope in its middle.
+    wide, high = ((v[:, 40] - v[:, 24]).abs() / (ramp[40] - ramp[24]) for v in (x, y))
+    assert wide.max() <= 1 + 1e-4
+    assert high.max() <= 1 + 1e-4
+    area = wide * high
+    assert 0.48 < area.min() < 0.53
+    assert area.max() > 0.97
+    inside = area < 0.7  # nothing was cut to the square there
+    assert ((wide / high)[inside] < 4 / 3 + 0.01).all()
+    assert ((wide / high)[inside] > 3 / 4 - 0.01).all()
+    middle = x[:, 31:33].mean(1)
+    assert (middle.abs() <= 1 - wide + 0.01).all()

@@ -229,9 +229,10 @@ def test_documented_examples_are_records(tmp_path):
     examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
     animated(tmp_path / "clip.gif")
     records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
-    assert len(records) == 15
-    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 4, 0, *[1] * 6, 8]
-    assert [r.chosen for r in records] == [None] * 12 + ["A cat."] * 2 + [None]
+    assert len(records) == 18
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 4, 0, *[1] * 4, 3, *[1] * 4, 8]
+    assert [len(r.boxes) for r in records] == [0] * 13 + [1, 1, 0, 0, 0]
+    assert [r.chosen for r in records] == [None] * 15 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():
@@ -651,3 +652,36 @@ def test_what_encoding_refuses_is_a_fault(folder):
         check(records, encode, on_bad_record="fail")
     assert "record 0 (r0): a picture ends beyond max_length" in str(error.value)
     assert "record 2 (r2): has nothing to learn" in str(error.value)
+
+
+def test_a_table_of_captions(tmp_path):
+    """Conceptual Captions as FROMAGe's release lays it out: names first, tabs between, quotes that are the caption's own."""
+    (tmp_path / "train.tsv").write_bytes(
+        b'caption\timage\nsays "hi"\ta.png\n\nno picture\n\xff\tb.png\n\xd0\xba\xd0\xbe\xd1\x82\tc.png\r\n'
+    )
+    records = Records(Data("cc3m", path=str(tmp_path / "train.tsv")))
+    assert len(records) == 4
+    for number, caption, name in ((0, 'says "hi"', "a.png"), (3, "кот", "c.png")):
+        assert records[number].turns == (("<image>", caption),)
+        assert records[number].pictures == (Picture(str(tmp_path / name)),)
+    for number, why in ((1, "line 4 of train.tsv has 1 fields, the first line names 2"), (2, "line 5 of train.tsv is not UTF-8")):
+        with pytest.raises(ValueError, match=why):
+            records[number]
+    with pytest.raises(ValueError, match="tables of text are read whole; leave streaming off"):
+        Stream(Data("cc3m", path=str(tmp_path / "train.tsv"), streaming=True))
+    (tmp_path / "train.tsv").write_text("caption\timage\n")
+    with pytest.raises(ValueError, match="holds no record"):
+        Records(Data("cc3m", path=str(tmp_path / "train.tsv")))
+
+
+def test_answers_are_cleaned_as_captions_are(tmp_path):
+    """BLIP's captions: worked by hand."""
+    (tmp_path / "a.json").write_text(
+        json.dumps([{"image": "a.png", "caption": 'A "Big" Dog;  (brown) runs!\n'}, {"image": "a.png", "caption": " ".join(["Word"] * 60)}])
+    )
+    plain, clean = (Records(Data("mine", path=str(tmp_path / "a.json"), clean=clean)) for clean in (False, True))
+    assert [r.parse(0).turns[-1][1].strip() for r in (plain, clean)] == ['A "Big" Dog;  (brown) runs!', "a big dog brown runs"]
+    assert clean.parse(1).turns[-1][1] == " ".join(["word"] * 50)
+    (tmp_path / "b.json").write_text(json.dumps([{"image": "a.png", "caption": "!.."}]))
+    with pytest.raises(ValueError, match="has an answer without words"):
+        Records(Data("mine", path=str(tmp_path / "b.json"), clean=True)).parse(0)

@@ -68,6 +68,21 @@ def test_clean_captions_alone():
     assert batch["counts"].tolist() == [(batch["labels"] != -100).sum()]
 
 
+def test_captions_as_text_alone():
+    from mmfast.data import chat
+    from mmfast.models.tokenizer import plain_text, word_tokenizer
+
+    world = World()
+    tokenizer = word_tokenizer(world.vocabulary)
+    source = supervised.shapes_text(world, chat.Encoder(tokenizer, "bare", 2, 4, tokenizer.pad_token_id), 5)
+    batch = source.batch(torch.arange(5))
+    assert (len(source), source.picture_count, len(batch["image_rows"])) == (5, 0, 0)
+    for scene, row, labels in zip(world.scenes("train", 5), batch["input_ids"].tolist(), batch["labels"], strict=True):
+        assert row[0] == tokenizer.bos_token_id
+        assert plain_text(tokenizer, row[1:]) == " ".join(world.caption(scene, variant=v).text for v in (0, 1))
+        assert (labels != -100).sum() == row.index(tokenizer.eos_token_id), "all but the beginning, the end among it"
+
+
 def test_easy_vqa_source():
     pytest.importorskip("easy_vqa")
     source = supervised.EasyVQA(spell, 0)

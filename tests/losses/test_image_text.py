@@ -51,3 +51,15 @@ def test_smoothed_cross_entropy_is_torch_s_mean_over_scored_tokens():
     torch.testing.assert_close(smoothed_cross_entropy(logits, labels), want)
     parts = smoothed_cross_entropy(logits[:1], labels[:1], total=6) + smoothed_cross_entropy(logits[1:], labels[1:], total=6)
     torch.testing.assert_close(parts, want)
+
+
+@pytest.mark.parametrize(
+    ("scale", "by_picture", "by_text", "want"), [(1, 0.442058, 0.455700, 0.448879), (1 / 0.07, 0.001652, 0.027922, 0.014787)]
+)
+def test_fromage_s_worked_values(scale, by_picture, by_text, want):
+    """Without smoothing: two pairs, pictures (1, 0) and (0, 1), texts (1, 0) and (.6, .8), whose directions are written out."""
+    pictures, texts = torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
+    s, own = scale * pictures @ texts.T, torch.arange(2)
+    rows, columns = (-(s.diagonal() - torch.log(s.exp().sum(dim))).mean() for dim in (1, 0))
+    assert (rows.item(), columns.item()) == pytest.approx((by_picture, by_text), abs=1e-6)
+    assert image_text_contrast(s, s.T, own, own, smoothing=0.0).item() == pytest.approx(want, abs=1e-6)

@@ -102,16 +102,18 @@ def test_the_way_back_loads_in_the_stock_class(tmp_path):
         ours = from_pretrained(saved(stock(**case), tmp_path / f"a{i}"))
         ours.save_pretrained(tmp_path / f"b{i}")
         theirs, inputs = Blip2ForConditionalGeneration.from_pretrained(tmp_path / f"b{i}").eval(), batch(**shapes(case))
+        real = inputs["attention_mask"].bool()
         with torch.no_grad():
-            torch.testing.assert_close(theirs(**inputs).logits, ours(**inputs).logits, atol=1e-5, rtol=0)
+            torch.testing.assert_close(theirs(**inputs).logits[real], ours(**inputs).logits[real], atol=1e-5, rtol=0)
 
 
 def test_a_changed_weight_is_seen(tmp_path):
     """The parity test can fail: each part moves the logits."""
     theirs, inputs = stock(), batch()
     saved(theirs, tmp_path)
+    real = inputs["attention_mask"].bool()
     with torch.no_grad():
-        want = theirs(**inputs).logits
+        want = theirs(**inputs).logits[real]
     for name in (
         "encoder.vision.encoder.layers.1.self_attn.qkv.bias", "connector.ln_vision.bias", "connector.query_tokens", "connector.qformer.layernorm.bias",
         "connector.qformer.encoder.layer.2.crossattention.attention.value.weight", "connector.projection.bias",
@@ -120,11 +122,11 @@ def test_a_changed_weight_is_seen(tmp_path):
         with torch.no_grad():
             p = ours.get_parameter(name)
             p.add_(0.1 * torch.randn_like(p))
-            assert (ours(**inputs).logits - want).abs().max() > 1e-4, name
+            assert (ours(**inputs).logits[real] - want).abs().max() > 1e-4, name
     ours = from_pretrained(tmp_path)
     with torch.no_grad():  # the tower's own last norm is not read: the connector's is
         ours.encoder.vision.post_layernorm.bias.add_(1)
-        torch.testing.assert_close(ours(**inputs).logits, want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours(**inputs).logits[real], want, atol=1e-5, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------- retrieval
@@ -307,7 +309,7 @@ def test_what_lavis_s_files_may_not_hold():
     model = build(SYSTEM)
     with pytest.raises(ValueError, match=r"here: query_tokens: expected \[1, 4, 32\], got \[1, 5, 32\]"):
         load_lavis_state(model, {"query_tokens": torch.zeros(1, 5, 32)}, "here")
-    with pytest.raises(ValueError, match="checkpoint holds visual_encoder.fc.weight, which is no part of BLIP-2"):
+    with pytest.raises(ValueError, match=r"checkpoint holds visual_encoder\.fc\.weight, which is no part of BLIP-2"):
         load_lavis_state(model, {"visual_encoder.fc.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match="its connector is a Linear; LAVIS's files hold a QFormer"):
         lavis_state(build(replace(SYSTEM, connector=spec.Linear())))
@@ -357,3 +359,78 @@ def test_gradients_reach_exactly_what_a_stage_trains():
     )
     with pytest.raises(ValueError, match="unknown part 'queries'"):
         build(replace(SYSTEM, connector=spec.Linear())).train_only(("queries",))
+
+
+# ------------------------------------------------------------------------------------------------------------------ BERT
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    """A folder with a tiny random BERT and its lower-casing tokenizer. Its type embedding is 0, as a Q-Former has none."""
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *["a", "red", "circle", "and", "blue", "square", ".", "##s"]]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    made = BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(words), hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, max_position_embeddings=40,
+            initializer_range=0.3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.ndim == 1:
+                p.add_(0.3 * torch.randn_like(p))
+        made.bert.embeddings.token_type_embeddings.weight.zero_()
+    made.save_pretrained(folder)
+    return folder, made
+
+
+def test_a_q_former_begins_as_its_bert(bert):
+    folder, theirs = bert
+    from mmfast.models.pretrained import text_side
+
+    made = build(replace(SYSTEM, connector=spec.QFormer(tokens=4, weights=str(folder)))).eval()
+    choice, connector = made.system.connector, made.connector
+    assert (choice.width, choice.depth, choice.heads, choice.ffn, choice.positions, choice.vocab) == (32, 3, 4, 48, 40, 14)
+    side = text_side(made.system, None)
+    assert (side.first, side.last, side.decode, side.pad_token) == (2, 3, 13, 0)
+    ids, mask = side.texts(["A red CIRCLE.", "blue squares and a red circle."])
+    assert ids[0].tolist() == [2, 5, 6, 7, 11, 3, 0, 0, 0, 0]
+    with torch.no_grad():
+        want = theirs.bert(ids, attention_mask=mask).last_hidden_state
+        got = connector.qformer(text=ids, text_mask=mask).text
+        torch.testing.assert_close(got[mask.bool()], want[mask.bool()], atol=1e-5, rtol=0)
+        # Its masked-word head, over the same states.
+        hidden = connector.cls["norm"](torch.nn.functional.gelu(connector.cls["transform"](want)))
+        logits = hidden @ connector.qformer.embeddings["word_embeddings"].weight.T + connector.cls_bias
+        torch.testing.assert_close(logits[..., :13], theirs.cls(want), atol=1e-5, rtol=0)
+    layer, own = connector.qformer.encoder["layer"][2], theirs.bert.encoder.layer[2]
+    assert torch.equal(layer.intermediate_query["dense"].weight, own.intermediate.dense.weight)
+    assert torch.equal(layer.output_query.LayerNorm.bias, own.output.LayerNorm.bias)
+
+
+def test_what_a_q_former_cannot_begin_with(bert, tmp_path):
+    from mmfast.models.pretrained import text_side
+
+    with pytest.raises(ValueError, match=r"connector\.vocab is 37, and the tokenizer of these words comes with connector\.weights"):
+        text_side(SYSTEM, None)
+    with pytest.raises(ValueError, match="objective queries needs a connector QFormer with text"):
+        text_side(replace(SYSTEM, connector=spec.Linear()), None)
+    stock().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type is 'blip-2', a Q-Former starts from a bert"):
+        build(replace(SYSTEM, connector=spec.QFormer(weights=str(tmp_path))))
+
+
+def test_a_tower_comes_out_of_a_whole_blip_2(tmp_path):
+    theirs = stock()
+    theirs.save_pretrained(tmp_path)
+    made = build(replace(SYSTEM, encoder=spec.Eva(weights=str(tmp_path))))
+    assert made.system.encoder.width == 24
+    pixels = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        want = theirs.vision_model(pixels, output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(made.encoder(pixels), want, atol=1e-6, rtol=0)

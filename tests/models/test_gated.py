@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from mmfast import spec
 from mmfast.models import build
 from mmfast.models.fusions.gated import FAMILIES
+from mmfast.models.generate import option_logps
 
 
 def plain(model) -> torch.nn.Module:
@@ -177,10 +178,13 @@ def test_as_many_pictures_as_places():
 # --------------------------------------------------------------------------------------------------- ways a batch comes in
 
 
-@pytest.mark.parametrize("immediate", [True, False])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_rows_laid_end_to_end_stay_apart(immediate, family):
-    model = made(family, immediate=immediate)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [(f, {"immediate": i}) for f in ("llama", "gpt_neox") for i in (True, False)]
+    + [(f, {"block": "idefics", "gates": "vector", "qk_norm": True}) for f in ("llama", "gpt2")],
+)
+def test_rows_laid_end_to_end_stay_apart(family, options):
+    model = made(family, **options)
     texts = ["xIabEIc", "abI", "abc", "IaIbIcd"]
     each = [rows(t, seed=i) for i, t in enumerate(texts)]
     counts = [t.count("I") for t in texts]
@@ -289,3 +293,16 @@ def test_a_connector_that_fits():
         build(replace(SYSTEM, connector=spec.Linear()))
     prefix = build(replace(SYSTEM, fusion=spec.Prefix()))
     assert prefix.embed_images(pictures(2)).shape == (2, 3, 24)
+
+
+def test_the_likeliest_of_some_answers():
+    """Closed questions are answered by log-likelihood: as the whole text scored anew, option by option."""
+    model, ids, seen = made(), rows("xIabE", "Iabcd"), pictures(2)
+    options = [[7], [5, 9], [11, 3, END]]
+    got = option_logps(model, ids, options, pixel_values=seen)
+    for b in range(2):
+        for o, option in enumerate(options):
+            whole = torch.cat([ids[b : b + 1], torch.tensor([option])], 1)
+            logp = model(whole, pixel_values=seen[b : b + 1]).logits[0].log_softmax(-1)
+            want = sum(float(logp[ids.shape[1] - 1 + k, token]) for k, token in enumerate(option))
+            assert float(got[b, o]) == pytest.approx(want, abs=1e-4)

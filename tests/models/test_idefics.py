@@ -3,13 +3,17 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from made import lively, moves_logits, same_logits, same_tokens, saved, words_loss
-from transformers import IdeficsConfig, IdeficsForVisionText2Text
+from PIL import Image
+from transformers import IdeficsConfig, IdeficsForVisionText2Text, IdeficsProcessor
 from transformers.models.idefics.configuration_idefics import IdeficsPerceiverConfig, IdeficsVisionConfig
+from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
 from mmfast import spec
+from mmfast.data import chat
 from mmfast.models import add_lora, build, from_pretrained
 from mmfast.models.tokenizer import word_tokenizer
 
@@ -147,8 +151,7 @@ def test_a_changed_weight_is_seen(tmp_path):
 def test_the_way_back_loads_in_the_stock_class(case, tmp_path):
     first = stock(**case)
     ours, inputs = from_pretrained(saved(first, tmp_path / "a")), batch(3)
-    ours.save_pretrained(tmp_path / "b")
-    theirs = IdeficsForVisionText2Text.from_pretrained(tmp_path / "b").eval()
+    theirs = IdeficsForVisionText2Text.from_pretrained(saved(ours, tmp_path / "b")).eval()
     assert theirs.config.additional_vocab_size == case.get("extra", 2)
     assert theirs.state_dict().keys() == first.state_dict().keys()
     for name, value in first.state_dict().items():
@@ -193,13 +196,46 @@ def test_pictures_in_reading_order_are_the_same_model(tmp_path):
     torch.testing.assert_close(got.logits, want.logits, atol=1e-6, rtol=0)
 
 
+def tokenizer():
+    """Words, with <image> in another place than the stock rows have it."""
+    words = ("User", ":", "What", "is", "this", "?", "Assistant", "It", "and", "red")
+    return word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", "<image>", *words), ("<end_of_utterance>", "<fake_token_around_image>"))
+
+
+def test_the_processors_batch(tmp_path):
+    """What the stock processor makes of prompts goes into the model as it is, and the template ``idefics`` reads the same tokens."""
+    words, g = tokenizer(), np.random.default_rng(0)
+    a, b, c = (Image.fromarray(g.integers(0, 255, (40, 30, 3), dtype=np.uint8)) for _ in range(3))
+    processor = IdeficsProcessor(IdeficsImageProcessorPil(image_size=28), words)
+    prompts = [
+        ["User:", a, b, "What is this?<end_of_utterance>", "\nAssistant:", "It is red<end_of_utterance>", "\nUser:", c, "And?<end_of_utterance>\nAssistant:"],
+        ["User: What", a, "is this?<end_of_utterance>\nAssistant:"],
+        ["User: What is this?<end_of_utterance>\nAssistant:"],
+    ]  # fmt: skip
+    inputs = processor(text=prompts, padding=True)
+    assert inputs["pixel_values"].shape == (3, 3, 3, 28, 28)
+    theirs = stock(seed=6)
+    words.save_pretrained(tmp_path)
+    ours = from_pretrained(saved(theirs, tmp_path))
+    same_logits(ours, theirs, inputs)
+    words.padding_side = "left"
+    same_tokens(ours, theirs, dict(processor(text=prompts, padding=True)), end=EOS)
+    borders = words.convert_tokens_to_ids(list(ours.system.borders))
+    conversations = [
+        [("<image><image>What is this?", "It is red"), ("<image>And?", None)], [("What<image>is this?", None)], [("What is this?", None)],
+    ]  # fmt: skip
+    for row, turns in enumerate(conversations):
+        ids, _ = chat.encode(words, "idefics", turns, image_tokens=1, image_token=ours.image_token, borders=borders)
+        assert ids == inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
+
+
 def test_a_system_starts_from_its_weights(tmp_path):
     """All choices are those of the folder; only its kind of fusion has to be declared, and its additional rows are the new tokens."""
     theirs = stock(gates="vector", qk_norm=True)
-    word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", *(f"w{i}" for i in range(4, FAKE)), "<image>", "<other>")).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
     given = spec.System("mine", weights=str(saved(theirs, tmp_path)), fusion=spec.GatedCrossAttention(end=""))
     model = build(given)
-    assert model.image_token == from_pretrained(tmp_path).image_token == FAKE, "which token shows a picture, its tokenizer knows"
+    assert from_pretrained(tmp_path).image_token == 4, "which token shows a picture, its tokenizer knows"
     assert (model.system.fusion.every, model.system.fusion.gates, model.system.fusion.block) == (2, "vector", "idefics")
     same_logits(model, theirs, batch(), loss=False)
     model.train_only(("new_tokens",))
@@ -213,12 +249,48 @@ def test_a_system_starts_from_its_weights(tmp_path):
 
 def test_adapters_are_folded_in(tmp_path):
     ours, inputs = from_pretrained(saved(stock(), tmp_path / "a")), batch()
-    add_lora(ours, spec.Lora(rank=2, targets=("q_proj", "mlp.up_proj")))
+    add_lora(ours, spec.Lora(rank=2, alpha=2, targets=("q_proj", "mlp.up_proj")))
     for name, p in ours.named_parameters():
         if ".lora_" in name:
             torch.nn.init.normal_(p, std=0.1)
-    ours.save_pretrained(tmp_path / "b")
-    same_logits(ours, IdeficsForVisionText2Text.from_pretrained(tmp_path / "b").eval(), inputs, loss=False)
+    same_logits(ours, IdeficsForVisionText2Text.from_pretrained(saved(ours, tmp_path / "b")).eval(), inputs, loss=False)
+
+
+def test_without_any_picture(tmp_path):
+    """Blocks run all the same: their networks are gated, not their attention alone."""
+    theirs, inputs = stock(), batch()
+    ours, labels = from_pretrained(saved(theirs, tmp_path)), inputs.pop("labels")
+    inputs["image_attention_mask"] = torch.zeros_like(inputs["image_attention_mask"])
+    with torch.no_grad():
+        want = theirs(**inputs).logits
+        got = ours(inputs["input_ids"], inputs["attention_mask"], labels=labels).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], want[real], atol=1e-5, rtol=0)
+
+
+def test_computed_again_or_in_half_precision(tmp_path):
+    ours, inputs = from_pretrained(saved(stock(gates="vector", qk_norm=True), tmp_path)), batch()
+    inputs["image_attention_mask"] = torch.ones_like(inputs["image_attention_mask"])
+    ours.train_only(("adapter", "connector", "new_tokens"))
+    ours.train()
+
+    def gradients():
+        ours.zero_grad()
+        ours(**inputs).loss.backward()
+        return {n: p.grad.clone() for n, p in ours.named_parameters() if p.requires_grad}
+
+    kept = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, half in gradients().items():
+            error = (half - kept[name]).norm() / kept[name].norm()
+            assert error < 0.1, f"{name}: {error:.3f}"
+    ours.checkpoint_activations()
+    calls = []
+    for block in ours.fusion.blocks:
+        block.mlp.register_forward_hook(lambda *_: calls.append(1))
+    for name, again in gradients().items():
+        torch.testing.assert_close(again, kept[name], atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert len(calls) == 2 * len(ours.fusion.blocks), "the blocks were not computed again"
 
 
 def test_what_has_no_form_there(tmp_path):
@@ -238,16 +310,17 @@ def test_what_has_no_form_there(tmp_path):
     with pytest.raises(ValueError, match="image_attention_mask is read by gated cross-attention, not by Prefix"):
         build(prefix)(**batch())
     with pytest.raises(
-        ValueError, match="connector: NoConnector leaves states in the tower's width, .*; with Prefix set Linear or another"
+        ValueError, match=r"connector: NoConnector leaves states in the tower's width, .*; with Prefix set Linear or another"
     ):
         build(replace(prefix, connector=spec.NoConnector()))
-    stock().config.save_pretrained(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"fusion.immediate: false is for Flamingo's blocks"):
+        build(replace(system, fusion=replace(system.fusion, immediate=False)))
     for field, value in (("hidden_act", "gelu"), ("alpha_type", "tensor")):
-        changed = json.loads((tmp_path / "c" / "config.json").read_text()) | {field: value}
-        (tmp_path / "c" / "config.json").write_text(json.dumps(changed))
+        stock().config.save_pretrained(tmp_path / field)
+        written = tmp_path / field / "config.json"
+        written.write_text(json.dumps(json.loads(written.read_text()) | {field: value}))
         with pytest.raises(ValueError, match=f"{field} is '{value}', expected"):
-            from_pretrained(tmp_path / "c")
-        (tmp_path / "c" / "config.json").write_text(json.dumps(changed | {"hidden_act": "silu", "alpha_type": "float"}))
+            from_pretrained(tmp_path / field)
 
 
 def test_published_sizes():

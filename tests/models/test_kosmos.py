@@ -125,6 +125,18 @@ def test_greedy_tokens_equal_the_stock_class(seed, tmp_path):
     assert len(told) > 3
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_runs_do_not_repeat_as_in_the_stock_class(size, tmp_path):
+    theirs = stock(seed=3)
+    ours, inputs = from_pretrained(saved(theirs, tmp_path)), batch(theirs, 3)
+    alone = {k: v[:1] for k, v in inputs.items() if k != "labels"}
+    free = ours.generate(**alone, max_new_tokens=16)[0].tolist()
+    want = theirs.generate(**alone, max_new_tokens=16, do_sample=False, no_repeat_ngram_size=size, eos_token_id=None)
+    got = ours.generate(**alone, max_new_tokens=16, no_repeat=size)[0].tolist()
+    assert got == want[0, alone["input_ids"].shape[1] :].tolist()
+    assert got != free
+
+
 def test_a_trained_system_is_written_as_the_stock_class(tmp_path):
     from mmfast.trainers.recipes.architectures.kosmos_1 import RECIPE
 

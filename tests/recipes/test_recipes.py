@@ -75,7 +75,7 @@ def opened(name: str) -> tuple[System, Session]:
 
 def objective_of(session: Session, stage: Stage, folder) -> tuple[Objective, Callable[[int], dict]]:
     """A stage's objective over a session whose parts learn as it says, and its batches by step."""
-    source = session.source(stage.data, stage.template, stage.max_length)
+    source = session.source_of(stage)
     session.let_train(stage.train, stage.lora)
     objective, items, _ = OBJECTIVES[stage.objective](session, stage, source, Run(folder), Options(quiet=True))
     batches = Batches(items, stage.optim, 0, session.place)

@@ -304,6 +304,12 @@ RULES = [
         ["--stages.see.train", "queries,connector,language"],
         "stages.see.train: objective queries reaches queries and encoder, not connector, language; take it out",
     ),
+    (
+        "blip2",
+        ["--stages.see.data.clean", "true"],
+        "stages.see.data.clean: shapes_captions is built in, and its captions are what they are",
+    ),
+    ("blip2", ["--stages.see.max_length", "65"], "stages.see.max_length: 65 words are more than the Q-Former's 64 positions; at most 64"),
     ("blip2", ["--stages.see.optim.batch", "1"], "stages.see.optim.batch: a text is compared with other pictures of its micro-batch"),
     ("llava", ["--compute.bad_steps", "0"], "compute.bad_steps: expected at least 1, got 0"),
     ("llava", ["--encoder.heads", "7"], "encoder.width: 64 is not a multiple of encoder.heads 7"),
@@ -375,6 +381,20 @@ RULES = [
     ("llama_adapter", ["--connector.kind", "Linear"], "connector: adapter prompts take one vector a picture; set connector Pooled"),
     ("llama_adapter", ["--encoder.keep_class_token", "false"], "connector.pool: class reads the class token"),
     ("llama_adapter", ["--fusion.kind", "Prefix"], "stages.answers.train: adapter is what the fusion has to learn, and Prefix has nothing"),
+    (
+        "fromage",
+        ["--connector.kind", "Linear"],
+        "connector: Retrieval compares a picture's pooled state, which Linear does not have; set Tokens",
+    ),
+    (
+        "fromage",
+        ["--fusion.kind", "Prefix"],
+        "stages.pairs.objective: retrieval compares pictures with texts, and Prefix does not; choose lm",
+    ),
+    ("fromage", ["--stages.pairs.template", "bare"], "stages.pairs.template: retrieval ends texts with [RET]; choose fromage"),
+    ("fromage", ["--compute.packing", "true"], "stages.pairs.objective: retrieval compares rows; set compute.packing false"),
+    ("fromage", ["--stages.pairs.contrast", "-1"], "stages.pairs.contrast: expected at least 0, got -1.0"),
+    ("fromage", ["--stages.pairs.train", "[connector]"], "optim.level_new: gives rows of new_tokens their norm, and these do not train"),
     ("dpo", ["--policy.image.size", "32"], "policy.image.size: 32 and encoder.size 64 must agree"),
     ("dpo", ["--data.scenes", "1"], "data.scenes: expected at least 2, got 1"),
 ]

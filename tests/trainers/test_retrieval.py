@@ -153,3 +153,21 @@ def test_recall_counts_equals_fairly():
     assert told["retrieval/recall@3"] == 1
     assert told["retrieval/chance@1"] == pytest.approx(1 / 3)
     assert recall(torch.zeros(50, 50))["retrieval/recall@1"] == pytest.approx(1 / 50)
+
+
+def test_half_precision_keeps_the_contrast_in_fp32():
+    session, source = opened()
+    batch, objective = source.batch(torch.arange(8)), supervised.retrieval_objective(session, session.states_of(source))
+    with torch.no_grad():
+        session.model.fusion.logit_scale.fill_(6.0)  # a scale of 403, where bf16 tells cosines apart by whole units
+        whole = objective(batch, batch["counts"])[1]["loss/contrast"]
+        for owner, name in ((session.model, "hidden"), (session.model.fusion, "pictures"), (session.model.fusion, "texts")):
+            setattr(owner, name, partial(_in_fp32, getattr(owner, name)))
+        with torch.autocast("cpu", torch.bfloat16):
+            half = objective(batch, batch["counts"])[1]["loss/contrast"]
+    assert half.item() == pytest.approx(whole.item(), rel=1e-4)
+
+
+def _in_fp32(function, *args, **kwargs):
+    with torch.autocast("cpu", enabled=False):
+        return function(*args, **kwargs)

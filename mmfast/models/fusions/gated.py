@@ -11,21 +11,22 @@ from torch import Tensor, nn
 
 from mmfast import spec
 from mmfast.models.fusions.prefix import blocks, run_decoder, starts
+from mmfast.models.pretrained import language_sizes
 from mmfast.nn.gated import GatedCrossAttention
 from mmfast.nn.idefics import IdeficsGatedBlock, media_times
 
 # Language models whose layers are known to take and give hidden states alone, so that a block can stand before each.
 FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "mpt", "opt", "qwen2", "qwen3")
 
-# Whose block: (choice, the language model's configuration, width of the latents) -> module(x [B, S, D], media [B, T, L, E], text_time=[B, S]).
+# Whose block: (choice, width of the latents, the language model's sizes) -> module(x [B, S, D], media [B, T, L, E], text_time=[B, S]).
 BLOCKS = {
-    "flamingo": lambda choice, config, dim_visual: GatedCrossAttention(
-        dim=config.hidden_size, dim_visual=dim_visual, dim_head=choice.head_width, heads=choice.heads, activation=choice.activation,
+    "flamingo": lambda choice, dim_visual, sizes: GatedCrossAttention(
+        dim=sizes.width, dim_visual=dim_visual, dim_head=choice.head_width, heads=choice.heads, activation=choice.activation,
         only_attend_immediate_media=choice.immediate,
     ),
-    "idefics": lambda choice, config, dim_visual: IdeficsGatedBlock(
-        dim=config.hidden_size, dim_visual=dim_visual, heads=config.num_attention_heads, inner=config.intermediate_size,
-        eps=config.rms_norm_eps, qk_norm=choice.qk_norm, gates=choice.gates,
+    "idefics": lambda choice, dim_visual, sizes: IdeficsGatedBlock(
+        dim=sizes.width, dim_visual=dim_visual, heads=sizes.heads, inner=sizes.ffn, eps=sizes.norm_eps, qk_norm=choice.qk_norm,
+        gates=choice.gates,
     ),
 }  # fmt: skip
 
@@ -88,7 +89,8 @@ class GatedFusion(nn.Module):
         if choice.block not in BLOCKS:
             raise ValueError(f"GatedCrossAttention: nothing builds block {choice.block!r}, expected one of {', '.join(map(repr, BLOCKS))}")
         self.width, self.immediate = width, choice.immediate
-        self.layers = nn.ModuleDict({str(i): BLOCKS[choice.block](choice, language.config, width) for i in places})
+        sizes = language_sizes(spec.LanguageModel(weights=None), language.config)
+        self.layers = nn.ModuleDict({str(i): BLOCKS[choice.block](choice, width, sizes) for i in places})
         self._now: _Seen | None = None
         for i in places:
             layers[i].register_forward_pre_hook(partial(self._before, str(i)), with_kwargs=True)

@@ -96,7 +96,7 @@ def as_stock(model: MultimodalModel) -> Iterator[Blip2ForConditionalGeneration]:
 def stock_config(encoder: nn.Module, connector: QueryConnector, system: spec.System, *, text: bool) -> Blip2Config:
     """A stock configuration of tower and connector, with the language model's defaults."""
     vision, choice = getattr(encoder, "vision", None), system.connector
-    if not isinstance(vision, Blip2VisionModel) or encoder.layer % (len(encoder.blocks) + 1) != len(encoder.blocks):
+    if not isinstance(vision, Blip2VisionModel) or encoder.read != len(encoder.blocks):
         raise ValueError(f"{system.name}: the stock classes have an Eva tower and read its last state, this one has {system.encoder}")
     if vision.config.layer_norm_eps != connector.ln_vision.eps:
         raise ValueError(

@@ -32,7 +32,7 @@ def from_stock(stock: Blip2ForImageTextRetrieval, name: str = "blip2") -> Matche
     for part in (connector.cls, connector.projection):
         part.to_empty(device="cpu")
         part.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
-    connector.temp = torch.nn.Parameter(torch.tensor(0.07))
+    connector.temp = torch.nn.Parameter(torch.tensor([0.07]))
     connector.cls_bias = torch.nn.Parameter(torch.zeros(system.connector.vocab))
     places = system.connector.tokens if stock.config.image_token_index is not None else 0
     return Matcher(tower, connector, replace(system, language=spec.LanguageModel(weights=None)), places=places).eval()

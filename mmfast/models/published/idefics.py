@@ -21,6 +21,7 @@ from mmfast.models.build import CONNECTORS, MultimodalModel, Tower
 from mmfast.models.lora import merged
 
 STOCK = IdeficsForVisionText2Text
+AROUND = "<fake_token_around_image>"  # what its processor puts on either side of a picture
 
 
 def system_of(config: IdeficsConfig, name: str) -> spec.System:
@@ -51,9 +52,10 @@ def system_of(config: IdeficsConfig, name: str) -> spec.System:
         fusion=spec.GatedCrossAttention(
             every=config.cross_layer_interval, heads=config.num_attention_heads, head_width=config.hidden_size // config.num_attention_heads,
             block="idefics", qk_norm=config.qk_layer_norms, gates="vector" if config.alpha_type == "vector" else "scalar", end="",
+            around=AROUND,
         ),
         language=pretrained.language_sizes(spec.LanguageModel(weights=None), _text_config(config)),
-        image=spec.Fixed(size=vision.image_size),
+        image=spec.Fixed(size=vision.image_size, fit="squash"),
     )  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def check(model: MultimodalModel) -> None:
         wrong = f"a block before layers 0, {fusion.every}, .. of a multiple of them, here offset is {fusion.offset} and layers {text.num_hidden_layers}"
     elif text.model_type != "llama" or text.num_key_value_heads != text.num_attention_heads:
         wrong = f"a LLaMA with as many key heads as heads, this is a {text.model_type} with {text.num_key_value_heads} of {text.num_attention_heads}"
-    elif not isinstance(vision, CLIPVisionModel) or model.encoder.layer not in (-1, vision.config.num_hidden_layers) or model.encoder.skip:
+    elif not isinstance(vision, CLIPVisionModel) or model.encoder.skip or _reads_otherwise(model.encoder):
         wrong = "all states of a CLIP tower's last layer, with the class token's"
     elif isinstance(connector, spec.Resampler) and (connector.activation != "relu" or connector.frames):
         wrong = f"a resampler with ReLU and without frames, this one has {connector.activation} and {connector.frames} frames"
@@ -180,6 +182,10 @@ _VISION = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size", "patch_size", "hidden_act",
     "layer_norm_eps", "attention_dropout",
 )  # fmt: skip
+
+
+def _reads_otherwise(tower: Tower) -> bool:
+    return len(tower.layers) > 1 or tower.read != len(tower.blocks) or tower.post_norm or tower.unit
 
 
 def _text_config(config: IdeficsConfig) -> LlamaConfig:

@@ -36,7 +36,7 @@ def system_of(config: Kosmos2Config, name: str) -> spec.System:
         name=Path(name).name,
         paper="arXiv:2306.14824",
         encoder=tower_sizes(tower, vision),
-        connector=spec.AttentionPool(tokens=config.latent_query_num, heads=text.attention_heads, dropout=text.attention_dropout),
+        connector=spec.AttentionPool(tokens=config.latent_query_num, heads=text.attention_heads),
         fusion=spec.Prefix(begin="<image>", end="</image>"),
         language=language_sizes(spec.LanguageModel(weights=None), text),
         image=spec.Fixed(size=vision.image_size),
@@ -50,7 +50,7 @@ def from_stock(stock: Kosmos2ForConditionalGeneration, name: str = "kosmos2") ->
     system = system_of(config, name)
     with torch.device("meta"):  # shells; their insides are the checkpoint's
         vision = CLIPVisionModel(CLIPVisionConfig(**{key: getattr(config.vision_config, key) for key in _VISION}))
-        connector = AttentionPool(vision.config.hidden_size, system.language.width, *_pool(system.connector))
+        connector = AttentionPool(vision.config.hidden_size, system.language.width, system.connector.tokens, system.connector.heads)
         language = KosmosLanguage(config.text_config)
     _share(stock.vision_model.model, vision)
     _share(stock.image_to_text_projection, connector)
@@ -87,12 +87,8 @@ def as_stock(model: MultimodalModel) -> Iterator[Kosmos2ForConditionalGeneration
         yield stock
 
 
-def _pool(choice: spec.AttentionPool) -> tuple[int, int, float]:
-    return choice.tokens, choice.heads, choice.dropout
-
-
 def _reads_last(tower: Tower) -> bool:
-    return tower.layer in (-1, len(tower.blocks))
+    return tower.read == len(tower.blocks)
 
 
 def _share(source: nn.Module, shell: nn.Module) -> None:

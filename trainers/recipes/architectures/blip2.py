@@ -13,14 +13,14 @@ RECIPE = System(
     paper="arXiv:2301.12597",
     encoder=Eva(weights="Salesforce/blip2-opt-2.7b"),
     connector=QFormer(weights="google-bert/bert-base-uncased"),
-    language=LanguageModel(family="opt", weights="facebook/opt-2.7b"),
-    image=Fixed(size=224),
+    language=LanguageModel(family="opt", weights="facebook/opt-2.7b", vocab=50272, width=2560, ffn=10240, tied=True),
+    image=Fixed(size=224, fit="squash", augment=True),
     stages=(
         Stage(
             "see",
             train=("queries",),
             objective="queries",
-            data=Data("blip_129m"),
+            data=Data("blip_129m", clean=True),
             max_length=32,
             optim=Optim(
                 lr=1e-4, steps=250_000, batch=1680, warmup=2000, betas=(0.9, 0.98), weight_decay=0.05, decay_vectors=False, clip=0.0
@@ -29,7 +29,7 @@ RECIPE = System(
         Stage(
             "speak",
             train=("connector",),
-            data=Data("blip_129m"),
+            data=Data("blip_129m", clean=True),
             template="blip2",
             max_length=64,
             optim=Optim(

@@ -6,7 +6,10 @@ their losses weighed as published, all in every update; none is open, and the sh
 and more of the steps that the paper takes would be years here: set ``steps``.
 """
 
-from mmfast.spec import Clip, Data, Fixed, GatedCrossAttention, LanguageModel, Mixture, Optim, Resampler, Stage, System
+from mmfast.spec import Clip, Data, Fixed, GatedCrossAttention, LanguageModel, Mixture, Optim, Pages, Resampler, Stage, System
+
+M3W = Data("m3w", loss=1.0, pages=Pages(pictures=5, window=True, following=0.5))
+PAIRS = (Data("align", loss=0.2), Data("ltip", loss=0.2), Data("vtp", loss=0.03))
 
 RECIPE = System(
     name="flamingo",
@@ -20,7 +23,7 @@ RECIPE = System(
         Stage(
             "interleaved",
             train=("connector", "adapter", "new_tokens"),
-            data=Mixture("flamingo_mix", (Data("m3w"), Data("align"), Data("ltip"), Data("vtp"))),
+            data=Mixture("flamingo_mix", (M3W, *PAIRS)),
             template="flamingo",
             max_length=256,
             optim=Optim(lr=1e-4, steps=500_000, batch=256, warmup=5000, schedule="constant", weight_decay_of={"adapter": 0.1}),

@@ -12,11 +12,11 @@ RECIPE = System(
     name="kosmos_1",
     paper="arXiv:2302.14045",
     encoder=Clip(weights="openai/clip-vit-large-patch14", layer=-1, keep_class_token=True, post_norm=True, unit=True),
-    connector=AttentionPool(tokens=64, heads=32, dropout=0.1),
+    connector=AttentionPool(tokens=64, heads=32),
     fusion=Prefix(begin="<image>", end="</image>"),
     language=LanguageModel(
         family="kosmos_2_text_model", weights=None, words="microsoft/kosmos-2-patch14-224", vocab=65037, width=2048, depth=24, heads=32,
-        kv_heads=32, ffn=8192, context=2048, tied=True, norm_eps=1e-5, init=2048**-0.5, dropout=0.1,
+        kv_heads=32, ffn=8192, context=2048, tied=True, norm_eps=1e-5, init=2048**-0.5,
     ),
     image=Fixed(size=224),
     stages=(
@@ -25,11 +25,12 @@ RECIPE = System(
             train=("last_block", "connector", "language", "embeddings"),
             data=Mixture(
                 "kosmos_web",
-                (Data("text", weight=0.5), Data("image_text_pairs", weight=0.5), Data("interleaved", weight=0.2)),
+                (Data("text", weight=0.5, full=True), Data("image_text_pairs", weight=0.5), Data("interleaved", weight=0.2)),
+                by="tokens",
             ),
             template="bare",
-            max_length=2048,
-            optim=Optim(lr=2e-4, steps=300_000, batch=586, warmup=375, schedule="linear", betas=(0.9, 0.98), weight_decay=0.01, clip=2.0),
+            dropout=0.1,
+            optim=Optim(lr=2e-4, steps=300_000, batch=586, warmup=375, schedule="linear", betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=2.0),
         ),
     ),
 )  # fmt: skip

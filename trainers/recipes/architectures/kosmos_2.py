@@ -3,19 +3,38 @@
 The paper starts from Kosmos-1, whose weights are not published; a run of ``kosmos_1`` or the released Kosmos-2 is what ``weights`` may name,
 and without it this learns from scratch. The paper trains everything. The released code always ends with the image tower frozen (its list of
 layers that should not be is undone at once), and is not followed; positions are the released model's, sinusoidal. Pictures are squashed, as
-in the released demo, so that boxes are of the whole picture; the training code crops unless told otherwise (``image.fit: crop``). The batch is
-2,374 rows (93 of text, 1,117 captions, 1,117 grounded captions, 47 documents) of 419,000 tokens. What is scored of instructions is not
+in the released demo, so that boxes are of the whole picture; the training code crops unless told otherwise (``image.fit: crop``). A batch is
+93 rows of text, 1,117 captions, 1,117 grounded captions and 47 documents, 419,000 tokens. Which tokens of instructions are scored is not
 published; here the answers.
 """
 
 from dataclasses import replace
 
-from mmfast.spec import BoxTokens, Data, Fixed, Mixture, Stage
+from mmfast.spec import BoxTokens, Data, Fixed, Mixture
 
 from .kosmos_1 import RECIPE as KOSMOS_1
 
-ALL = ("encoder", "connector", "language", "embeddings")
-OPTIM = replace(KOSMOS_1.stages[0].optim, steps=60_000, batch=2374)
+PRETRAIN = Mixture(
+    "kosmos_2_pretrain",
+    (
+        Data("text", weight=93, full=True),
+        Data("image_text_pairs", weight=1117),
+        Data("grit", weight=1117, boxes=0.5),
+        Data("interleaved", weight=47),
+    ),
+)
+INSTRUCT = Mixture(
+    "kosmos_2_instruct",
+    (
+        Data("language_instructions", weight=117),
+        Data("llava_instruct", weight=351),
+        Data("grounded_instructions", weight=1404),
+        Data("text", weight=30, full=True),
+        Data("interleaved", weight=15),
+    ),
+)
+STAGE = replace(KOSMOS_1.stages[0], train=("encoder", "connector", "language", "embeddings"), data=PRETRAIN)
+OPTIM = replace(STAGE.optim, steps=60_000, batch=2374)
 
 RECIPE = replace(
     KOSMOS_1,
@@ -24,36 +43,7 @@ RECIPE = replace(
     image=Fixed(size=224, fit="squash"),
     regions=BoxTokens(bins=32),
     stages=(
-        Stage(
-            "pretrain",
-            train=ALL,
-            data=Mixture(
-                "kosmos_2_pretrain",
-                (
-                    Data("text", weight=93),
-                    Data("image_text_pairs", weight=1117),
-                    Data("grit", weight=1117, boxes=0.5),
-                    Data("interleaved", weight=47),
-                ),
-            ),
-            template="bare",
-            optim=OPTIM,
-        ),
-        Stage(
-            "instruct",
-            train=ALL,
-            data=Mixture(
-                "kosmos_2_instruct",
-                (
-                    Data("language_instructions", weight=117),
-                    Data("llava_instruct", weight=351),
-                    Data("grounded_instructions", weight=1404),
-                    Data("text", weight=30),
-                    Data("interleaved", weight=15),
-                ),
-            ),
-            template="bare",
-            optim=replace(OPTIM, lr=1e-5, steps=10_000, batch=1917),
-        ),
+        replace(STAGE, optim=OPTIM),
+        replace(STAGE, name="instruct", data=INSTRUCT, optim=replace(OPTIM, lr=1e-5, steps=10_000, batch=1917)),
     ),
 )

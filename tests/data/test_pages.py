@@ -1,0 +1,132 @@
+"""Interleaved pages as Flamingo and OpenFlamingo read them, and the loss of a mixture whose sets have weights."""
+
+import itertools
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmfast.data import chat
+from mmfast.data.formats import assign, parse
+from mmfast.data.records import Records
+from mmfast.data.sources import Conversations
+from mmfast.models.tokenizer import word_tokenizer
+from mmfast.spec import Data, Pages
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_assignment_is_the_best_of_all(seed):
+    draw = np.random.default_rng(seed)
+    n, m = draw.integers(1, 6, 2)
+    cost = draw.normal(size=(n, m)) if seed % 2 else draw.integers(0, 3, (n, m)).astype(float)  # ties too
+    rows, columns = assign(cost)
+    assert len(rows) == min(n, m) == len(set(rows)) == len(set(columns))
+    assert rows == sorted(rows)
+    short, long = (cost, range(m)) if n <= m else (cost.T, range(n))
+    best = min(sum(short[i, j] for i, j in enumerate(order)) for order in itertools.permutations(long, len(short)))
+    assert cost[rows, columns].sum() == pytest.approx(best)
+
+
+MATRIX = [[0.30, 0.10, 0.26], [0.31, 0.20, 0.25], [0.10, 0.20, 0.23]]
+RECORD = {
+    "text_list": ["one", "two", "three"],
+    "image_info": [{"image_name": f"{name}.png", "matched_text_index": 0} for name in "abc"],
+    "similarity_matrix": MATRIX,
+}
+
+
+def read(record, number=7, **pages):
+    made = parse(record, number, root="", pages=Pages(**pages))
+    return made.document, "".join(p.source[0] for p in made.pictures)
+
+
+def test_mmc4_is_matched_one_to_one():
+    """By their records all three stand before "one". The best assignment is a: three (.26), b: one (.31), c: two (.20), which is below .24; and
+    pictures come in the order of the sentences, b before a."""
+    assert read(RECORD) == ("<image><image><image>one two three", "abc")
+    assert read(RECORD, similarity=0.24) == ("<image>one two <image>three", "ba")
+    assert read(RECORD, similarity=0.1) == ("<image>one <image>two <image>three", "bca")
+    assert read(RECORD, similarity=0.24, pictures=1) == ("one two <image>three", "a")  # the first of the record, as there
+    assert read({**RECORD, "similarity_matrix": [[0.1] * 3] * 3}, similarity=0.24) == ("one two three", "")
+    for wrong in (None, [[1.0]], "x", [[0.1, 0.2, "y"]] * 3, [[0.1, 0.2], [0.1]]):
+        with pytest.raises(ValueError, match="similarity_matrix"):
+            read({**RECORD, "similarity_matrix": wrong}, similarity=0.24)
+
+
+PAGE = {"items": [{"text": "one"}, {"image": "a.png"}, {"text": "two"}, {"image": "b.png"}, {"image": "c.png"}, {"text": "three"}]}
+
+
+def test_pictures_of_a_page():
+    assert read(PAGE) == ("one\n<image>\ntwo\n<image>\n<image>\nthree", "abc")
+    assert read(PAGE, pictures=2) == ("one\n<image>\ntwo\n<image>\nthree", "ab")
+
+
+def test_a_picture_before_the_text_that_precedes_it():
+    assert read(PAGE, following=1.0) == ("<image>\none\n<image>\n<image>\ntwo\nthree", "abc")
+    drawn = Counter(read(PAGE, number, following=0.5)[0] for number in range(400))
+    assert len(drawn) == 2
+    assert abs(min(drawn.values()) - 200) < 40
+    assert [read(PAGE, n, following=0.5) for n in range(20)] == [read(PAGE, n, following=0.5) for n in range(20)], "the same in every run"
+
+
+def test_a_window_begins_at_any_piece():
+    whole, shown = read(PAGE)
+    begins = {read({**PAGE, "items": [*PAGE["items"], {"text": "end"}]}, number, window=True) for number in range(200)}
+    assert len(begins) == 7
+    for text, pictures in begins:
+        assert f"{whole}\nend".endswith(text)
+        assert shown.endswith(pictures)
+        assert text.count("<image>") == len(pictures)
+
+
+def source(tmp_path, losses):
+    """Two sets of captions in one mixture."""
+    words = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "a", "b", "c")
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    parts = []
+    for name, count, length, loss in (("long", 5, 6, losses[0]), ("short", 3, 1, losses[1])):
+        rows = [{"image": "x.png", "caption": " ".join(random.Random(i).choices("abc", k=length))} for i in range(count)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        parts.append(Records(Data(name, path=str(tmp_path / f"{name}.json"), loss=loss)))
+    tokenizer = word_tokenizer(words, ("<|endofchunk|>",))
+    return Conversations(parts, chat.Encoder(tokenizer, "flamingo", 1, 4, 0), plan=8)
+
+
+def test_a_mixture_counts_each_set_apart_where_losses_have_weights(tmp_path):
+    made = source(tmp_path, (1.0, 0.2))
+    batch = made.batch(torch.arange(8))
+    assert batch["groups"].tolist() == [0] * 5 + [1] * 3
+    assert batch["counts"].tolist() == [5 * 8.0, 3 * 3.0]  # with the chunk's end and the end
+    assert made.loss_weights.tolist() == pytest.approx([1.0, 0.2])
+    plain = source(tmp_path, (None, None))
+    assert plain.loss_weights is None
+    assert plain.batch(torch.arange(8))["counts"].tolist() == [49.0]
+
+
+def test_the_loss_is_the_weighed_sum_of_the_sets_own_means(tmp_path):
+    from gated import SYSTEM
+    from made import Session
+    from mmfast.trainers.supervised import answer_objective
+
+    from mmfast.models import build
+
+    made = source(tmp_path, (1.0, 0.2))
+    torch.manual_seed(0)
+    model = build(replace(SYSTEM, language=replace(SYSTEM.language, vocab=9)), tokenizer=made.encoder.tokenizer)
+    model.train_only(("adapter",))
+    session = Session.__new__(Session)
+    session.model, session.system = model, model.system
+    batch = made.batch(torch.arange(8))
+    states = torch.randn(1, 4, 32)
+    session.place = type("Here", (), {"device": torch.device("cpu")})
+    loss, _ = answer_objective(session, states, shares=made.loss_weights)(batch, batch["counts"])
+    with torch.no_grad():
+        logits = model(batch["input_ids"], image_states=states, image_rows=batch["image_rows"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    assert float(loss) == pytest.approx(float(each[:5][labels[:5] >= 0].mean() + 0.2 * each[5:][labels[5:] >= 0].mean()), abs=1e-5)

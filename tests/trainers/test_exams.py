@@ -1,0 +1,122 @@
+"""The few-shot exam against models whose answers are known: one that reads examples, one that always says the colour, one that never ends."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmfast.trainers import config, exams
+from mmfast.trainers.place import Place
+
+from mmfast.data import chat, supervised
+from mmfast.data.episodes import ATTRIBUTES, Pool
+from mmfast.data.synthetic import World
+from mmfast.models.tokenizer import word_tokenizer
+
+PICTURES = 2  # tokens of one
+
+
+class Fake:
+    """A model whose pictures' states are their numbers, and whose words are those of ``think(pictures, text) -> answer``."""
+
+    def __init__(self, session, think):
+        self.session, self.think = session, think
+
+    def eval(self):
+        return self
+
+    def generate(self, ids, *, image_states, image_rows, max_new_tokens):
+        tokenizer, rows = self.session.tokenizer, []
+        shown = image_states[image_rows][:, 0, 0].int().tolist()
+        for row in ids.tolist():
+            count = row.count(self.session.image_token) // PICTURES
+            pictures, shown = shown[:count], shown[count:]
+            text = tokenizer.decode([i for i in row if i != self.session.image_token], skip_special_tokens=True)
+            said = tokenizer(self.think(pictures, text), add_special_tokens=False)["input_ids"][:max_new_tokens]
+            rows.append(said + [tokenizer.pad_token_id] * (max_new_tokens - len(said)))
+        assert not shown
+        return torch.tensor(rows)
+
+
+def session_of(think, template="frozen", added=()):
+    world = World()
+    tokenizer = word_tokenizer(supervised.vocabulary({"shapes_single"}, world), added)
+    session = SimpleNamespace(
+        world=world, tokenizer=tokenizer, image_token=tokenizer.convert_tokens_to_ids("<image>"), place=Place(torch.device("cpu"))
+    )
+    session.encoder = lambda name, length=2048: chat.Encoder(tokenizer, name, PICTURES, session.image_token, 0, length)
+    session.states = lambda pictures: torch.arange(len(pictures)).float().view(-1, 1, 1).where(pictures.bool().any(), -1.0)
+    session.model = Fake(session, think)
+    recipe = config.load_recipe("frozen", tiny=True)
+    return session, recipe
+
+
+POOL = Pool(World(), "eval", 1500)
+
+
+def told(text):
+    """Answers of the examples."""
+    return [part.split("This is a ")[1].strip() for part in text.split(" .") if "This is a " in part]
+
+
+def reader(pictures, text):
+    """Takes what is common to all examples; without any, the colour."""
+    *shown, query = pictures
+    answers = told(text)
+    for said in ATTRIBUTES.values():
+        if all(said(POOL.scenes[p], POOL.world) == answer for p, answer in zip(shown, answers, strict=True)):
+            return said(POOL.scenes[query], POOL.world) + " ."
+    named = {POOL.name(p): answer for p, answer in zip(shown, answers, strict=True)}
+    return named[POOL.name(query)] + " ."
+
+
+def test_who_reads_the_examples_is_right_and_knows_nothing_without():
+    measured = exams.few_shot(*session_of(reader), episodes=90)
+    assert all(measured[f"few_shot/{n}"] == 1 for n in (1, 2, 4))
+    assert all(measured[name] == 1 for name in exams.NAMINGS)
+    assert measured["few_shot/0"] == pytest.approx(1 / 3, abs=0.15)
+    assert measured["few_shot/chance"] == pytest.approx((1 / 6 + 1 / 6 + 1 / 36) / 3)
+
+
+def test_who_repeats_the_last_answer_is_at_chance():
+    measured = exams.few_shot(*session_of(lambda pictures, text: ((told(text) or ["dax"])[-1]) + " ."), episodes=300)
+    assert measured["few_shot/0"] == 0
+    for n in (1, 2, 4):
+        assert measured[f"few_shot/{n}"] == pytest.approx(measured["few_shot/chance"], abs=0.08)
+    assert measured["naming/inner_1"] == pytest.approx(measured["naming/chance"], abs=0.12)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda words: words.replace(" .", ""), lambda words: words.replace(" .", " and ."), lambda words: "a " + words]
+)
+def test_an_answer_that_does_not_end_there_or_begins_otherwise_is_wrong(spoil):
+    measured = exams.few_shot(*session_of(lambda pictures, text: spoil(reader(pictures, text))), episodes=10)
+    assert all(value == 0 for name, value in measured.items() if not name.endswith("chance"))
+
+
+def test_the_end_token_ends_an_answer_too():
+    measured = exams.few_shot(*session_of(lambda pictures, text: reader(pictures, text).replace(".", "<eos>")), episodes=10)
+    assert measured["few_shot/4"] == 1
+
+
+def test_a_blind_twin_is_shown_black_pictures():
+    seen = set()
+
+    def look(pictures, text):
+        seen.update(pictures)
+        return "red ."
+
+    session, recipe = session_of(look)
+    blind, problems = config.layered("frozen", tiny=True, rest=["--stages.captions.data.blind", "true"])
+    assert not problems
+    exams.few_shot(session, blind, episodes=5)
+    assert seen == {-1}
+    exams.few_shot(session, recipe, episodes=5)
+    assert min(seen - {-1}) >= 0
+
+
+def test_interleaved_prompts_are_answered_in_their_order():
+    """Texts of several lengths, with no, one and two pictures."""
+    session, _ = session_of(lambda pictures, text: f"{'one' if len(pictures) == 1 else 'two' if pictures else 'zero'} .")
+    states = torch.arange(9).float().view(9, 1, 1)
+    asked = [("<image> what", [3]), ("what", []), ("<image> is <image>", [4, 5]), ("<image> how", [1])]
+    assert exams.answers(session, asked, states, end=".") == ["one", "zero", "two", "one"]

@@ -1,0 +1,100 @@
+"""Kosmos' recipes: published numbers, what does not go together, and what the exam of places measures."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from mmfast.trainers import config, grounding
+from mmfast.trainers.session import Session
+
+from mmfast import spec
+from mmfast.data import regions
+from mmfast.models import tiny
+
+KOSMOS_1, KOSMOS_2 = (config.load_recipe(name) for name in ("kosmos_1", "kosmos_2"))
+
+
+def test_published_hyper_parameters():
+    for stage, (lr, steps) in zip((*KOSMOS_1.stages, *KOSMOS_2.stages), ((2e-4, 300_000), (2e-4, 60_000), (1e-5, 10_000)), strict=True):
+        optim = stage.optim
+        assert (optim.lr, optim.steps, optim.warmup, optim.schedule, stage.dropout, stage.max_length) == (
+            lr,
+            steps,
+            375,
+            "linear",
+            0.1,
+            2048,
+        )
+        assert (optim.betas, optim.eps, optim.weight_decay, optim.clip) == ((0.9, 0.98), 1e-6, 0.01, 2.0)
+    assert KOSMOS_1.stages[0].train[0] == "last_block"
+    assert KOSMOS_2.stages[0].train[0] == "encoder"
+    assert {p.name: p.weight for p in KOSMOS_2.stages[0].data.parts} == {
+        "text": 93, "image_text_pairs": 1117, "grit": 1117, "interleaved": 47,
+    }  # fmt: skip
+    assert KOSMOS_2.regions.bins == 32
+    assert len(KOSMOS_2.regions.tokens) == 1024 + 6
+    assert KOSMOS_2.added_tokens[:2] == ("</image>", "<phrase>")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"fusion": spec.Prefix(begin="<image>")}, "fusion: begin and end stand around a picture together; set both, or neither"),
+        ({"compute": spec.Compute(packing=True)}, "compute.packing: the decoder of kosmos_2_text_model cannot keep packed rows apart"),
+        (
+            {"language": replace(KOSMOS_1.language, weights="somewhere")},
+            "language.words: language.weights bring a tokenizer of their own; take one of them out",
+        ),
+    ],
+)
+def test_what_does_not_go_together(changes, sentence):
+    assert any(said.startswith(sentence) for said in spec.misfits(replace(KOSMOS_1, **changes)))
+    assert not any(said.startswith(sentence) for said in spec.misfits(KOSMOS_1))
+
+
+@pytest.fixture(scope="module")
+def session():
+    return Session(replace(tiny(KOSMOS_2), stages=()), seed=0)
+
+
+def test_a_model_that_knows_scores_what_the_grid_allows(session, monkeypatch):
+    """Answers are put in the model's mouth: the true box, cut to the grid, for a picture; so that another scene's picture gives its own."""
+    world, form, size = session.world, regions.format_of(session.system.regions), (64, 64)
+    scenes = world.scenes("eval", 30)
+    states = session.states(torch.from_numpy(world.render(scenes)))
+
+    def told(session, prompts, seen, most):
+        said = []
+        for prompt, state in zip(prompts, seen, strict=True):
+            scene = scenes[int((states - state).abs().flatten(1).sum(1).argmin())]
+            words = prompt.removesuffix("</phrase>").split()[-2:]
+            boxes = [o.box for o in scene.objects if world.class_name(6 * o.colour + o.shape).split() == words]
+            said.append(form.encode(boxes[0], size) if boxes else "nothing")
+        return said
+
+    monkeypatch.setattr(grounding, "generated", told)
+    measured = grounding.grounded(session, session.system, scenes=30)
+    assert measured["grounding/mean_iou"] == pytest.approx(measured["grounding/ceiling_mean_iou"])
+    assert measured["grounding/mean_iou"] > 0.6
+    assert measured["grounding/unread"] == 0
+    assert measured["grounding/permuted_mean_iou"] < 0.15
+    assert measured["grounding/permuted_unread"] > 0.5
+    assert measured["grounding/constant_mean_iou"] < 0.1
+
+
+def test_what_a_model_from_nothing_says_is_no_box(session):
+    measured = grounding.grounded(session, session.system, scenes=8)
+    assert measured["grounding/unread"] > 0.9
+    assert measured["grounding/accuracy"] < 0.05
+
+
+def test_dropout_reaches_all_that_the_released_code_drops(session):
+    model = session.model
+    model.drop(0.2)
+    rates = {type(m).__name__: m.dropout for m in model.language.model.modules() if hasattr(m, "dropout")}
+    # The stock class drops embeddings twice: keeping .8944 of them twice is keeping .8 once.
+    assert rates.pop("Kosmos2TextTransformer") == pytest.approx(1 - 0.8**0.5)
+    assert rates == {"Kosmos2TextBlock": 0.2, "KosmosTextAttention": 0.2, "Kosmos2TextFFN": 0.2}
+    assert model.connector.x_attn.dropout == 0.2
+    model.drop(0.0)
+    assert model.connector.x_attn.dropout == 0.0
