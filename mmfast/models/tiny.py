@@ -60,10 +60,10 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
     "chameleon_pictures": (
         Data("shapes_crowded"),
-        Optim(lr=6e-3, steps=500, batch=8, warmup=20, hold=0.5, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
+        Optim(lr=6e-3, steps=800, batch=8, warmup=20, hold=0.5, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
     ),
-    "chameleon_stage_1": (_MIXED, Optim(lr=4e-3, steps=600, batch=64, warmup=40, schedule="exponential", floor=0.1, **_FAST)),
-    "chameleon_stage_2": (_MIXED, Optim(lr=4e-4, steps=100, batch=64, warmup=0, schedule="exponential", floor=0.1, **_FAST)),
+    "chameleon_stage_1": (_MIXED, Optim(lr=4e-3, steps=400, batch=32, warmup=40, schedule="exponential", floor=0.1, **_FAST)),
+    "chameleon_stage_2": (_MIXED, Optim(lr=4e-4, steps=60, batch=32, warmup=0, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_sft": (_MIXED, replace(_SHORT, lr=1e-4)),
 }
 _STAND_IN = (_DATA, _LONG)
@@ -146,9 +146,9 @@ def _small(choice):
             return replace(choice, tokens=8, depth=2, heads=4, head_width=16)
         case GatedCrossAttention():
             return replace(choice, every=min(choice.every, 2), heads=4, head_width=16)
-        case Vqgan():  # a code for each cell of the world's grid; those that follow what chooses them learn in tens of steps
+        case Vqgan():  # four codes for each cell of the world's grid; those that follow what chooses them learn in tens of steps
             return replace(
-                choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
+                choice, size=64, channels=8, multipliers=(1, 1, 2, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
                 decay=0.9, dead_below=0.05,
             )  # fmt: skip
         case AdapterPrompts():
