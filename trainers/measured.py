@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "fromage": ("retrieval/recall@1", "retrieval/recall@5", "retrieval/recall@10", "caption/gain", "caption/recall"),
     "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
     "blip2": (
-        "caption/recall", "caption/chair_i", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
+        "retrieval/recall@1", "caption/recall", "caption/gain", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
         "retrieval/chance@1", "matching/accuracy", "own_caption/recall", "own_caption/chair_i",
     ),
     "kosmos_2": (
@@ -52,6 +53,13 @@ def table(recipe: str, rows: Sequence[dict], measures: Sequence[str] = ()) -> st
         cells = [_spread(_values(of, name)) for name in names]
         lines.append("| " + " | ".join([variant or "as it is", str(len(seeds)), *cells, f"{max(seeds.values()):.0f}"]) + " |")
     return "\n".join(lines)
+
+
+def filled(page: str, rows: Sequence[dict]) -> str:
+    """A page of the documents with the table of NAME behind every line ``<!-- measured: NAME -->``, in place of what stood there."""
+    return re.sub(
+        r"(<!-- measured: (\w+) -->\n)(?:\|.*\n|\w+: nothing measured yet\n)*", lambda found: f"{found[1]}{table(found[2], rows)}\n", page
+    )
 
 
 def effect(recipe: str, rows: Sequence[dict]) -> str:

@@ -2,7 +2,7 @@
 
     python bench/trainers/architectures.py                        # all of them; about a minute or two each, seed and variant
     python bench/trainers/architectures.py --only llava --seeds 0 --variants "" blind
-    python bench/trainers/architectures.py --tables               # trains nothing, prints what the file holds
+    python bench/trainers/architectures.py --tables               # trains nothing, prints what the file holds and writes it into docs/
 
 Every run is the command ``mmfast train NAME --tiny --device cpu --seed S`` and the variant's options, in a process and a folder of its own, so
 that nothing of an earlier run is there to make it quick; its seconds are those that processors spent on all of it, from the start of Python to
@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from mmfast.trainers.measured import read, shown, table
+from mmfast.trainers.measured import filled, read, shown, table
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(os.environ.get("MMFAST_RESULTS", ROOT / "bench" / "results")) / "architectures.csv"
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", metavar="NAME", help='some variants; "" is the tiny form as it is')
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the run folders there")
-    parser.add_argument("--tables", action="store_true", help="train nothing, print the tables")
+    parser.add_argument("--tables", action="store_true", help="train nothing, print the tables and write them into docs/")
     args = parser.parse_args()
     names = args.only or list(RUNS)
     for name in () if args.tables else names:
@@ -125,6 +125,9 @@ def main() -> None:
                 print(f"{name} {variant or 'as it is'}, seed {seed}: {told}; {rows[0]['seconds']} s", flush=True)
     for name in names:
         print(f"\n{name}\n\n{table(name, read(FILE))}")
+    for page in sorted((ROOT / "docs").glob("*.md")) if args.tables else ():
+        if (text := filled(page.read_text(), read(FILE))) != page.read_text():
+            page.write_text(text)
 
 
 if __name__ == "__main__":
