@@ -50,8 +50,9 @@ cuda-check: build  ## every .cu file through nvcc alone: registers, shared memor
 gpu:  ## on a machine with a GPU: build, test, sanitize and measure (STAGE="test sanitize", check, bench, ..; scripts/gpu.sh has the list)
 	PYTHON=$(PYTHON) scripts/gpu.sh $(STAGE)
 
-docs: build  ## the generated tables: docs/systems.md, docs/performance.md (its plots: python bench/plots.py, with matplotlib)
+docs: build  ## the generated tables: docs/systems.md, measures in docs/, docs/performance.md (plots: python bench/plots.py, with matplotlib)
 	$(BIN)/mmfast list --markdown > docs/systems.md
+	$(BIN)/python bench/trainers/architectures.py --tables
 	$(BIN)/python bench/plots.py --tables
 
 clean:

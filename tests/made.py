@@ -73,10 +73,22 @@ def tokenizer(kind: str):
 class Session:
     """What `mmfast.trainers.supervised.Session` offers."""
 
-    def __init__(self, folder, kind="bytes", tower=spec.Clip, family="llama", connector=None, dtype=None, **options):
+    def __init__(
+        self,
+        folder,
+        kind="bytes",
+        tower=spec.Clip,
+        family="llama",
+        connector=None,
+        fusion=None,
+        image=None,
+        kv_heads=2,
+        dtype=None,
+        **options,
+    ):
         torch.manual_seed(0)
         tok = tokenizer(kind)
-        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=40)
+        sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv_heads, intermediate_size=40)
         config = AutoConfig.for_model(family, vocab_size=len(tok), max_position_embeddings=256, tie_word_embeddings=False, **sizes)
         language = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
@@ -91,6 +103,8 @@ class Session:
             paper="arXiv:2304.08485",
             encoder=tower(weights=str(folder / "tower"), **options),
             connector=connector or spec.Mlp(2),
+            fusion=fusion or spec.Prefix(),
+            image=image or spec.Fixed(),
             language=spec.LanguageModel(weights=str(folder / "lm")),
             stages=(spec.Stage("instruct", train=("connector",), data=spec.Data("mine"), optim=spec.Optim(lr=1e-3, steps=1)),),
         )
@@ -101,7 +115,8 @@ class Session:
     def encoder(self, template, max_length=2048):
         return partial(
             lambda turns, **k: chat.encode(self.tokenizer, template, turns, **k),
-            image_tokens=self.system.encoder.tokens, image_token=self.model.image_token, max_length=max_length,
+            image_tokens=self.system.image_places, image_token=self.model.image_token, max_length=max_length,
+            borders=tuple(self.tokenizer.convert_tokens_to_ids(list(self.system.borders))),
         )  # fmt: skip
 
     def pixels(self, pictures):

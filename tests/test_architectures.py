@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from mmfast.trainers import config
+from mmfast.trainers import config, measured
 from mmfast.trainers.evaluate import Exam
 from mmfast.trainers.session import Session
 
@@ -58,6 +58,16 @@ def test_table_has_means_and_ranges_over_seeds():
     ]  # fmt: skip
     assert "| 9 |" in bench.table("llava", rows, ["len"]).splitlines()[2]
     assert bench.table("flamingo", rows) == "flamingo: nothing measured yet"
+
+
+def test_effect_in_a_few_words():
+    rows = [row("", s, "few/4", v) for s, v in enumerate(("0.25", "0.5", "0.6"))] + [
+        row("blind", 0, "few/4", "0.125"),
+        row("", 0, "few/0", "1"),
+    ]
+    assert measured.effect("llava", rows) == "few/4 0.45 (blind 0.125), few/0 1; 3 seeds"
+    assert measured.effect("llava", rows[:1]) == "few/4 0.25; 1 seed"
+    assert measured.effect("llava", rows[3:4]) == measured.effect("flamingo", rows) == "-"
 
 
 @pytest.mark.parametrize("blind", [False, True])

@@ -5,12 +5,22 @@ import re
 from pathlib import Path
 
 from mmfast.trainers.describe import table
+from mmfast.trainers.measured import FILE, filled, read
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_systems_table_is_current():
-    assert (ROOT / "docs" / "systems.md").read_text().strip() == table(markdown=True).strip(), "run `make docs`"
+    assert (ROOT / "docs" / "systems.md").read_text().strip() == table(markdown=True, root=ROOT).strip(), "run `make docs`"
+
+
+def test_tables_of_what_was_measured_are_current():
+    rows = read(ROOT / FILE)
+    pages = [page for page in (ROOT / "docs").glob("*.md") if "<!-- measured:" in page.read_text()]
+    assert pages
+    for page in pages:
+        assert page.read_text() == filled(page.read_text(), rows), f"{page.name}: run `make docs`"
+    assert filled("a\n<!-- measured: x -->\n| old |\nb\n", []) == "a\n<!-- measured: x -->\nx: nothing measured yet\nb\n"
 
 
 def test_links_lead_somewhere():

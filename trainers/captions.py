@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfast.data import chat
+from mmfast.data.synthetic import PROMPT
 from mmfast.eval import chair
 from mmfast.spec import QFormer, Retrieval, System
 
@@ -15,18 +17,37 @@ from .evaluate import caption_all
 
 
 def captions_exam(session: Any, system: System, *, scenes: int = 500) -> dict[str, float]:
-    """Captions of held-out scenes, and where a model compares texts with pictures, how well the true caption of each finds its picture."""
+    """Captions of held-out scenes up to their first full stop, and ``caption/gain``: how much likelier a token of the true caption is under its
+    picture than under another scene's, in nats. Where a model compares texts with pictures, how well each caption finds its picture."""
     world, template = session.world, system.stages[-1].template
     shown = world.scenes("eval", scenes)
     states = session.states(_pictures(session, shown))
+    texts = [world.caption(s).text for s in shown]
     said, ended = caption_all(session, states, template)
+    said = [text.partition(".")[0] + "." * ("." in text) for text in said]
     told = chair.caption_metrics(world, shown, said, chair.Cooccurrence(world, world.scenes("train", 2000)))
     measured = {f"caption/{name}": told[name] for name in ("recall", "chair_s", "chair_i", "len")} | {"caption/ended": ended}
+    own, other = (likelihood(session, template, texts, seen) for seen in (states, states.roll(scenes // 2, 0)))
+    measured["caption/gain"] = own - other
     if isinstance(system.fusion, Retrieval):
-        measured |= recall(scores(session, template, [world.caption(s).text for s in shown], states))
+        measured |= recall(scores(session, template, texts, states))
     if isinstance(system.connector, QFormer) and system.connector.text:
         measured |= queries.measure(session, shown, states)
     return measured
+
+
+@torch.no_grad()
+def likelihood(session: Any, template: str, texts: list[str], states: Tensor, batch: int = 100) -> float:
+    """Mean log-probability of the tokens of captions under pictures given by their states."""
+    model, encode = session.model.eval(), session.encoder(template)
+    rows = chat.Rows([encode([(f"<image> {PROMPT}", text)]) for text in texts], encode.pad_token)
+    total, tokens = 0.0, 0
+    for index in torch.arange(len(texts)).split(batch):
+        ids, labels, _ = (part.to(session.place.device) for part in rows.batch(index))
+        scored = int((labels[:, 1:] != chat.IGNORE).sum())
+        total -= model(ids, labels=labels, image_states=states[index]).loss.item() * scored
+        tokens += scored
+    return total / max(tokens, 1)
 
 
 def _pictures(session: Any, scenes: list) -> Tensor:

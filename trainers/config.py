@@ -38,6 +38,7 @@ from mmfast.spec import (
     SharedTokens,
     Stage,
     System,
+    Tokens,
     Vqgan,
     misfits,
     nearest,
@@ -512,6 +513,8 @@ def _check_model(system: System, rules: _Rules) -> None:
     rules.below("image").within(system.image, std="(0, inf)")
     ranges = dict.fromkeys(("depth", "hidden", "tokens", "heads", "head_width", "width", "ffn", "every"), "[1, inf)")
     rules.below("connector").within(system.connector, **{k: v for k, v in ranges.items() if hasattr(system.connector, k)})
+    if isinstance(system.connector, Tokens):
+        rules.below("connector").within(system.connector, init="[0, inf)")
     if isinstance(system.fusion, AdapterPrompts):
         rules.below("fusion").within(system.fusion, length="[1, inf)", layers=f"[1, {system.language.depth}]")
         pooled = isinstance(system.connector, Pooled)
@@ -555,7 +558,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     learns = not isinstance(system.fusion, Prefix | SharedTokens)
     rules(learns or "adapter" not in job.train, "train", f"adapter is what the fusion has to learn, and {kind} has nothing; take it out")
     rules(
-        bool(system.added_tokens) or "new_tokens" not in job.train,
+        bool(system.added_tokens or system.weights) or "new_tokens" not in job.train,
         "train",
         "new_tokens are the tokens that the choices add, and these add none; take it out",
     )
@@ -622,6 +625,8 @@ def _check_queries(job: Any, system: System, rules: _Rules) -> None:
     rules("queries" in job.train, "train", "objective queries trains the part queries; name it")
     others = [part for part in job.train if part not in ("queries", "encoder")]
     rules(not others, "train", f"objective queries reaches queries and encoder, not {', '.join(others)}; take it out")
+    most = getattr(system.connector, "positions", job.max_length)
+    rules(job.max_length <= most, "max_length", f"{job.max_length} words are more than the Q-Former's {most} positions; at most {most}")
     rules(job.optim.batch >= 2, "optim.batch", "a text is compared with other pictures of its micro-batch, and 1 row has none; at least 2")
 
 

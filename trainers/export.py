@@ -1,4 +1,4 @@
-"""A trained model in the stock Hugging Face layout: what ``AutoProcessor`` and ``LlavaForConditionalGeneration`` load, and a model card."""
+"""A trained model in the stock Hugging Face layout: what ``AutoProcessor`` and the model's class load, and a model card."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL import Image
 
 from mmfast.data import chat
-from mmfast.models.published import save_pretrained
-from mmfast.spec import Alignment, Fixed, Prefix, QFormer, System, to_dict
+from mmfast.models.published import class_of, idefics, llava, save_pretrained
+from mmfast.spec import Alignment, System, to_dict
 
 from .chat import joint
 from .checkpoint import RunError
@@ -37,18 +38,14 @@ def export(
     out, model, system = Path(out), session.model, session.model.system
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and is not empty; choose another --out")
-    if not isinstance(system.fusion, Prefix) or not isinstance(system.image, Fixed):
+    kind = class_of(system)
+    if kind not in PROCESSORS:
         raise RunError(
-            f"{system.name}: the stock LLaVA class has image tokens in the sequence and pictures of one size, not "
-            f"{type(system.fusion).__name__} and {type(system.image).__name__}"
-        )
-    if isinstance(system.connector, QFormer):
-        raise RunError(
-            f"{system.name}: export writes a LLaVA with its processor; a {type(system.connector).__name__} model's weights and config are written "
-            "by model.save_pretrained"
+            f"{system.name}: only the weights of a {kind.STOCK.__name__} are written (model.save_pretrained); with their processor those of "
+            f"{', '.join(known.STOCK.__name__ for known in PROCESSORS)}"
         )
     template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
-    processor = make_processor(session, template)
+    processor = PROCESSORS[kind](session, template)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -97,7 +94,7 @@ def _finish_configs(session, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- the processor
 
 
-def make_processor(session, template: str):
+def llava_processor(session, template: str):
     """A stock processor that makes of messages and pictures what the trainers made of them."""
     from transformers import LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -124,6 +121,41 @@ def make_processor(session, template: str):
     )
     check_same_ids(session, processor, template)
     return processor
+
+
+def idefics_processor(session, template: str):
+    """A stock processor that makes of a prompt, texts and pictures in a list, what the trainers made of it. It has no chat template: the words of
+    ``template`` are the prompt's own."""
+    from transformers import IdeficsProcessor
+    from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
+
+    system = session.model.system
+    if system.image.fit != "squash":
+        raise RunError(
+            f"{system.name}: Idefics' processor resizes both sides of a picture; image.fit {system.image.fit} cannot be exported"
+        )
+    if system.borders != (idefics.AROUND,) * 2:
+        raise RunError(
+            f"{system.name}: Idefics' processor puts {idefics.AROUND} around pictures; without it in fusion.around there is no export"
+        )
+    pictures = IdeficsImageProcessorPil(image_size=system.image.size, image_mean=list(system.image.mean), image_std=list(system.image.std))
+    processor = IdeficsProcessor(pictures, stock_tokenizer(session.tokenizer), add_end_of_utterance_token=False)
+    encode = session.encoder(template, 1 << 30)
+    for question in (f"<image>{joint(system)}What is this?", "What  is\n<image> this, <image>?", "Hello"):
+        _refuse_others(encode([(question, None)])[0], processor(text=[prompt_of(template, question)])["input_ids"][0].tolist(), question)
+    return processor
+
+
+def prompt_of(template: str, question: str, picture: Any = None) -> list[Any]:
+    """A question with the template's words as Idefics' processor takes it; a black picture, or this one, at each ``<image>``."""
+    form = chat.TEMPLATES[template]
+    texts = (form.system + form.before + question + form.between).split("<image>")
+    shown = picture or Image.new("RGB", (8, 8))
+    return [item for i, text in enumerate(texts) for item in ((shown,) if i else ()) + ((text.strip(" "),) if text.strip(" ") else ())]
+
+
+# Who reads what is exported, by class.
+PROCESSORS = {llava: llava_processor, idefics: idefics_processor}
 
 
 def stock_tokenizer(tokenizer):
@@ -164,9 +196,12 @@ def chat_template(name: str, join: str) -> str:
     def q(text: str) -> str:
         return json.dumps(text)  # Jinja reads the same escapes
 
-    end_each, keep = ("true" if flag else "false" for flag in (form.end_each, form.keep_question))
+    end_each, keep, tight = ("true" if flag else "false" for flag in (form.end_each, form.keep_question, form.tight))
     return (
         "{%- macro border(piece, text) -%}{{ " + q(BORDER) + " if piece and text and not piece.startswith('<image>') else '' }}{%- endmacro -%}"
+        "{%- macro asked(text) -%}{%- for part in text.split('<image>') -%}"
+        "{%- set part = part if loop.first or not " + tight + " else part.lstrip(' ') -%}{{- '' if loop.first else '<image>' -}}"
+        "{{- part if loop.last or not " + tight + " else part.rstrip(' ') -}}{%- endfor -%}{%- endmacro -%}"
         "{{- bos_token or '' -}}{{- " + q(form.system) + " -}}"
         # `open`: a question whose end still lacks what stands between it and the answer. `text`: the text so far ends in words.
         "{%- set ns = namespace(text=" + ("true" if form.system else "false") + ", open=none, said='') -%}"
@@ -181,10 +216,10 @@ def chat_template(name: str, join: str) -> str:
         "{%- if message.role == 'user' and ns.open is none -%}"
         "{%- if not " + keep + " -%}{%- set ns.said = '<image>' * (ns.said.split('<image>')|length - 1) -%}{%- endif -%}"
         "{%- set ns.open = " + q(form.before) + " + ns.said -%}"
-        "{%- if loop.last -%}{%- set piece = ns.open + (" + q(form.between) + " if add_generation_prompt else '') -%}"
+        "{%- if loop.last -%}{%- set piece = asked(ns.open + (" + q(form.between) + " if add_generation_prompt else '')) -%}"
         "{{- border(piece, ns.text) -}}{{- piece -}}{%- endif -%}"
         "{%- elif message.role == 'assistant' and ns.open is not none -%}"
-        "{%- set piece = ns.open + " + q(form.between) + " -%}{{- border(piece, ns.text) -}}{{- piece -}}"
+        "{%- set piece = asked(ns.open + " + q(form.between) + ") -%}{{- border(piece, ns.text) -}}{{- piece -}}"
         "{%- set ns.text = piece and not piece.endswith('<image>') or not piece and ns.text -%}"
         "{%- set piece = ns.said + " + q(form.after) + " -%}{{- border(piece, ns.text) -}}{{- piece -}}"
         "{%- set ns.text = piece and true or ns.text -%}{%- set ns.open = none -%}"
@@ -216,11 +251,15 @@ def check_same_ids(session, processor, template: str) -> None:
         text = processor.apply_chat_template(messages_of(turns), tokenize=False, add_generation_prompt=turns[-1][1] is None)
         stock = processor.tokenizer(text.replace("<image>", "<image>" * once), add_special_tokens=False)["input_ids"]
         ours, _ = encode(turns)
-        if ours != stock:
-            at = next((i for i, (a, b) in enumerate(zip(ours, stock, strict=False)) if a != b), min(len(ours), len(stock)))
-            raise RunError(
-                f"the tokenizer cannot be exported: a chat template would read {turns[0][0]!r} otherwise than training did, from token {at} on"
-            )
+        _refuse_others(ours, stock, turns[0][0])
+
+
+def _refuse_others(ours: list[int], stock: list[int], question: str) -> None:
+    if ours != stock:
+        at = next((i for i, (a, b) in enumerate(zip(ours, stock, strict=False)) if a != b), min(len(ours), len(stock)))
+        raise RunError(
+            f"the tokenizer cannot be exported: the stock processor would read {question!r} otherwise than training did, from token {at} on"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------ the card
@@ -230,8 +269,19 @@ def model_card(session, recipe: System | Alignment, metrics: Mapping[str, Any], 
     """README.md: what it is, how to load it, how it was made, what was measured, and whose weights it started from."""
     system = session.model.system
     bases = [w for w in (system.weights, system.encoder.weights, system.language.weights) if w]
-    trained = session.model.trained
-    told = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["mmfast", "llava"]}
+    trained, kind = session.model.trained, class_of(system)
+    told = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["mmfast", kind.__name__.rpartition(".")[2]]}
+    imports = ["from PIL import Image"] if kind is idefics else []
+    if kind is idefics:
+        template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
+        prompt = prompt_of(template, f"<image>{joint(system)}What is this?", "picture")
+        words = ", ".join(item if item == "picture" else json.dumps(item) for item in prompt)
+        asked = ['picture = Image.open("picture.png")', f"batch = processor(text=[[{words}]])"]
+    else:
+        asked = [
+            'messages = [{"role": "user", "content": [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What is this?"}]}]',
+            'batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")',
+        ]
     licences = {base: licence(base) for base in bases}
     hub = [base for base in bases if not _local(base)]
     if hub:
@@ -241,10 +291,8 @@ def model_card(session, recipe: System | Alignment, metrics: Mapping[str, Any], 
     lines = [
         "---", yaml.safe_dump(told, sort_keys=False).strip(), "---", "", f"# {name.rpartition('/')[2]}", "",
         f"Trained with mmfast {_version()}, recipe `{recipe.name}`" + (f" ({recipe.paper})." if recipe.paper else "."),
-        "", "```python", "from transformers import AutoProcessor, LlavaForConditionalGeneration", "",
-        f'model = LlavaForConditionalGeneration.from_pretrained("{name}")', f'processor = AutoProcessor.from_pretrained("{name}")',
-        'messages = [{"role": "user", "content": [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What is this?"}]}]',
-        "batch = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors=\"pt\")",
+        "", "```python", *imports, f"from transformers import AutoProcessor, {kind.STOCK.__name__}", "",
+        f'model = {kind.STOCK.__name__}.from_pretrained("{name}")', f'processor = AutoProcessor.from_pretrained("{name}")', *asked,
         "print(processor.decode(model.generate(**batch, max_new_tokens=64)[0, batch[\"input_ids\"].shape[1] :], skip_special_tokens=True))",
         "```", "",
     ]  # fmt: skip

@@ -267,7 +267,9 @@ def _word_head(system: System, its: Setting) -> WordHead | None:
     if its.head is None:
         return None
     encoder = sized(system).encoder
-    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, None if system.projects else sized(system).language.width)
+    width = sized(system).language.width
+    own, mixed = None if system.projects else width, width if system.mixes else None
+    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, own, mixed)
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace
@@ -481,6 +483,8 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     pictures = math.ceil(optim.batch / processes)
     rows = pictures * (len(job.views) if isinstance(job, Alignment) else 1)
     length = length or min(job.max_length, shape.language.context)
+    if "queries" in job.train:
+        length = min(length, shape.connector.positions)
     if length <= shape.image_places and not words:
         raise RunError(f"rows of {length} positions cannot hold a picture of {shape.image_places} tokens; give a longer --length")
     sharded = compute.parallel == "fsdp" and processes > 1

@@ -2,7 +2,7 @@
 
     python bench/trainers/architectures.py                        # all of them; about a minute or two each, seed and variant
     python bench/trainers/architectures.py --only llava --seeds 0 --variants "" blind
-    python bench/trainers/architectures.py --tables               # trains nothing, prints what the file holds
+    python bench/trainers/architectures.py --tables               # trains nothing, prints what the file holds and writes it into docs/
 
 Every run is the command ``mmfast train NAME --tiny --device cpu --seed S`` and the variant's options, in a process and a folder of its own, so
 that nothing of an earlier run is there to make it quick; its seconds are those that processors spent on all of it, from the start of Python to
@@ -19,8 +19,10 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+
+from mmfast.trainers.measured import filled, read, shown, table
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(os.environ.get("MMFAST_RESULTS", ROOT / "bench" / "results")) / "architectures.csv"
@@ -33,31 +35,18 @@ RUNS: dict[str, dict[str, list[str]]] = {
         "": [],
         "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"],
     },
+    "flamingo": {"": [], "blind": ["--stages.interleaved.data.blind", "true"]},
     "fromage": {
         "": [],
         "blind": ["--stages.pairs.data.blind", "true"],
         "no contrast": ["--stages.pairs.contrast", "0"],
     },
-    "flamingo": {"": [], "blind": ["--stages.interleaved.data.blind", "true"]},
     "frozen": {"": [], "blind": ["--stages.captions.data.blind", "true"]},
     "kosmos_1": {"": []},
     "kosmos_2": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.instruct.data.blind", "true"]},
     "llama_adapter": {"": [], "blind": ["--stages.answers.data.blind", "true"]},
     "llava": {"": [], "blind": ["--stages.align.data.blind", "true", "--stages.instruct.data.blind", "true"]},
 }
-
-# The measures that a recipe's table shows; of one that is not named here all that have a "/" in their name, else SHOWN[""].
-SHOWN: dict[str, tuple[str, ...]] = {
-    "blip2": (
-        "caption/recall", "caption/chair_i", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
-        "retrieval/chance@1", "matching/accuracy", "own_caption/recall", "own_caption/chair_i",
-    ),
-    "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
-    "kosmos_2": (
-        "grounding/mean_iou", "grounding/accuracy", "grounding/unread", "grounding/permuted_mean_iou", "grounding/constant_mean_iou",
-        "grounding/ceiling_mean_iou", "caption/boxes_right", "caption/recall",
-    ),
-}  # fmt: skip
 
 
 def run(recipe: str, variant: str, seed: int, folder: Path) -> list[dict]:
@@ -97,14 +86,6 @@ def where() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------------ results
 
 
-def read(path: Path = FILE) -> list[dict]:
-    """All rows, none where nothing was measured yet."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def write(rows: Iterable[dict], path: Path = FILE) -> None:
     """The file with these rows over those of the same recipe, variant and seed; in order, and replaced whole."""
 
@@ -121,43 +102,13 @@ def write(rows: Iterable[dict], path: Path = FILE) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def shown(recipe: str, measures: Iterable[str]) -> list[str]:
-    """Which of these measures the table of a recipe shows."""
-    measures = list(dict.fromkeys(measures))
-    named = SHOWN.get(recipe) or [name for name in measures if "/" in name] or SHOWN[""]
-    return [name for name in named if name in measures] or measures
-
-
-def table(recipe: str, rows: Sequence[dict], measures: Sequence[str] = ()) -> str:
-    """A Markdown table: a line a variant, a column a measure, mean over seeds and the range of the seeds behind it."""
-    own = [row for row in rows if row["recipe"] == recipe]
-    if not own:
-        return f"{recipe}: nothing measured yet"
-    names = list(measures) or shown(recipe, (row["measure"] for row in own))
-    lines = ["| " + " | ".join(["variant", "seeds", *names, "seconds"]) + " |", "|" + " --- |" * (len(names) + 3)]
-    for variant in dict.fromkeys(row["variant"] for row in own):
-        of = [row for row in own if row["variant"] == variant]
-        seeds = {row["seed"]: float(row["seconds"]) for row in of}
-        cells = [spread([float(row["value"]) for row in of if row["measure"] == name]) for name in names]
-        lines.append("| " + " | ".join([variant or "as it is", str(len(seeds)), *cells, f"{max(seeds.values()):.0f}"]) + " |")
-    return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """``0.51 (0.48 .. 0.55)``: mean, smallest and largest."""
-    if not values:
-        return "-"
-    middle = f"{sum(values) / len(values):.3g}"
-    return middle if len(values) == 1 else f"{middle} ({min(values):.3g} .. {max(values):.3g})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=list(RUNS), metavar="NAME", help=f"some of {', '.join(RUNS)}")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="*", metavar="NAME", help='some variants; "" is the tiny form as it is')
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the run folders there")
-    parser.add_argument("--tables", action="store_true", help="train nothing, print the tables")
+    parser.add_argument("--tables", action="store_true", help="train nothing, print the tables and write them into docs/")
     args = parser.parse_args()
     names = args.only or list(RUNS)
     for name in () if args.tables else names:
@@ -173,7 +124,10 @@ def main() -> None:
                 told = ", ".join(f"{m} {values[m]}" for m in shown(name, values))
                 print(f"{name} {variant or 'as it is'}, seed {seed}: {told}; {rows[0]['seconds']} s", flush=True)
     for name in names:
-        print(f"\n{name}\n\n{table(name, read())}")
+        print(f"\n{name}\n\n{table(name, read(FILE))}")
+    for page in sorted((ROOT / "docs").glob("*.md")) if args.tables else ():
+        if (text := filled(page.read_text(), read(FILE))) != page.read_text():
+            page.write_text(text)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,6 +35,7 @@ class Template:
     chunk: str = ""  # in a document, before every picture but the first and at the end: what was said of the one before is over
     only_seen: bool = False  # of a document only what follows a picture is supervised, up to the end of its chunk
     learn_begin: bool = False  # ... which is learnt
+    tight: bool = False  # no spaces beside a picture in a question
 
 
 TEMPLATES = {
@@ -68,7 +70,14 @@ TEMPLATES = {
         between="\n\n### Response:",
     ),
     # Idefics' instructed models, as their cards show it; the tokens around pictures are the fusion's (``System.borders``).
-    "idefics": Template(before="User: ", between="<end_of_utterance>\nAssistant: ", after="<end_of_utterance>\n", end_each=False),
+    "idefics": Template(
+        before="User: ",
+        between="<end_of_utterance>\nAssistant:",
+        after="<end_of_utterance>\n",
+        end_each=False,
+        end="<end_of_utterance>",
+        tight=True,
+    ),
     # Chameleon's fine-tuning: one reserved token between question and answer, and the end token behind an answer.
     "chameleon": Template(between="<reserved08706>"),
 }
@@ -104,11 +113,14 @@ def encode(
             line.add("<image>" * question.count("<image>"))
             question = question.replace("<image>", "").strip()
             line.begin(learnt=form.learn_begin)
-        line.add(form.before + question + form.between)
+        asked = form.before + question + form.between
+        line.add(re.sub(" *<image> *", "<image>", asked) if form.tight else asked)
         if answer is None:
             if len(line.ids) > max_length:
                 raise ValueError(f"the prompt has {len(line.ids)} tokens with its pictures, more than max_length={max_length}")
             break
+        if form.picture_first and question:
+            answer = " " + answer.lstrip()  # the prompt and what follows are one sentence, whose words begin with their spaces
         line.add(answer + form.after, supervised=True)
         if form.end_each or (i == len(turns) - 1 and not form.after):
             line.end()

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from gated import open_gates
 from made import Session, photograph, tokenizer
 from mmfast.trainers import export as module
 from mmfast.trainers.chat import chat
 from mmfast.trainers.export import BORDER, export, messages_of
 from mmfast.trainers.loop import RunError
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer, IdeficsForVisionText2Text, LlavaForConditionalGeneration
 
 from mmfast import spec
 from mmfast.data import chat as conversations
@@ -38,6 +39,10 @@ def recipe(session, template="vicuna_v1"):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_training(kind, template, tmp_path):
     session = Session(tmp_path, kind)
+    if conversations.TEMPLATES[template].picture_first:  # messages have no place before the beginning token
+        with pytest.raises(RunError, match="the stock processor would read"):
+            export(session, recipe(session, template), tmp_path / "out")
+        return
     processor = AutoProcessor.from_pretrained(export(session, recipe(session, template), tmp_path / "out"))
     again = tokenizer_for(spec.System("again", weights=str(tmp_path / "out")))  # training may go on from the export
     places = dict(image_tokens=session.system.encoder.tokens, image_token=session.model.image_token)
@@ -63,7 +68,7 @@ def test_the_borders_are_needed(tmp_path):
 def test_a_tokenizer_whose_stock_form_differs_is_refused(tmp_path, monkeypatch):
     session = Session(tmp_path, "bytes")
     monkeypatch.setattr(module, "BORDER", " ")
-    with pytest.raises(RunError, match=r"the tokenizer cannot be exported: a chat template would read .* from token \d+ on"):
+    with pytest.raises(RunError, match=r"the tokenizer cannot be exported: the stock processor would read .* from token \d+ on"):
         export(session, recipe(session), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -268,3 +273,47 @@ def test_tokenizers_of_this_file_differ():
         kind: tokenizer(kind).convert_ids_to_tokens(tokenizer(kind)(" red", add_special_tokens=False)["input_ids"])[0] for kind in KINDS
     }
     assert len(set(rows.values())) >= 3, rows
+
+
+IDEFICS = dict(
+    connector=spec.Resampler(tokens=3, depth=1, heads=2, head_width=8, activation="relu"),
+    fusion=spec.GatedCrossAttention(every=2, block="idefics", end="<end_of_utterance>", around="<fake_token_around_image>"),
+    image=spec.Fixed(size=28, fit="squash"), kv_heads=4, layer=-1, keep_class_token=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_idefics_run(kind, tmp_path):
+    """Its processor takes prompts as lists of texts and pictures: tokens, pixels and words are those of training."""
+    session = Session(tmp_path, kind, **IDEFICS)
+    open_gates(session.model)
+    if kind == "metaspace":  # training marks the beginning of each text between pictures, and the processor that of the first
+        with pytest.raises(RunError, match="the stock processor would read"):
+            export(session, recipe(session, "idefics"), tmp_path / "out")
+        return
+    out = export(session, recipe(session, "idefics"), tmp_path / "out")
+    processor, theirs = AutoProcessor.from_pretrained(out), IdeficsForVisionText2Text.from_pretrained(out).eval()
+    picture = Image.open(photograph(tmp_path / "a.jpg"))
+    prompt = ["User:", picture, "\nWhat is this?<end_of_utterance>\nAssistant:"]
+    assert '["User:", picture, "\\nWhat is this?<end_of_utterance>\\nAssistant:"]' in (out / "README.md").read_text()
+    batch = processor(text=[prompt, ["User: Hello<end_of_utterance>\nAssistant:"]])
+    ids, _ = session.encoder("idefics")([("<image>\nWhat is this?", None)])
+    assert batch["input_ids"][0].tolist()[-len(ids) :] == ids
+    pixels = session.pixels(torch.from_numpy(images.load(tmp_path / "a.jpg", session.system.image))[None])
+    torch.testing.assert_close(batch["pixel_values"][0], pixels, atol=1e-5, rtol=0)
+    want = theirs.generate(**batch, max_new_tokens=6, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    got = session.model.generate(**batch, end=session.tokenizer.eos_token_id, max_new_tokens=6)
+    assert got.tolist() == want.tolist()
+
+
+def test_what_has_no_processor_is_refused(tmp_path):
+    for changes, sentence in (
+        ({"image": spec.Fixed(size=28)}, "Idefics' processor resizes both sides of a picture; image.fit crop cannot be exported"),
+        ({"fusion": replace(IDEFICS["fusion"], around="")}, "puts <fake_token_around_image> around pictures; without it in fusion.around"),
+        ({"fusion": replace(IDEFICS["fusion"], block="flamingo")}, "no class of transformers has a model of Resampler and GatedCross"),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        session = Session(folder, "words", **{**IDEFICS, **changes})
+        with pytest.raises((RunError, ValueError), match=sentence):
+            export(session, recipe(session, "idefics"), folder / "out")

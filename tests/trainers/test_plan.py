@@ -117,6 +117,8 @@ def test_published_counts():
         "language": 6_738_415_616 - 32_000 * 4096,
         "embeddings": 32_000 * 4096,
     }
+    larger = replace(llava, language=replace(llava.language, width=5120, depth=40, heads=40, kv_heads=40, ffn=13824))
+    assert plan.count(larger, plan.Setting()).parts["connector"] == 5_248_000
     newer = replace(llava, encoder=replace(llava.encoder, size=336), image=Fixed(size=336), connector=Mlp(2))
     counted = plan.count(newer, plan.Setting(("connector",), Lora(rank=128)))
     adapters = 319_815_680

@@ -198,7 +198,9 @@ def test_the_command_trains_and_measures_a_tokenizer(tmp_path):
 
 
 def test_plan_says_that_it_does_not_know():
-    sentence = f"little, {STAGE.name}: the plan knows the memory of objectives lm and words, not of tokenizer; this stage has to be tried"
+    sentence = (
+        f"little, {STAGE.name}: the plan knows the memory of objectives lm, words and queries, not of tokenizer; this stage has to be tried"
+    )
     with pytest.raises(RunError, match=sentence):
         plan.predict(SYSTEM, STAGE)
     page = plan.page(SYSTEM)

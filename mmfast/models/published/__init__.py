@@ -50,11 +50,12 @@ def _known(config: PretrainedConfig, name: str) -> ModuleType:
 
 def save_pretrained(model: MultimodalModel, path: str | Path) -> None:
     """Write a folder that the stock class of the model's choices loads, with the same logits; adapters are folded in."""
-    with _class_of(model.system).as_stock(model) as stock:
+    with class_of(model.system).as_stock(model) as stock:
         stock.save_pretrained(path, max_shard_size=SHARD)
 
 
-def _class_of(system: spec.System) -> ModuleType:
+def class_of(system: spec.System) -> ModuleType:
+    """The module of the stock class that has a form for a system's choices."""
     match system.connector, system.fusion:
         case (spec.Linear() | spec.Mlp(), spec.Prefix()):
             return llava

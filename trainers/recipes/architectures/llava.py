@@ -1,7 +1,8 @@
 """LLaVA (arXiv:2304.08485): CLIP states through one linear layer into the language model's sequence; align, then instruct.
 
 Stage 1 trains the projection alone on captions, stage 2 the projection and the language model on GPT-4-made instructions. Batch sizes as in
-the paper; the scripts that were released later use 128 in stage 2. Data: LLaVA-CC3M-Pretrain-595K and LLaVA-Instruct-158K.
+the paper; the scripts that were released later use 128 in stage 2. Sequences and templates are those of the code of July 2023 ("v1"): no
+tokens around a picture. Data: LLaVA-CC3M-Pretrain-595K and LLaVA-Instruct-158K.
 """
 
 from mmfast.spec import Clip, Data, Fixed, LanguageModel, Linear, Optim, Stage, System
