@@ -90,7 +90,7 @@ def in_context(session: Any, system: System, *, episodes: int = 300) -> dict[str
 
     queries, pooled = [e.query for e in asked], states.mean(1)
     support = torch.tensor(sorted(set(range(len(pool.scenes))) - set(queries))[:300])
-    near = support[most_similar(pooled[queries], pooled[support.to(states.device)], 4).cpu()].tolist()
+    near = support[most_similar(pooled[queries], pooled[support.to(states.device)], min(4, len(support))).cpu()].tolist()
     colours = words[: world.config.colours]
     similar = []
     for e, shown in zip(asked, near, strict=True):
