@@ -147,7 +147,7 @@ def test_other_records_are_refused():
 
 def test_recall_counts_equals_fairly():
     scores = torch.tensor([[3.0, 1, 2], [1.0, 2, 3], [5.0, 5, 5]])
-    told = recall(scores, (1, 2, 3))
+    told = recall(scores, at=(1, 2, 3))
     assert told["retrieval/recall@1"] == pytest.approx((1 + 0 + 1 / 3) / 3)
     assert told["retrieval/recall@2"] == pytest.approx((1 + 1 + 2 / 3) / 3)
     assert told["retrieval/recall@3"] == 1
