@@ -203,6 +203,7 @@ class Tokens:
 
     tokens: int = 2
     pool: Literal["class", "mean"] = "mean"
+    init: float = 0.0  # deviation of the map's first weights, its bias 0; 0: torch's own, whose vectors are far longer than words'
 
 
 @dataclass(frozen=True)
@@ -545,6 +546,11 @@ class System:
     def projects(self) -> bool:
         """Whether the connector makes vectors of the language model's width that words can be read from, several a picture."""
         return isinstance(self.connector, Linear | Mlp | AttentionPool)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether each of these vectors is made of all the tower's states."""
+        return isinstance(self.connector, AttentionPool)
 
     @property
     def borders(self) -> tuple[str, ...]:

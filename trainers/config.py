@@ -38,6 +38,7 @@ from mmfast.spec import (
     SharedTokens,
     Stage,
     System,
+    Tokens,
     Vqgan,
     misfits,
     nearest,
@@ -512,6 +513,8 @@ def _check_model(system: System, rules: _Rules) -> None:
     rules.below("image").within(system.image, std="(0, inf)")
     ranges = dict.fromkeys(("depth", "hidden", "tokens", "heads", "head_width", "width", "ffn", "every"), "[1, inf)")
     rules.below("connector").within(system.connector, **{k: v for k, v in ranges.items() if hasattr(system.connector, k)})
+    if isinstance(system.connector, Tokens):
+        rules.below("connector").within(system.connector, init="[0, inf)")
     if isinstance(system.fusion, AdapterPrompts):
         rules.below("fusion").within(system.fusion, length="[1, inf)", layers=f"[1, {system.language.depth}]")
         pooled = isinstance(system.connector, Pooled)

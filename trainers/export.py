@@ -271,11 +271,12 @@ def model_card(session, recipe: System | Alignment, metrics: Mapping[str, Any], 
     bases = [w for w in (system.weights, system.encoder.weights, system.language.weights) if w]
     trained, kind = session.model.trained, class_of(system)
     told = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["mmfast", kind.__name__.rpartition(".")[2]]}
+    imports = ["from PIL import Image"] if kind is idefics else []
     if kind is idefics:
         template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
         prompt = prompt_of(template, f"<image>{joint(system)}What is this?", "picture")
         words = ", ".join(item if item == "picture" else json.dumps(item) for item in prompt)
-        asked = ["from PIL import Image", "", 'picture = Image.open("picture.png")', f"batch = processor(text=[[{words}]])"]
+        asked = ['picture = Image.open("picture.png")', f"batch = processor(text=[[{words}]])"]
     else:
         asked = [
             'messages = [{"role": "user", "content": [{"type": "image", "image": "picture.png"}, {"type": "text", "text": "What is this?"}]}]',
@@ -290,7 +291,7 @@ def model_card(session, recipe: System | Alignment, metrics: Mapping[str, Any], 
     lines = [
         "---", yaml.safe_dump(told, sort_keys=False).strip(), "---", "", f"# {name.rpartition('/')[2]}", "",
         f"Trained with mmfast {_version()}, recipe `{recipe.name}`" + (f" ({recipe.paper})." if recipe.paper else "."),
-        "", "```python", f"from transformers import AutoProcessor, {kind.STOCK.__name__}", "",
+        "", "```python", *imports, f"from transformers import AutoProcessor, {kind.STOCK.__name__}", "",
         f'model = {kind.STOCK.__name__}.from_pretrained("{name}")', f'processor = AutoProcessor.from_pretrained("{name}")', *asked,
         "print(processor.decode(model.generate(**batch, max_new_tokens=64)[0, batch[\"input_ids\"].shape[1] :], skip_special_tokens=True))",
         "```", "",

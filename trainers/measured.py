@@ -15,7 +15,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "fromage": ("retrieval/recall@1", "retrieval/recall@5", "retrieval/recall@10", "caption/gain", "caption/recall"),
     "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
     "blip2": (
-        "caption/recall", "caption/chair_i", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
+        "retrieval/recall@1", "caption/recall", "caption/gain", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
         "retrieval/chance@1", "matching/accuracy", "own_caption/recall", "own_caption/chair_i",
     ),
     "kosmos_2": (

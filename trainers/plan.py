@@ -267,7 +267,9 @@ def _word_head(system: System, its: Setting) -> WordHead | None:
     if its.head is None:
         return None
     encoder = sized(system).encoder
-    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, None if system.projects else sized(system).language.width)
+    width = sized(system).language.width
+    own, mixed = None if system.projects else width, width if system.mixes else None
+    return WordHead(getattr(encoder, "channels", encoder.width), *its.head, own, mixed)
 
 
 # ------------------------------------------------------------------------------------------------------------- the trace

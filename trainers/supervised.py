@@ -36,21 +36,27 @@ _STATE_BYTES = 2 << 30
 class WordHead(nn.Module):
     """Readers of the bag-of-words warm-up: per patch, classes from the tower and words from the projected state through the language model's
     own embeddings; log-sum-exp over patches says whether any patch shows it. ``embedding``: the language model's width, where the connector
-    does not project state by state and the head does it in its place."""
+    does not project state by state and the head does it in its place. ``mixed``: the language model's width, where the connector mixes states:
+    classes are then read from what it makes, too, or it would tell that something is red and something a circle, and not what."""
 
-    def __init__(self, width: int, classes: int, words: int, embedding: int | None = None):
+    def __init__(self, width: int, classes: int, words: int, embedding: int | None = None, mixed: int | None = None):
         super().__init__()
+        self.again = None if mixed is None else nn.Linear(mixed, classes)
+        if mixed is not None:
+            nn.init.constant_(self.again.bias, -4.0)
         self.classes = nn.Linear(width, classes)
         self.project = None if embedding is None else nn.Linear(width, embedding)
         nn.init.constant_(self.classes.bias, -4.0)
         self.bias = nn.Parameter(torch.full((words,), -3.0))
 
     def forward(self, states: Tensor, projected: Tensor | None, table: Tensor) -> tuple[Tensor, Tensor]:
-        """states [M, N, D], projected [M, N, W] or None, table [words, W] -> logits [M, classes], [M, words]."""
+        """states [M, N, D], projected [M, N, W] or None, table [words, W] -> logits [M, classes] (twice side by side with ``mixed``),
+        [M, words]."""
         projected = states if projected is None else projected
         projected = projected if self.project is None else self.project(projected)
-        classes = self.classes(F.layer_norm(states, states.shape[-1:]))
-        return torch.logsumexp(classes, 1), torch.logsumexp(4 * projected @ table.T + self.bias, 1)
+        read = [(self.classes, states)] + ([] if self.again is None else [(self.again, projected)])
+        classes = [torch.logsumexp(reader(F.layer_norm(x, x.shape[-1:])), 1) for reader, x in read]
+        return torch.cat(classes, 1), torch.logsumexp(4 * projected @ table.T + self.bias, 1)
 
 
 def see(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> dict[str, Tensor]:
@@ -165,9 +171,9 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
         if len(images) != len(ids) or not (ids[:, :k] == model.image_token).all():
             raise RunError("objective retrieval reads pictures with one caption each, in template fromage; another record is among them")
         seen = session.states_in(batch, states)
+        places = torch.arange(ids.shape[1], device=ids.device)
         scored = labels != chat.IGNORE
-        lengths = scored.sum(1)
-        last = torch.arange(len(ids), device=ids.device), k + lengths  # [RET]
+        last = torch.arange(len(ids), device=ids.device), (scored * places).argmax(1)  # [RET]
 
         told = labels.clone()
         told[last] = chat.IGNORE
@@ -184,7 +190,7 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
         with torch.autocast(place.device.type, enabled=False):  # a product in half precision would round what the scale magnifies
             logits, own = u @ t.T, torch.arange(len(u), device=u.device)
         nce = image_text_contrast(logits, logits.T, own, own, smoothing=0.0)
-        share = (place.sum(lengths.sum().double().view(1)) / totals[:1]).to(nce.dtype)[0]
+        share = (place.sum(scored.sum().double().view(1)) / totals[:1]).to(nce.dtype)[0]
         whole = share * nce
         once = whole - whole.detach() * (1 - 1 / place.processes)  # every process has the same value, and measures are added
         total = totals[0].to(captions.dtype)
@@ -244,8 +250,9 @@ def words_stage(session: Session, stage: Stage, source, run: Run, options: Optio
     torch.manual_seed(session.seed)
     model, system = session.model, session.system
     projects = system.projects
-    own = None if projects else model.language.get_input_embeddings().embedding_dim
-    head = WordHead(model.encoder.width, classes.shape[1], len(names), own).to(session.place.device)
+    embedding = model.language.get_input_embeddings().embedding_dim
+    own, mixed = None if projects else embedding, embedding if system.mixes else None
+    head = WordHead(model.encoder.width, classes.shape[1], len(names), own, mixed).to(session.place.device)
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         states = model.encode(session.pixels(batch["pictures"]))
@@ -253,7 +260,8 @@ def words_stage(session: Session, stage: Stage, source, run: Run, options: Optio
             states = states[:, :1]
         seen = model.connector(states) if projects else None
         class_logits, word_logits = head(states, seen, model.language.get_input_embeddings().weight[ids])
-        by_class = F.binary_cross_entropy_with_logits(class_logits, batch["classes"], reduction="sum")
+        true = batch["classes"].repeat(1, class_logits.shape[1] // batch["classes"].shape[1])
+        by_class = F.binary_cross_entropy_with_logits(class_logits, true, reduction="sum")
         by_word = F.binary_cross_entropy_with_logits(word_logits, batch["words"], reduction="sum")
         share = totals[0].to(by_word.dtype)  # means over pictures, sums over words and classes
         return (by_class + by_word) / share, {"loss/words": by_word.detach() / share}
@@ -270,7 +278,7 @@ def tokenizer_stage(session: Session, stage: Stage, source, run: Run, options: O
 
 def queries_stage(session: Session, stage: Stage, source, run: Run, options: Options):
     states = cached_states(session, source)
-    source.with_pictures = states is None
+    source.with_pictures, source.packing = states is None, False  # texts are compared row by row
     return queries.queries_objective(session, stage, states), queries.Texts(source), None
 
 

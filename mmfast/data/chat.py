@@ -71,7 +71,12 @@ TEMPLATES = {
     ),
     # Idefics' instructed models, as their cards show it; the tokens around pictures are the fusion's (``System.borders``).
     "idefics": Template(
-        before="User: ", between="<end_of_utterance>\nAssistant:", after="<end_of_utterance>\n", end_each=False, tight=True
+        before="User: ",
+        between="<end_of_utterance>\nAssistant:",
+        after="<end_of_utterance>\n",
+        end_each=False,
+        end="<end_of_utterance>",
+        tight=True,
     ),
     # Chameleon's fine-tuning: one reserved token between question and answer, and the end token behind an answer.
     "chameleon": Template(between="<reserved08706>"),
@@ -114,6 +119,8 @@ def encode(
             if len(line.ids) > max_length:
                 raise ValueError(f"the prompt has {len(line.ids)} tokens with its pictures, more than max_length={max_length}")
             break
+        if form.picture_first and question:
+            answer = " " + answer.lstrip()  # the prompt and what follows are one sentence, whose words begin with their spaces
         line.add(answer + form.after, supervised=True)
         if form.end_each or (i == len(turns) - 1 and not form.after):
             line.end()

@@ -230,7 +230,7 @@ ENCODERS = {**dict.fromkeys(pretrained.TOWERS, _tower), spec.Vqgan: _code_tower,
 CONNECTORS = {
     spec.Linear: lambda choice, width_in, width_out: Projector(width_in, width_out),
     spec.Mlp: lambda choice, width_in, width_out: Projector(width_in, width_out, choice.depth),
-    spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool),
+    spec.Tokens: lambda choice, width_in, width_out: TokenProjector(width_in, width_out, choice.tokens, choice.pool, choice.init),
     spec.AttentionPool: lambda choice, width_in, width_out: AttentionPool(width_in, width_out, choice.tokens, choice.heads),
     spec.Resampler: lambda choice, width_in, width_out: ResampledProjector(
         width_in, width_out, num_latents=choice.tokens, depth=choice.depth, heads=choice.heads, dim_head=choice.head_width,

@@ -42,6 +42,11 @@ TOWERS = {
 }
 # Causal language models that transformers' table does not have.
 LANGUAGES = {"kosmos_2_text_model": KosmosLanguage}
+# What the configurations of CLIP's tower and of others with its layers have in common.
+VISION = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size", "patch_size", "hidden_act",
+    "layer_norm_eps", "attention_dropout",
+)  # fmt: skip
 # What a causal language model does to its logits behind the head. We read hidden states and head alone, so these would be lost in silence.
 _BEHIND_THE_HEAD = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
@@ -372,3 +377,12 @@ def resize_embeddings(language: nn.Module, vocab: int) -> None:
 def set_decoder(language: nn.Module, decoder: nn.Module) -> None:
     """Puts the headless model of a causal language model in its place; `AutoModel` and `base_model_prefix` name it in every family."""
     setattr(language, language.base_model_prefix, decoder)
+
+
+def share(source: nn.Module, shell: nn.Module) -> None:
+    """The source's tensors under the same names in a shell that has none."""
+    shell.load_state_dict(source.state_dict(), assign=True)
+    for name, buffer in shell.named_buffers():  # those that no checkpoint holds: the numbers of positions
+        if buffer.is_meta:
+            owner, _, last = name.rpartition(".")
+            shell.get_submodule(owner)._buffers[last] = source.get_buffer(name)

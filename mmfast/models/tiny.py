@@ -29,6 +29,7 @@ from mmfast.spec import (
     Siglip,
     Stage,
     System,
+    Tokens,
     Vqgan,
 )
 
@@ -42,11 +43,15 @@ _MIXED = Data("shapes_drawing")
 # What each published data set becomes, and how long a tiny stage on it lasts. One that is not named here is captions and questions.
 STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
-    "kosmos_web": (_WEB, _LONG),
-    "kosmos_2_pretrain": (Data("shapes_grounded"), _LONG),
-    "kosmos_2_instruct": (Data("shapes_grounded"), _SHORT),
+    # What has learnt words moves slowly, or the steps in which the language model cannot read yet undo it.
+    "kosmos_web": (_WEB, replace(_LONG, steps=800, lr_of={"last_block": 2e-4, "connector": 1e-3})),
+    "kosmos_2_pretrain": (Data("shapes_grounded"), replace(_LONG, steps=500, lr_of={"encoder": 2e-4, "connector": 1e-3})),
+    "kosmos_2_instruct": (Data("shapes_grounded"), replace(_SHORT, lr=1e-4)),
     # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
-    "conceptual_captions": (Data("shapes_single"), Optim(lr=3e-3, steps=1000, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST)),
+    "conceptual_captions": (
+        Data("shapes_single"),
+        Optim(lr=2e-3, lr_of={"connector": 2e-4}, steps=600, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST),
+    ),
     "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
     "flamingo_mix": (Data("shapes_episodes"), replace(_LONG, steps=600)),
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
@@ -126,6 +131,8 @@ def _small(choice):
                 depth = max(depth, more - choice.layer)
                 choice = replace(choice, scales=tuple(range(choice.layer - more, choice.layer)))
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
+        case Tokens():
+            return replace(choice, init=choice.init and 4e-3)
         case NfResnet():
             return replace(choice, size=64, stem=32, blocks=(1,) * len(choice.blocks), width=128)
         case QFormer():  # it reads the language model's words, as there are no others
@@ -156,6 +163,9 @@ def _stages(system: System) -> tuple[Stage, ...]:
     trained = any("language" in stage.train or stage.lora is not None for stage in system.stages)
     words = replace(_WORDS, train=("encoder", "connector", "embeddings") if system.projects else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
+    if system.language.family == "kosmos_2_text_model":
+        # It drops attention weights and embeddings, too, and a model of this size has none to spare.
+        own = [replace(stage, dropout=0.0) for stage in own]
     text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data), template=own[-1].template) if own else _TEXT
     return (*seen, *(() if trained else (text,)), *own)
 

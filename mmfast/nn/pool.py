@@ -13,6 +13,9 @@ class Heads(nn.Module):
         super().__init__()
         self.heads, self.dropout = heads, 0.0  # of attention weights, in training
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        for linear in (self.k_proj, self.v_proj, self.q_proj, self.out_proj):
+            nn.init.xavier_normal_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, rows: Tensor, states: Tensor) -> Tensor:
         """rows [L, D], the same for all, on states [B, N, D] and on themselves -> [B, L, D]."""
@@ -31,7 +34,10 @@ class AttentionPool(nn.Module):
     """``[M, N, width_in] -> [M, tokens, width_out]``: ``x = W f + b``, and learned queries q attend once to x and to themselves.
 
     No residual, no norm, no feed-forward behind it. Source: Kosmos-2 (arXiv:2306.14824) as released; keys are those of transformers'
-    ``Kosmos2ImageToTextProjection``: ``dense``, ``latent_query``, ``x_attn.{k,v,q,out}_proj``. The queries start from N(0, 1).
+    ``Kosmos2ImageToTextProjection``: ``dense``, ``latent_query``, ``x_attn.{k,v,q,out}_proj``.
+
+    It reads states of length 1. The queries start from N(0, 1), and so does W, which gives such states the queries' size: with less, keys are
+    next to nothing, all weights alike, and what is read is the states' mean for long. Attention starts as Magneto's queries do (Xavier).
     """
 
     def __init__(self, width_in: int, width_out: int, tokens: int = 64, heads: int = 32):
@@ -39,6 +45,8 @@ class AttentionPool(nn.Module):
         if width_out % heads:
             raise ValueError(f"AttentionPool: expected a width that {heads} heads divide, got {width_out}")
         self.dense = nn.Linear(width_in, width_out)
+        nn.init.normal_(self.dense.weight)
+        nn.init.zeros_(self.dense.bias)
         self.latent_query = nn.Parameter(torch.randn(tokens, width_out))
         self.x_attn = Heads(width_out, heads)
 

@@ -44,14 +44,20 @@ class TokenProjector(nn.Module):
     """``tokens`` vectors a picture from its pooled state by one affine map: ``[M, N, width_in] -> [M, tokens, width_out]``.
 
     Source: Frozen (arXiv:2106.13884, section 3.1) and FROMAGe (arXiv:2301.13823, section 3.1). Keys: ``linear``.
+
+    Args:
+        init: deviation of the first weights, with a bias of 0; 0 leaves torch's own.
     """
 
-    def __init__(self, width_in: int, width_out: int, tokens: int, pool: str = "mean"):
+    def __init__(self, width_in: int, width_out: int, tokens: int, pool: str = "mean", init: float = 0.0):
         super().__init__()
         if pool not in ("class", "mean"):
             raise ValueError(f"TokenProjector: unknown pool {pool!r}, expected 'class' or 'mean'")
         self.tokens, self.pool = tokens, pool
         self.linear = nn.Linear(width_in, tokens * width_out)
+        if init:
+            nn.init.normal_(self.linear.weight, std=init)
+            nn.init.zeros_(self.linear.bias)
 
     def pooled(self, states: Tensor) -> Tensor:
         """``[M, N, width_in] -> [M, width_in]``."""

@@ -202,3 +202,36 @@ def test_a_pair_of_flamingo():
     assert read(ids) == "<s>@a cat<|endofchunk|></s>"
     assert scored(ids, labels) == "a cat<|endofchunk|></s>"
     assert encode("open_flamingo", [("<image>", "a cat")], tokens=1) == (ids, labels)
+
+
+def test_blip2_s_soft_prompt_comes_before_the_beginning_token():
+    """OPT's beginning token is learnt from the last visual place, the line's end ends a caption, and survives the cut."""
+    turns = [("<image>\nwhat the recipe asks", "a dog")]
+    ids, labels = encode("blip2", turns)
+    assert read(ids) == "@@<s>a dog\n"
+    assert scored(ids, labels) == "<s>a dog\n"
+    open_ids, _ = encode("blip2", [("<image>", None)])
+    assert read(open_ids) == "@@<s>"
+    ids, labels = encode("blip2", turns, max_length=5)
+    assert read(ids) == "@@<s>a\n"
+    # With a prompt neither it nor the token before it is learnt.
+    ids, labels = encode("blip2_prompt", [("<image>a photo of ", "a dog")])
+    assert read(ids) == "@@<s>a photo of a dog\n"
+    assert scored(ids, labels) == " a dog\n"
+    assert read(encode("blip2_prompt", [("<image>a photo of", None)])[0]) == "@@<s>a photo of"
+    assert chat.end_token(Speller(), "\n") == ord("\n")
+    assert chat.end_token(Speller(), "two tokens") == chat.end_token(Speller()) == EOS
+
+
+def test_a_text_side_reads_answers_alone():
+    class Whole(Speller):
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [ord(c) for c in text]}
+
+    side = chat.TextSide(Whole(), first=BOS, last=EOS, decode=9, pad_token=0, max_length=6)
+    ids, labels = side([("<image>\nHi", "abc")])
+    assert (ids, labels) == ([-1, BOS, *map(ord, "abc"), EOS], [-100, BOS, *map(ord, "abc"), EOS])
+    assert side([("<image>", "abcdefgh")])[0] == [-1, BOS, *map(ord, "abcd"), EOS], "the last token survives the cut"
+    texts, mask = side.texts(["ab", "a"])
+    assert texts.tolist() == [[BOS, 97, 98, EOS], [BOS, 97, EOS, 0]]
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]

@@ -25,7 +25,7 @@ def stock(swin_norm=False, tied=False, kv=2, seed=0, attention=None):
     torch.manual_seed(seed)
     config = ChameleonConfig(
         vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=kv,
-        max_position_embeddings=1024, swin_norm=swin_norm, vocabulary_map=WORDS, pad_token_id=PAD, tie_word_embeddings=tied, initializer_range=0.3,
+        max_position_embeddings=1024, swin_norm=swin_norm, vocabulary_map=WORDS, pad_token_id=PAD, tie_word_embeddings=tied, initializer_range=0.2,
         vq_config=dict(
             embed_dim=8, num_embeddings=CODES, latent_channels=8, resolution=32, base_channels=32, channel_multiplier=[1, 2], num_res_blocks=1,
             attn_resolutions=attention,

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mmfast.models import build
+from mmfast.nn.nfresnet import activation
 from mmfast.nn.projector import TokenProjector
 from mmfast.spec import Fixed, LanguageModel, NfResnet, System, Tokens
 
@@ -173,6 +174,22 @@ def test_the_class_token_is_pooled_where_a_tower_has_one():
     states = torch.randn(2, 5, 8)
     torch.testing.assert_close(projector(states), projector.linear(states[:, 0]).view(2, 3, 4))
     assert TokenProjector(8, 4, 3, "mean")(states).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_a_prefix_begins_about_as_long_as_a_word(shrink):
+    """By the sizes of the recipe: states of 2,048 channels behind the activation, words of deviation 0.02; and as the tiny form is built."""
+    torch.manual_seed(0)
+    recipe = config.load_recipe("frozen", tiny=shrink)
+    if shrink:
+        built = build(replace(recipe, language=replace(recipe.language, vocab=200)))
+        projector, word = built.connector, built.language.get_input_embeddings().weight.std()
+    else:
+        projector, word = TokenProjector(2048, 256, 2, recipe.connector.pool, recipe.connector.init), torch.tensor(0.02)
+    states = activation(torch.randn(16, 1, projector.linear.in_features))
+    assert 0.5 < projector(states).std() / word < 2
+    assert not projector.linear.bias.any()
+    assert TokenProjector(2048, 256, 2).linear.bias.any()  # torch's own
 
 
 def test_controls_are_options(tmp_path):

@@ -204,7 +204,7 @@ def test_everything_wrong_at_once(tmp_path, capsys):
     assert err.splitlines() == [
         "mmfast: 11 errors in the configuration",
         f"  {tmp_path}/a.yaml: encoder.wdith: Clip has no field 'wdith' (did you mean 'width'?); it has weights, width, depth, heads, ffn, "
-        "patch, size, layer, keep_class_token, post_norm, unit, activation",
+        "patch, size, layer, scales, keep_class_token, post_norm, unit, activation",
         f"  {tmp_path}/a.yaml: encoder.heads: expected a whole number, got 'many'",
         f"  {tmp_path}/a.yaml: stages.instrct: nothing is called 'instrct' there (did you mean 'instruct'?); there are words, align, instruct",
         "  config file gone.yaml does not exist",
@@ -244,7 +244,7 @@ TOLD = [
     (["--stages.align.data", "{kind: Mixture, name: m, parts: 3}"], "--stages.align.data.parts: expected a list such as [a, b], got 3"),
     (
         ["--connector", "3"],
-        "--connector: is a group of fields; expected the name of a kind (Linear, Mlp, Pooled, Tokens, Resampler, AttentionPool, QFormer), got '3'",
+        "--connector: is a group of fields; expected the name of a kind (Linear, Mlp, Pooled, NoConnector, Tokens, Resampler, AttentionPool, QFormer, Codes), got '3'",
     ),
     (["--connector.depth", "3"], "--connector.depth: Linear has no field 'depth'; it has none"),
     (
@@ -342,6 +342,13 @@ RULES = [
     ),
     (
         "llava",
+        ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, loss: 1}, {name: b}]}"],
+        "stages.align.data.parts: give the loss of every data set of a mixture a weight, or of none",
+    ),
+    ("llava", ["--stages.align.data.pages.following", "1.5"], "stages.align.data.pages.following: expected"),
+    ("llava", ["--stages.align.data.loss", "0"], "stages.align.data.loss: expected"),
+    (
+        "llava",
         ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, path: a.json}, {name: b}]}"],
         "stages.align.data.parts: give every data set of a mixture a path; b has none",
     ),
@@ -358,7 +365,7 @@ RULES = [
         "stages.align.lora: the adapters of words are still there and train on, and these are others; give both stages the same",
     ),
     ("llava", ["--compute.workers", "-1"], "compute.workers: expected at least 0, got -1"),
-    ("llava", ["--stages.align.optim.schedule", "cosin"], "schedule: expected one of cosine, linear, constant, got 'cosin'"),
+    ("llava", ["--stages.align.optim.schedule", "cosin"], "schedule: expected one of cosine, linear, exponential, constant, got 'cosin'"),
     ("llava", ["--encoder.kind", "Dino", "--encoder.weights", "null", "--encoder.ffn", "800"], "encoder.ffn: 800 is not a multiple"),
     ("dpo", ["--policy.stages.words.optim.batch", "0"], "policy.stages.words.optim.batch: expected at least 1, got 0"),
     ("llava", ["--stages.align.name", "instruct"], "stages: every stage needs a name of its own"),

@@ -260,3 +260,35 @@ def test_what_it_is_written_as(session, tmp_path):
             want = compares(pixels, ids, mask, use_image_text_matching_head=matching).logits_per_image
             got = Matcher.of(model)(pixels, ids, mask, use_image_text_matching_head=matching).logits_per_image
             torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_records_of_the_user(session, tmp_path):
+    """Two captions of one picture have one key; packing, which is for the other stage, leaves texts row by row; a stream's rows are all unlike."""
+    import numpy as np
+    from PIL import Image
+
+    from mmfast.spec import Data
+
+    rows = [
+        {"image": f"{i // 2}.png", "caption": f"a {colour} circle ."}
+        for i, colour in enumerate(["red", "blue", "green", "red", "yellow", "blue"])
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for i in range(3):
+        Image.fromarray(np.full((70, 64, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    see = replace(session.small[1], data=Data("mine", path=str(tmp_path / "a.json")))
+    made = Session(replace(session.system, stages=(see,)), seed=0)
+    source = made.source_of(see)
+    batch = queries.Texts(source).batch(torch.tensor([0, 1, 4]))
+    assert batch["keys"].tolist() == [0, 0, 2]
+    assert made.tokenizer.decode(batch["ids"][1]) == "<bos> a blue circle . <eos>"
+    compute = replace(session.system.compute, packing=True)
+    stage = replace(see, optim=replace(see.optim, steps=2, batch=4, warmup=0))
+    supervised.run_stage(made, Run(tmp_path / "run"), stage, first_step=0, options=Options(quiet=True, compute=compute))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
+    stream = made.source_of(replace(see, data=Data("mine", path=str(tmp_path / "a.jsonl"), streaming=True)))
+    taken = queries.Texts(stream).take(6, 1, 2)
+    assert taken["keys"].tolist() == [1, 3, 5]
+    assert made.tokenizer.decode(taken["ids"][0]).startswith("<bos> a blue circle . <eos>")

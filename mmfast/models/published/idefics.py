@@ -19,6 +19,7 @@ from mmfast import spec
 from mmfast.models import pretrained
 from mmfast.models.build import CONNECTORS, MultimodalModel, Tower
 from mmfast.models.lora import merged
+from mmfast.models.pretrained import share
 
 STOCK = IdeficsForVisionText2Text
 AROUND = "<fake_token_around_image>"  # what its processor puts on either side of a picture
@@ -70,7 +71,7 @@ def from_stock(stock: IdeficsForVisionText2Text, name: str = "idefics") -> Multi
     system = system_of(config, name)
     text = _text_config(config)
     text.vocab_size += config.additional_vocab_size
-    vision = CLIPVisionConfig(**{ours: getattr(config.vision_config, ours) for ours in _VISION})
+    vision = CLIPVisionConfig(**{ours: getattr(config.vision_config, ours) for ours in pretrained.VISION})
     with torch.device("meta"):  # only the shells; what fills them is the checkpoint's
         language, tower = LlamaForCausalLM(text), CLIPVisionModel(vision)
     tables = {"model.embed_tokens.weight": _joined(theirs.embed_tokens, "additional_embedding")}
@@ -79,8 +80,7 @@ def from_stock(stock: IdeficsForVisionText2Text, name: str = "idefics") -> Multi
     language.load_state_dict({**layers, **tables, "model.norm.weight": theirs.norm.weight}, strict=True, assign=True)
     language.tie_weights()
     language.model.rotary_emb = LlamaRotaryEmbedding(text)
-    tower.load_state_dict(theirs.vision_model.state_dict(), strict=True, assign=True)
-    tower.embeddings.position_ids = torch.arange(tower.embeddings.num_positions)[None]
+    share(theirs.vision_model, tower)
     image_token, added = _image_token(config, text.vocab_size), range(config.vocab_size, text.vocab_size)
     with torch.device("meta"):
         connector = CONNECTORS[type(system.connector)](system.connector, system.encoder.width, None)
@@ -88,7 +88,7 @@ def from_stock(stock: IdeficsForVisionText2Text, name: str = "idefics") -> Multi
     if config.use_resampler:
         connector.resampler.load_state_dict(resampler_names(theirs.perceiver_resampler.state_dict()), strict=True, assign=True)
     for ours, block in zip(model.fusion.layers.values(), theirs.gated_cross_attn_layers, strict=True):
-        ours.load_state_dict(block.state_dict(), strict=True, assign=True)
+        share(block, ours)
     model.train_only(())
     return model.eval()
 
@@ -119,35 +119,34 @@ def as_stock(model: MultimodalModel) -> Iterator[IdeficsForVisionText2Text]:
         qk_layer_norms=fusion.qk_norm,
         use_resampler=bool(perceiver),
         perceiver_config={"use_resampler": bool(perceiver), **perceiver},
-        vision_config={"embed_dim": vision.hidden_size, **{field: getattr(vision, field) for field in _VISION if field != "hidden_size"}},
+        vision_config={
+            "embed_dim": vision.hidden_size,
+            **{field: getattr(vision, field) for field in pretrained.VISION if field != "hidden_size"},
+        },
     )
     with torch.device("meta"):
         stock = IdeficsForVisionText2Text(config)
+    for module in stock.modules():  # no checkpoint holds the tables of their angles
+        if isinstance(module, IdeficsRotaryEmbedding):
+            module.__init__(config)
     with merged(model):
-        parts = {"model.vision_model": model.encoder.vision.state_dict(), "model.norm": model.language.model.norm.state_dict()}
-        parts["model.layers"] = model.language.model.layers.state_dict()
+        theirs, ours = stock.model, model.language.model
+        share(model.encoder.vision, theirs.vision_model)
+        share(ours.layers, theirs.layers)
+        share(ours.norm, theirs.norm)
+        for mine, block in zip(model.fusion.layers.values(), theirs.gated_cross_attn_layers, strict=True):
+            share(mine, block)
         if perceiver:
-            parts["model.perceiver_resampler"] = stock_resampler_names(model.connector.resampler.state_dict())
-        for i, block in enumerate(model.fusion.layers.values()):
-            parts[f"model.gated_cross_attn_layers.{i}"] = block.state_dict()
-        tensors = {f"{part}.{name}": tensor for part, state in parts.items() for name, tensor in state.items()}
-        for path, more, table in (
-            ("model.embed_tokens", "additional_embedding", model.language.get_input_embeddings().weight),
-            ("lm_head", "additional_fc", model.language.get_output_embeddings().weight),
+            theirs.perceiver_resampler.load_state_dict(stock_resampler_names(model.connector.resampler.state_dict()), assign=True)
+        for module, more, table in (
+            (theirs.embed_tokens, "additional_embedding", model.language.get_input_embeddings().weight.detach()),
+            (stock.lm_head, "additional_fc", model.language.get_output_embeddings().weight.detach()),
         ):
-            tensors[f"{path}.weight"] = table[:regular]
-            if rows > regular:
-                tensors[f"{path}.{more}.weight"] = table[regular:]
-        stock.load_state_dict(tensors, strict=True, assign=True)
+            split = {"weight": table[:regular], f"{more}.weight": table[regular:]}
+            module.load_state_dict({name: part for name, part in split.items() if len(part)}, assign=True)
         if config.tie_word_embeddings:
             stock.tie_weights()
-        # What no checkpoint holds.
-        device = model.language.model.norm.weight.device
-        stock.model.vision_model.embeddings.position_ids = model.encoder.vision.embeddings.position_ids
-        for module in stock.modules():
-            if isinstance(module, IdeficsRotaryEmbedding):
-                module.__init__(config)
-                module.to(device)
+        stock.to(ours.norm.weight.device)
         yield stock.eval()
 
 
@@ -173,14 +172,10 @@ def check(model: MultimodalModel) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- names
 
-# Fields that LLaMA's configuration and Idefics' share, and those of the two towers.
+# Fields that LLaMA's configuration and Idefics' share.
 _TEXT = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "initializer_range", "rms_norm_eps",
     "max_position_embeddings", "rope_parameters", "pad_token_id", "bos_token_id", "eos_token_id",
-)  # fmt: skip
-_VISION = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size", "patch_size", "hidden_act",
-    "layer_norm_eps", "attention_dropout",
 )  # fmt: skip
 
 

@@ -8,22 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, Kosmos2Config, Kosmos2ForConditionalGeneration
 
 from mmfast import spec
 from mmfast.models.build import MultimodalModel, Tower
 from mmfast.models.kosmos import KosmosLanguage
 from mmfast.models.lora import merged
-from mmfast.models.pretrained import language_sizes, set_decoder, tower_sizes
+from mmfast.models.pretrained import VISION, language_sizes, set_decoder, share, tower_sizes
 from mmfast.nn.pool import AttentionPool
 
 STOCK = Kosmos2ForConditionalGeneration
-# Of the tower's configuration, what both classes have.
-_VISION = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size", "patch_size", "hidden_act",
-    "layer_norm_eps", "attention_dropout",
-)  # fmt: skip
 
 
 def system_of(config: Kosmos2Config, name: str) -> spec.System:
@@ -49,11 +44,11 @@ def from_stock(stock: Kosmos2ForConditionalGeneration, name: str = "kosmos2") ->
     config = stock.config
     system = system_of(config, name)
     with torch.device("meta"):  # shells; their insides are the checkpoint's
-        vision = CLIPVisionModel(CLIPVisionConfig(**{key: getattr(config.vision_config, key) for key in _VISION}))
+        vision = CLIPVisionModel(CLIPVisionConfig(**{key: getattr(config.vision_config, key) for key in VISION}))
         connector = AttentionPool(vision.config.hidden_size, system.language.width, system.connector.tokens, system.connector.heads)
         language = KosmosLanguage(config.text_config)
-    _share(stock.vision_model.model, vision)
-    _share(stock.image_to_text_projection, connector)
+    share(stock.vision_model.model, vision)
+    share(stock.image_to_text_projection, connector)
     set_decoder(language, stock.text_model.model)
     language.lm_head = stock.text_model.lm_head
     tower = Tower(vision, layer=-1, skip=0, post_norm=True, unit=True)
@@ -75,29 +70,20 @@ def as_stock(model: MultimodalModel) -> Iterator[Kosmos2ForConditionalGeneration
         )
     config = Kosmos2Config(
         text_config=text.to_dict(),
-        vision_config={key: getattr(tower.vision.config, key) for key in _VISION},
+        vision_config={key: getattr(tower.vision.config, key) for key in VISION},
         latent_query_num=len(connector.latent_query),
     )
     with torch.device("meta"):
         stock = Kosmos2ForConditionalGeneration(config)
     with merged(model):
-        _share(tower.vision, stock.vision_model.model)
-        _share(connector, stock.image_to_text_projection)
+        share(tower.vision, stock.vision_model.model)
+        share(connector, stock.image_to_text_projection)
         stock.text_model.model, stock.text_model.lm_head = model.language.model, model.language.lm_head
         yield stock
 
 
 def _reads_last(tower: Tower) -> bool:
     return tower.read == len(tower.blocks)
-
-
-def _share(source: nn.Module, shell: nn.Module) -> None:
-    """The source's tensors under the same names in a shell that has none."""
-    shell.load_state_dict(source.state_dict(), assign=True)
-    for name, buffer in shell.named_buffers():  # those that no checkpoint holds: the numbers of positions
-        if buffer.is_meta:
-            owner, _, last = name.rpartition(".")
-            shell.get_submodule(owner)._buffers[last] = source.get_buffer(name)
 
 
 # ------------------------------------------------------------------------------------------------- the original checkpoint
