@@ -21,7 +21,7 @@ def captions_exam(session: Any, system: System, *, scenes: int = 500) -> dict[st
     picture than under another scene's, in nats. Where a model compares texts with pictures, how well each caption finds its picture."""
     world, template = session.world, system.stages[-1].template
     shown = world.scenes("eval", scenes)
-    states = session.states(_pictures(session, shown))
+    states = session.states(session.exam_pictures(shown))
     texts = [world.caption(s).text for s in shown]
     said, ended = caption_all(session, states, template)
     said = [text.partition(".")[0] + "." * ("." in text) for text in said]
@@ -48,11 +48,6 @@ def likelihood(session: Any, template: str, texts: list[str], states: Tensor, ba
         total -= model(ids, labels=labels, image_states=states[index]).loss.item() * scored
         tokens += scored
     return total / max(tokens, 1)
-
-
-def _pictures(session: Any, scenes: list) -> Tensor:
-    pictures = torch.from_numpy(session.world.render(scenes))
-    return torch.zeros_like(pictures) if session.blind else pictures
 
 
 @torch.no_grad()

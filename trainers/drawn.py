@@ -13,6 +13,7 @@ from mmfast.models.drawing import draw
 from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
+from .evaluate import alike
 from .tokenizer import measure as measure_tokenizer
 
 ASKED = 300
@@ -32,15 +33,10 @@ def drawing_exam(session: Any, system: System, *, count: int = ASKED) -> dict[st
     measured = measure_tokenizer(session, torch.from_numpy(world.render(world.scenes("eval", count))))
     session.model.eval()
     encode, read = session.encoder("bare"), Reader(world)
-    by_length: dict[int, list[tuple[int, list[int]]]] = {}
-    for i, scene in enumerate(scenes):
-        ids = encode([(drawing_caption(world, scene), None)])[0]
-        by_length.setdefault(len(ids), []).append((i, ids))
     drawn = torch.empty_like(true)
     generator = torch.Generator(session.place.device).manual_seed(session.seed)
-    for rows in by_length.values():
-        prompts = torch.tensor([ids for _, ids in rows], device=session.place.device)
-        drawn[[i for i, _ in rows]] = draw(session.model, prompts, generator=generator).cpu()
+    for numbers, ids in alike([encode([(drawing_caption(world, scene), None)])[0] for scene in scenes]):
+        drawn[numbers] = draw(session.model, ids.to(session.place.device), generator=generator).cpu()
     shown, other = read(drawn.numpy()), [*scenes[count // 2 :], *scenes[: count // 2]]
     measured |= {
         "drawn/asked": _share(map(_asked, scenes, shown)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,9 +28,7 @@ class Exam:
     def __init__(self, session: Session, *, scenes: int = 500, statistics_scenes: int = 10_000, split: str = "eval"):
         world = session.world
         self.scenes = world.scenes(split, scenes)
-        self.pictures = torch.from_numpy(world.render(self.scenes))
-        if session.blind:
-            self.pictures.zero_()
+        self.pictures = session.exam_pictures(self.scenes)
         self.statistics = chair.Cooccurrence(world, world.scenes("train", statistics_scenes))
         self.questions = pope.build(world, self.scenes, self.statistics)
 
@@ -55,21 +53,25 @@ class Exam:
         """Whether "yes" is likelier than "no" as the first word of the answer."""
         encode = session.encoder(template)
         yes, no = session.tokenizer.convert_tokens_to_ids(["yes", "no"])
-        by_length: dict[int, list[tuple[int, list[int]]]] = {}
-        for i, q in enumerate(self.questions):
-            ids, _ = encode([(f"<image> {q.text}", None)])
-            by_length.setdefault(len(ids), []).append((i, ids))
         said = [False] * len(self.questions)
-        for rows in by_length.values():
-            for first in range(0, len(rows), batch):
-                part = rows[first : first + batch]
-                pictures = torch.tensor([self.questions[i].image for i, _ in part], device=states.device)
-                ids = torch.tensor([ids for _, ids in part], device=session.place.device)
-                hidden = session.model.hidden(ids, image_states=states[pictures])
-                logits = session.model.language.get_output_embeddings()(hidden[:, -1])
-                for (i, _), value in zip(part, (logits[:, yes] > logits[:, no]).tolist(), strict=True):
-                    said[i] = value
+        for numbers, ids in alike([encode([(f"<image> {q.text}", None)])[0] for q in self.questions], batch):
+            pictures = torch.tensor([self.questions[i].image for i in numbers], device=states.device)
+            hidden = session.model.hidden(ids.to(session.place.device), image_states=states[pictures])
+            logits = session.model.language.get_output_embeddings()(hidden[:, -1])
+            for i, value in zip(numbers, (logits[:, yes] > logits[:, no]).tolist(), strict=True):
+                said[i] = value
         return said
+
+
+def alike(prompts: Sequence[Sequence[int]], batch: int = 250) -> Iterator[tuple[list[int], Tensor]]:
+    """Prompts of one length together, which need no padding, at most ``batch`` at a time: their numbers, and their ids ``[B, T]``."""
+    by_length: dict[int, list[int]] = {}
+    for i, ids in enumerate(prompts):
+        by_length.setdefault(len(ids), []).append(i)
+    for numbers in by_length.values():
+        for first in range(0, len(numbers), batch):
+            part = numbers[first : first + batch]
+            yield part, torch.tensor([prompts[i] for i in part])
 
 
 def caption_all(session: Session, states: Tensor, template: str = "bare", batch: int = 250) -> tuple[list[str], float]:

@@ -20,6 +20,7 @@ from mmfast.spec import System
 
 from .captions import captions_exam
 from .drawn import drawing_exam
+from .evaluate import alike
 from .grounding import grounded
 
 # ---------------------------------------------------------------------------------------------------------------- few shots
@@ -55,9 +56,7 @@ def few_shot(session: Any, system: System, *, episodes: int = 300) -> dict[str, 
 def pool_states(session: Any, system: System) -> tuple[Pool, torch.Tensor]:
     """Pictures that no training has shown, and the tower's states of them."""
     pool = Pool(session.world, "eval", 1500)
-    pictures = torch.from_numpy(session.world.render(pool.scenes))
-    blind = getattr(system.stages[-1].data, "blind", False)
-    return pool, session.states(torch.zeros_like(pictures) if blind else pictures)
+    return pool, session.states(session.exam_pictures(pool.scenes))
 
 
 def in_context(session: Any, system: System, *, episodes: int = 300) -> dict[str, float]:
@@ -122,16 +121,12 @@ def answers(
     """
     tokenizer, place, model = session.tokenizer, session.place, session.model.eval()
     ends = {tokenizer.eos_token_id, *tokenizer(end, add_special_tokens=False)["input_ids"][:1]}
-    encode, by_length = session.encoder("bare", 1 << 30), {}
-    for i, (text, _) in enumerate(asked):
-        ids, _ = encode([(text, None)])
-        by_length.setdefault(len(ids), []).append((i, ids))  # rows of one length need no padding
+    encode = session.encoder("bare", 1 << 30)
     said: list[str | None] = [None] * len(asked)
-    for rows in by_length.values():
-        shown = torch.tensor([p for i, _ in rows for p in asked[i][1]], dtype=torch.long, device=states.device)
-        ids = torch.tensor([ids for _, ids in rows], device=place.device)
-        out = model.generate(ids, image_states=states, image_rows=shown, max_new_tokens=max_new_tokens)
-        for (i, _), row in zip(rows, out.tolist(), strict=True):
+    for numbers, ids in alike([encode([(text, None)])[0] for text, _ in asked]):
+        shown = torch.tensor([p for i in numbers for p in asked[i][1]], dtype=torch.long, device=states.device)
+        out = model.generate(ids.to(place.device), image_states=states, image_rows=shown, max_new_tokens=max_new_tokens)
+        for i, row in zip(numbers, out.tolist(), strict=True):
             at = next((at for at, token in enumerate(row) if token in ends), None)
             said[i] = None if at is None else plain_text(tokenizer, row[:at]).strip()
     return said

@@ -15,6 +15,8 @@ from mmfast.eval import chair, grounding
 from mmfast.models.tokenizer import tagged_text
 from mmfast.spec import System
 
+from .evaluate import alike
+
 
 def grounded(session: Any, system: System, *, scenes: int = 300) -> dict[str, float]:
     """Places and grounded captions of held-out scenes.
@@ -29,8 +31,7 @@ def grounded(session: Any, system: System, *, scenes: int = 300) -> dict[str, fl
     if form is None:
         raise ValueError(f"{system.name}: an exam of places needs a system that speaks of them; set regions")
     shown, side = world.scenes("eval", scenes), world.config.pixels
-    pictures = torch.from_numpy(world.render(shown))
-    states = session.states(torch.zeros_like(pictures) if session.blind else pictures)
+    states = session.states(session.exam_pictures(shown))
     asked = [
         (i, world.counted(k, 1), Grounded.boxes(scene, k, world.config.shapes)[0])
         for i, scene in enumerate(shown)
@@ -55,21 +56,15 @@ def grounded(session: Any, system: System, *, scenes: int = 300) -> dict[str, fl
 
 
 @torch.no_grad()
-def generated(session: Any, prompts: Sequence[str], states: Tensor, max_new_tokens: int, batch: int = 250) -> list[str]:
+def generated(session: Any, prompts: Sequence[str], states: Tensor, max_new_tokens: int) -> list[str]:
     """Greedy answers with their tags to ``<image>`` and each prompt; ``states`` [R, N, D], one picture a prompt."""
-    encode, model, by_length = session.encoder("bare"), session.model.eval(), {}
-    for i, prompt in enumerate(prompts):
-        ids, _ = encode([(f"<image>{prompt}", None)])
-        by_length.setdefault(len(ids), []).append((i, ids))
-    said = [""] * len(prompts)
-    for rows in by_length.values():
-        for first in range(0, len(rows), batch):
-            part = rows[first : first + batch]
-            ids = torch.tensor([ids for _, ids in part], device=session.place.device)
-            seen = states[torch.tensor([i for i, _ in part], device=states.device)]
-            out = model.generate(ids, image_states=seen, end=session.tokenizer.eos_token_id, max_new_tokens=max_new_tokens)
-            for (i, _), row in zip(part, out.tolist(), strict=True):
-                said[i] = tagged_text(session.tokenizer, row)
+    encode, model, said = session.encoder("bare"), session.model.eval(), [""] * len(prompts)
+    for numbers, ids in alike([encode([(f"<image>{prompt}", None)])[0] for prompt in prompts]):
+        seen = states[torch.tensor(numbers, device=states.device)]
+        end = session.tokenizer.eos_token_id
+        out = model.generate(ids.to(session.place.device), image_states=seen, end=end, max_new_tokens=max_new_tokens)
+        for i, row in zip(numbers, out.tolist(), strict=True):
+            said[i] = tagged_text(session.tokenizer, row)
     return said
 
 

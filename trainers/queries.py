@@ -115,11 +115,7 @@ def queries_objective(session: Session, stage: Stage, states: Tensor | None) -> 
     model, place, decode = session.model, session.place, session.text_side(stage.max_length).decode
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
-        if states is not None:
-            seen = states[batch["picture_ids"].to(states.device)].to(place.device)
-        else:
-            seen = model.encode(session.pixels(batch["pictures"]))
-        image = model.connector.normed(seen)[batch["shown"]]
+        image = model.connector.normed(session.states_in(batch, states))[batch["shown"]]
         rows, words = totals.float().unbind()
         found = losses(
             model.connector, image, batch["ids"], batch["mask"], batch["keys"], rows=rows, words=words, decode=decode, place=place

@@ -14,7 +14,7 @@ from mmfast.data import chat, images, supervised
 from mmfast.data.records import Records, Stream
 from mmfast.data.regions import format_of
 from mmfast.data.sources import Conversations, Streamed
-from mmfast.data.synthetic import World, WorldConfig
+from mmfast.data.synthetic import Scene, World, WorldConfig
 from mmfast.models import build
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
 from mmfast.models.pretrained import placeholder, resolved, text_side, tokenizer_for
@@ -187,6 +187,11 @@ class Session:
         name = next(part.name for part in parts if part.path is None)
         raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
 
+    def exam_pictures(self, scenes: Sequence[Scene]) -> Tensor:
+        """Pictures of scenes, uint8 ``[M, H, W, 3]``, as this model is examined on them: black where its last stage was blind."""
+        pictures = torch.from_numpy(self.world.render(scenes))
+        return torch.zeros_like(pictures) if self.blind else pictures
+
     def pixels(self, pictures: Tensor) -> Tensor:
         """uint8 [M, H, W, 3] as the tower reads them; augmented while the model trains."""
         made = images.normalise(pictures.to(self.place.device), self.system.image)
@@ -197,6 +202,12 @@ class Session:
         """Tower states of uint8 pictures, ``[M, N, D]``."""
         self.model.eval()
         return torch.cat([self.model.encoder(self.pixels(part)) for part in pictures.split(batch)])
+
+    def states_in(self, batch: dict[str, Tensor], states: Tensor | None) -> Tensor:
+        """Tower states of a batch's pictures: from those of all pictures, where there are any, else of their pixels."""
+        if states is not None:
+            return states[batch["picture_ids"].to(states.device)].to(self.place.device)
+        return self.model.encode(self.pixels(batch["pictures"]))
 
     def states_of(self, source, batch: int = 250) -> Tensor:
         """Tower states of all pictures of a source, ``[M, N, D]``, read a batch at a time."""

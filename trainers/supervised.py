@@ -63,11 +63,7 @@ def see(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> di
     """What the language model gets of a batch's pictures. A picture passes tower and connector once, however many rows show it."""
     if not len(batch["image_rows"]):
         return {}
-    model = session.model
-    if states is not None:
-        seen = model.embed_images(image_states=states[batch["picture_ids"].to(states.device)].to(session.place.device))
-    else:
-        seen = model.embed_images(session.pixels(batch["pictures"]))
+    seen = session.model.embed_images(image_states=session.states_in(batch, states))
     return {"image_embeds": seen, "image_rows": batch["image_rows"]}
 
 
@@ -174,8 +170,7 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
         ids, labels, images = batch["input_ids"], batch["labels"], batch["image_rows"]
         if len(images) != len(ids) or not (ids[:, :k] == model.image_token).all():
             raise RunError("objective retrieval reads pictures with one caption each, in template fromage; another record is among them")
-        seen = states[batch["picture_ids"].to(states.device)].to(place.device) if states is not None else None
-        seen = model.encode(session.pixels(batch["pictures"])) if seen is None else seen
+        seen = session.states_in(batch, states)
         places = torch.arange(ids.shape[1], device=ids.device)
         scored = labels != chat.IGNORE
         last = torch.arange(len(ids), device=ids.device), (scored * places).argmax(1)  # [RET]

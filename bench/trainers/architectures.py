@@ -44,7 +44,7 @@ RUNS: dict[str, dict[str, list[str]]] = {
     "frozen": {"": [], "blind": ["--stages.captions.data.blind", "true"]},
     "kosmos_1": {"": []},
     "kosmos_2": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.instruct.data.blind", "true"]},
-    "llama_adapter": {"": [], "blind": ["--stages.answers.data.blind", "true"]},
+    "llama_adapter": {"": [], "no adapter": ["--stages.answers", "null"], "blind": ["--stages.answers.data.blind", "true"]},
     "llava": {"": [], "blind": ["--stages.align.data.blind", "true", "--stages.instruct.data.blind", "true"]},
 }
 

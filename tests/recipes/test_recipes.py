@@ -14,6 +14,7 @@ import torch
 from mmfast.trainers import config
 from mmfast.trainers.__main__ import run as run_command
 from mmfast.trainers.checkpoint import Run
+from mmfast.trainers.exams import EXAMS
 from mmfast.trainers.loop import Batches, Objective, Options, RunError
 from mmfast.trainers.runs import measure, open_run
 from mmfast.trainers.supervised import OBJECTIVES, Session, train_system
@@ -63,6 +64,8 @@ def few_scenes(monkeypatch):
     few = types.SimpleNamespace(loads=lambda text: json.loads(text)[::50])
     monkeypatch.setattr(supervised, "json", few)
     monkeypatch.setattr(images, "load", lambda path, size: np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
+    for exam in EXAMS.values():  # their numbers of scenes and episodes
+        monkeypatch.setattr(exam, "__kwdefaults__", dict.fromkeys(exam.__kwdefaults__, 24))
     monkeypatch.setattr(World, "scenes", lambda world, split, count, *args, **kw: scenes(world, split, min(count, 48), *args, **kw))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmfast.trainers import config, exams
 from mmfast.trainers.place import Place
+from mmfast.trainers.session import Session
 
 from mmfast.data import chat, supervised
 from mmfast.data.episodes import ATTRIBUTES, Pool
@@ -45,6 +46,7 @@ def session_of(think, template="frozen", added=()):
     )
     session.encoder = lambda name, length=2048: chat.Encoder(tokenizer, name, PICTURES, session.image_token, 0, length)
     session.states = lambda pictures: torch.arange(len(pictures)).float().view(-1, 1, 1).where(pictures.bool().any(), -1.0)
+    session.blind, session.exam_pictures = False, lambda scenes: Session.exam_pictures(session, scenes)
     session.model = Fake(session, think)
     recipe = config.load_recipe("frozen", tiny=True)
     return session, recipe
@@ -108,8 +110,11 @@ def test_a_blind_twin_is_shown_black_pictures():
     session, recipe = session_of(look)
     blind, problems = config.layered("frozen", tiny=True, rest=["--stages.captions.data.blind", "true"])
     assert not problems
+    assert Session(blind, seed=0, with_model=False).blind
+    session.blind = True
     exams.few_shot(session, blind, episodes=5)
     assert seen == {-1}
+    session.blind = False
     exams.few_shot(session, recipe, episodes=5)
     assert min(seen - {-1}) >= 0
 
