@@ -178,7 +178,8 @@ class Linear:
 
 @dataclass(frozen=True)
 class NoConnector:
-    """The tower's states as they are, for a fusion that reads the tower's width (Idefics without a resampler)."""
+    """What the tower tells as it is, for a fusion that reads that: states in the tower's width (Idefics without a resampler), or tokens of the
+    language model (``SharedTokens``)."""
 
 
 @dataclass(frozen=True)
@@ -250,11 +251,6 @@ class QFormer:
 
 
 DECODE = "[DEC]"  # the Q-Former's first token where it writes text
-
-
-@dataclass(frozen=True)
-class Codes:
-    """Nothing: what the tower tells of a picture are tokens of the language model already (``SharedTokens``)."""
 
 
 @dataclass(frozen=True)
@@ -529,7 +525,7 @@ class System:
     paper: str = ""
     weights: str | None = None
     encoder: Clip | Siglip | Dino | Eva | NfResnet | Vqgan = Clip()
-    connector: Linear | Mlp | Pooled | NoConnector | Tokens | Resampler | AttentionPool | QFormer | Codes = Linear()
+    connector: Linear | Mlp | Pooled | NoConnector | Tokens | Resampler | AttentionPool | QFormer = Linear()
     fusion: Prefix | AdapterPrompts | GatedCrossAttention | Retrieval | SharedTokens = Prefix()
     language: LanguageModel = LanguageModel()
     image: Fixed = Fixed()
@@ -719,7 +715,8 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append(
             "fusion.immediate: false is for Flamingo's blocks; Idefics' see the latest picture, or what an image_attention_mask says"
         )
-    if told and isinstance(system.connector, NoConnector) and not gated:
+    shared = isinstance(system.fusion, SharedTokens)
+    if told and isinstance(system.connector, NoConnector) and not (gated or shared):
         out.append(
             f"connector: NoConnector leaves states in the tower's width, which GatedCrossAttention reads; with {type(system.fusion).__name__} "
             "set Linear or another"
@@ -734,9 +731,8 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append(
             f"connector: Retrieval compares a picture's pooled state, which {type(system.connector).__name__} does not have; set Tokens"
         )
-    shared = isinstance(system.fusion, SharedTokens)
-    if shared != isinstance(system.connector, Codes) or (shared and not isinstance(encoder, Vqgan)):
-        out.append("fusion: SharedTokens goes with encoder Vqgan and connector Codes, and Codes with nothing else; set all three")
+    if shared and not (isinstance(system.connector, NoConnector) and isinstance(encoder, Vqgan)):
+        out.append("fusion: SharedTokens goes with encoder Vqgan and connector NoConnector; set all three")
     if language.norm == "after" and language.family != "chameleon":
         out.append(f"language.norm: after is an order of family chameleon, and this is {language.family}; set before")
     if language.words and language.weights:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmfast.data import chat
 from mmfast.losses import image_text_contrast
 from mmfast.ops import linear_logp
-from mmfast.spec import Alignment, Codes, Compute, Stage, System, to_dict
+from mmfast.spec import Alignment, Compute, SharedTokens, Stage, System, to_dict
 
 from . import queries
 from .checkpoint import Run, RunError, load_model, load_state
@@ -220,7 +220,7 @@ def cached_states(session: Session, source) -> Tensor | None:
     """The tower's states of all pictures, where the tower stays frozen, sees them as they are, and they fit in memory."""
     if session.system.image.augment:
         return None
-    states = 8 if isinstance(session.system.connector, Codes) else session.model.encoder.width * 4  # bytes of one
+    states = 8 if isinstance(session.system.fusion, SharedTokens) else session.model.encoder.width * 4  # bytes of one
     size = session.system.encoder.tokens * states
     pictures = getattr(source, "picture_count", None)  # a stream does not know
     if session.model.encoder_learns or not pictures or pictures * size > _STATE_BYTES:

@@ -239,7 +239,6 @@ CONNECTORS = {
     spec.QFormer: queries,
     spec.Pooled: lambda choice, width_in, width_out: PooledProjector(width_in, width_out, choice.hidden, choice.pool),
     spec.NoConnector: lambda choice, width_in, width_out: nn.Identity(),
-    spec.Codes: lambda choice, width_in, width_out: nn.Identity(),
 }  # fmt: skip
 # (choice, language model, the tower's width)
 FUSIONS = {

@@ -164,8 +164,11 @@ def test_published_hyper_parameters():
 
 
 def test_choices_that_do_not_fit():
-    for change in ({"connector": Linear()}, {"fusion": Prefix()}):
-        assert any("SharedTokens goes with encoder Vqgan and connector Codes" in p for p in misfits(replace(TINY, **change)))
+    for change, sentence in (
+        ({"connector": Linear()}, "SharedTokens goes with encoder Vqgan and connector NoConnector"),
+        ({"fusion": Prefix()}, "NoConnector leaves states in the tower's width, which GatedCrossAttention reads; with Prefix set Linear"),
+    ):
+        assert any(sentence in p for p in misfits(replace(TINY, **change)))
     llama = replace(TINY, language=replace(TINY.language, family="llama", norm="after"))
     assert any("language.norm: after is an order of family chameleon, and this is llama" in p for p in misfits(llama))
     both = replace(RECIPE, language=replace(RECIPE.language, weights="somewhere"))

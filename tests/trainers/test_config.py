@@ -244,7 +244,7 @@ TOLD = [
     (["--stages.align.data", "{kind: Mixture, name: m, parts: 3}"], "--stages.align.data.parts: expected a list such as [a, b], got 3"),
     (
         ["--connector", "3"],
-        "--connector: is a group of fields; expected the name of a kind (Linear, Mlp, Pooled, NoConnector, Tokens, Resampler, AttentionPool, QFormer, Codes), got '3'",
+        "--connector: is a group of fields; expected the name of a kind (Linear, Mlp, Pooled, NoConnector, Tokens, Resampler, AttentionPool, QFormer), got '3'",
     ),
     (["--connector.depth", "3"], "--connector.depth: Linear has no field 'depth'; it has none"),
     (

@@ -63,7 +63,7 @@ def class_of(system: spec.System) -> ModuleType:
             return kosmos2
         case (spec.QFormer(), spec.Prefix()):
             return blip2
-        case (spec.Codes(), spec.SharedTokens()):
+        case (spec.NoConnector(), spec.SharedTokens()):
             return chameleon
         case (spec.Resampler() | spec.NoConnector(), spec.GatedCrossAttention(block="idefics")):
             return idefics

@@ -42,7 +42,7 @@ def system_of(config: ChameleonConfig, name: str) -> spec.System:
             codes=vq.num_embeddings,
             dropout=vq.dropout,
         ),
-        connector=spec.Codes(),
+        connector=spec.NoConnector(),
         fusion=spec.SharedTokens(),
         language=language_sizes(spec.LanguageModel(weights=None), config),
         image=spec.Fixed(size=vq.resolution, mean=(0.5,) * 3, std=(0.5,) * 3),

@@ -9,7 +9,7 @@ kv_heads 8, ffn 22016) has norm="after" in its place.
 
 from dataclasses import replace
 
-from mmfast.spec import Codes, Compute, Data, Drawing, Fixed, LanguageModel, Optim, SharedTokens, Stage, System, Vqgan
+from mmfast.spec import Compute, Data, Drawing, Fixed, LanguageModel, NoConnector, Optim, SharedTokens, Stage, System, Vqgan
 
 _PRETRAIN = Stage(
     "pretrain",
@@ -28,7 +28,7 @@ RECIPE = System(
     name="chameleon",
     paper="arXiv:2405.09818",
     encoder=Vqgan(),
-    connector=Codes(),
+    connector=NoConnector(),
     fusion=SharedTokens(),
     language=LanguageModel(
         family="chameleon", weights=None, words="facebook/chameleon-7b", vocab=65536, ffn=11008, context=4096, norm_eps=1e-5
