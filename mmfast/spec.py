@@ -700,8 +700,8 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append("fusion: begin and end stand around a picture together; set both, or neither")
     if language.words and language.weights:
         out.append("language.words: language.weights bring a tokenizer of their own; take one of them out")
-    if system.compute.packing and language.family == "kosmos_2_text_model":
-        out.append("compute.packing: the decoder of kosmos_2_text_model cannot keep packed rows apart; leave packing off")
+    if system.compute.packing and language.family in ("kosmos_2_text_model", "mpt", "opt"):
+        out.append(f"compute.packing: the decoder of {language.family} cannot keep packed rows apart; leave packing off")
     if system.weights and isinstance(system.fusion, AdapterPrompts | Retrieval):  # no published class has one; the others are looked into
         out.append(
             f"weights: {system.weights} are those of a prefix model; with {type(system.fusion).__name__} give the parts' own weights"
