@@ -12,15 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mmfast.spec import SharedTokens
+
 _NAME = re.compile(r"IMGIMG([A-J]+)Z")
-
-
-def code_name(code: int) -> str:
-    """
-    >>> code_name(0), code_name(12)
-    ('IMGIMGAZ', 'IMGIMGBCZ')
-    """
-    return "IMGIMG" + "".join(chr(ord("A") + int(digit)) for digit in str(code)) + "Z"
 
 
 def code_number(name: str) -> int | None:
@@ -48,7 +42,7 @@ class ImageVocabulary:
         named = sorted((code, id) for name, id in vocabulary.items() if (code := code_number(name)) is not None)
         if not named or [code for code, _ in named] != list(range(len(named))):
             raise ValueError(
-                f"ImageVocabulary: expected a word for each code 0 .. K - 1 ({code_name(0)} is 0, {code_name(12)} is 12), got {len(named)} words "
+                f"ImageVocabulary: expected a word for each code 0 .. K - 1 ({SharedTokens.code(0)} is 0, {SharedTokens.code(12)} is 12), got {len(named)} words "
                 + (f"up to code {named[-1][0]}" if named else "for codes")
             )
         for word in (begin, end):

@@ -3,19 +3,20 @@
 import pytest
 import torch
 
-from mmfast.data.codes import ImageVocabulary, code_name, code_number
+from mmfast.data.codes import ImageVocabulary, code_number
+from mmfast.spec import SharedTokens
 
 
 def vocabulary(codes=13, shuffle=True):
     order = torch.randperm(codes, generator=torch.Generator().manual_seed(1)).tolist() if shuffle else range(codes)
     words = {"<s>": 1, "</s>": 2, "<pad>": 3, "<racm3:break>": 5, "<eoss>": 60, "<image>": 4, "IMGIMG": 61, "red": 62}
-    return {**words, **{code_name(k): 10 + at for k, at in enumerate(order)}}
+    return {**words, **{SharedTokens.code(k): 10 + at for k, at in enumerate(order)}}
 
 
 def test_names():
     """The two that the specification writes out, the last of 8192, and all of them there and back."""
-    assert [code_name(k) for k in (0, 12, 8191)] == ["IMGIMGAZ", "IMGIMGBCZ", "IMGIMGIBJBZ"]
-    assert all(code_number(code_name(k)) == k for k in range(8192))
+    assert [SharedTokens.code(k) for k in (0, 12, 8191)] == ["IMGIMGAZ", "IMGIMGBCZ", "IMGIMGIBJBZ"]
+    assert all(code_number(SharedTokens.code(k)) == k for k in range(8192))
     assert [code_number(name) for name in ("IMGIMG", "IMGIMGZ", "IMGIMGKZ", "IMGIMGAZx", "<s>")] == [None] * 5
 
 
@@ -69,7 +70,7 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"codes 0 \.\. 12, got 2 \.\. 13"):
         words.to_ids(torch.tensor([2, 13]))
     gap = vocabulary()
-    del gap[code_name(4)]
+    del gap[SharedTokens.code(4)]
     with pytest.raises(ValueError, match="12 words up to code 12"):
         ImageVocabulary(gap)
     with pytest.raises(ValueError, match="0 words for codes"):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from mmfast.trainers import supervised
+from mmfast.trainers import retrieval, supervised
 from mmfast.trainers.captions import recall
 from mmfast.trainers.checkpoint import Run, RunError
 from mmfast.trainers.loop import Options
@@ -74,7 +74,7 @@ def test_losses_row_by_row(monkeypatch, tokens, coin, pairs, cached):
     states = session.states_of(source) if cached else None
     source.with_pictures = not cached
     batch = source.batch(torch.tensor([3, 8, 20, 5, 11]))
-    objective = supervised.retrieval_objective(session, states)
+    objective = retrieval.retrieval_objective(session, states)
     monkeypatch.setattr(torch, "rand", lambda *a: torch.tensor(coin))
     loss, told = objective(batch, batch["counts"])
     want = by_hand(session, batch, pairs)
@@ -92,7 +92,7 @@ def test_the_contrast_has_a_weight_and_sees_a_micro_batch(monkeypatch):
     states = session.states_of(source)
     monkeypatch.setattr(torch, "rand", lambda *a: torch.tensor(0.9))
     batch, halves = source.batch(torch.arange(8)), [source.batch(torch.arange(4)), source.batch(torch.arange(4, 8))]
-    objective = supervised.retrieval_objective(session, states, 0.0)
+    objective = retrieval.retrieval_objective(session, states, 0.0)
     whole, told = objective(batch, batch["counts"])
     torch.testing.assert_close(whole, told["loss/caption"] + told["loss/text"])
     cut = [objective(half, batch["counts"]) for half in halves]
@@ -142,7 +142,7 @@ def test_other_records_are_refused():
     session, _ = opened()
     source = session.source(replace(PAIRS.data, name="shapes"), "bare")  # the picture stands behind the beginning token
     with pytest.raises(RunError, match="objective retrieval reads pictures with one caption each, in template fromage"):
-        supervised.retrieval_objective(session, None)(source.batch(torch.arange(4)), torch.ones(2))
+        retrieval.retrieval_objective(session, None)(source.batch(torch.arange(4)), torch.ones(2))
 
 
 def test_recall_counts_equals_fairly():
@@ -157,7 +157,7 @@ def test_recall_counts_equals_fairly():
 
 def test_half_precision_keeps_the_contrast_in_fp32():
     session, source = opened()
-    batch, objective = source.batch(torch.arange(8)), supervised.retrieval_objective(session, session.states_of(source))
+    batch, objective = source.batch(torch.arange(8)), retrieval.retrieval_objective(session, session.states_of(source))
     with torch.no_grad():
         session.model.fusion.logit_scale.fill_(6.0)  # a scale of 403, where bf16 tells cosines apart by whole units
         whole = objective(batch, batch["counts"])[1]["loss/contrast"]
