@@ -10,7 +10,7 @@ from torch import Tensor
 from mmfast.data import chat
 from mmfast.data.synthetic import PROMPT
 from mmfast.eval import chair
-from mmfast.spec import QFormer, Retrieval, System
+from mmfast.spec import Retrieval, System
 
 from . import queries
 from .evaluate import caption_all
@@ -18,10 +18,13 @@ from .evaluate import caption_all
 
 def captions_exam(session: Any, system: System, *, scenes: int = 500) -> dict[str, float]:
     """Captions of held-out scenes up to their first full stop, and ``caption/gain``: how much likelier a token of the true caption is under its
-    picture than under another scene's, in nats. Where a model compares texts with pictures, how well each caption finds its picture."""
+    picture than under another scene's, in nats. Where a model compares texts with pictures, how well each caption finds its picture; a
+    Q-Former only while it was last trained to, for what it learns after that for a language model its heads do not follow."""
     world, template = session.world, system.stages[-1].template
     shown = world.scenes("eval", scenes)
     states = session.states(session.exam_pictures(shown))
+    if system.stages[-1].objective == "queries":
+        return queries.measure(session, shown, states)
     texts = [world.caption(s).text for s in shown]
     said, ended = caption_all(session, states, template)
     said = [text.partition(".")[0] + "." * ("." in text) for text in said]
@@ -31,8 +34,6 @@ def captions_exam(session: Any, system: System, *, scenes: int = 500) -> dict[st
     measured["caption/gain"] = own - other
     if isinstance(system.fusion, Retrieval):
         measured |= recall(scores(session, template, texts, states))
-    if isinstance(system.connector, QFormer) and system.connector.text:
-        measured |= queries.measure(session, shown, states)
     return measured
 
 

@@ -30,7 +30,7 @@ COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "
 
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
 RUNS: dict[str, dict[str, list[str]]] = {
-    "blip2": {"": [], "no stage 1": ["--stages.see", "null"]},
+    "blip2": {"": [], "no stage 1": ["--stages.see", "null"], "stage 1": ["--stages.speak", "null"]},
     "chameleon": {
         "": [],
         "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"],
