@@ -124,6 +124,7 @@ def test_the_loss_is_the_weighed_sum_of_the_sets_own_means(tmp_path):
     batch = made.batch(torch.arange(8))
     states = torch.randn(1, 4, 32)
     session.place = type("Here", (), {"device": torch.device("cpu")})
+    session.states_in = lambda batch, states: states[batch["picture_ids"]]
     loss, _ = answer_objective(session, states, shares=made.loss_weights)(batch, batch["counts"])
     with torch.no_grad():
         logits = model(batch["input_ids"], image_states=states, image_rows=batch["image_rows"]).logits[:, :-1]
