@@ -15,9 +15,14 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "fromage": ("retrieval/recall@1", "retrieval/recall@5", "retrieval/recall@10", "caption/gain", "caption/recall"),
     "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
     "blip2": (
-        "retrieval/recall@1", "caption/recall", "caption/gain", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
-        "retrieval/chance@1", "matching/accuracy", "own_caption/recall", "own_caption/chair_i",
+        "caption/recall", "caption/gain", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "retrieval/chance@1",
+        "matching/accuracy",
     ),
+    "chameleon": ("codebook/usage", "drawn/asked", "drawn/chance", "caption/class", "caption/chance"),
+    "flamingo": (
+        "few_shot/0", "few_shot/4", "few_shot/1", "few_shot/chance", "few_shot/0_told", "ranked/4", "ranked/4_swapped", "naming/inner_1",
+    ),
+    "frozen": ("few_shot/0", "few_shot/4", "few_shot/1", "few_shot/2", "few_shot/chance", "naming/inner_1"),
     "kosmos_2": (
         "grounding/mean_iou", "grounding/accuracy", "grounding/unread", "grounding/permuted_mean_iou", "grounding/constant_mean_iou",
         "grounding/ceiling_mean_iou", "caption/boxes_right", "caption/recall",
