@@ -53,7 +53,7 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
     "conceptual_captions": (
         Data("shapes_single"),
-        Optim(lr=2e-3, lr_of={"connector": 2e-4}, steps=600, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST),
+        Optim(lr=2e-3, lr_of={"connector": 2e-4}, steps=1500, batch=32, warmup=20, hold=0.3, floor=0.02, **_FAST),
     ),
     "blip_129m": (Data("shapes_captions"), replace(_LONG, lr=2e-3, steps=600)),
     "flamingo_mix": (Data("shapes_episodes"), replace(_LONG, steps=600)),
