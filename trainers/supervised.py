@@ -85,16 +85,15 @@ def _hidden(session: Session, batch: dict[str, Tensor], images: dict[str, Tensor
 def token_logps(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> tuple[Tensor, Tensor]:
     """Log-probability of every next token ``[B, T - 1]`` (0 where nothing is scored) and the row each belongs to. The head sees the positions
     before a scored token, and no other."""
-    return token_stats(session, batch, states)[:2]
+    return _next_tokens(session, batch, states), batch["rows"][:, 1:]
 
 
-def token_stats(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """``token_logps``, and the log of each softmax's denominator ``[B, T - 1]`` (0 where nothing is scored)."""
+def _next_tokens(session: Session, batch: dict[str, Tensor], states: Tensor | None, **options: bool):
+    """What ``linear_logp`` with these options says of every next token."""
     model, images = session.model, see(session, batch, states)
     hidden, head = _hidden(session, batch, images), model.language.get_output_embeddings()
     labels = model.targets(batch["labels"], batch["input_ids"], **images)
-    logp, stats = linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias, return_stats=True)
-    return logp, batch["rows"][:, 1:], stats.lse
+    return linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias, **options)
 
 
 def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, options: Options) -> int:
@@ -129,13 +128,13 @@ def answer_objective(session: Session, states: Tensor | None, z_loss: float = 0.
     model = session.model
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
-        scored = token_stats if z_loss else token_logps
-        logp, rows, *lse = scored(session, batch, states)
+        said, rows = _next_tokens(session, batch, states, return_stats=bool(z_loss)), batch["rows"][:, 1:]
+        logp, stats = said if z_loss else (said, None)
         weights = (1 if shares is None else shares.to(totals)) / totals.clamp_min(1)
         weights = weights.to(logp.dtype)[batch["groups"]][rows]
         loss, measures = -(logp * weights).sum(), {"tokens": batch["input_ids"].numel()}
-        if lse:
-            z = z_loss * (lse[0].square() * weights).sum()
+        if stats is not None:
+            z = z_loss * (stats.lse.square() * weights).sum()
             loss, measures = loss + z, {"loss/z": z.detach(), **measures}
         return loss, measures
 
