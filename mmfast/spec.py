@@ -247,6 +247,7 @@ class QFormer:
     shared: int = 256
     dropout: float = 0.1
     norm_eps: float = 1e-6  # of the norm before it; LAVIS has 1e-5
+    init: float = 0.02  # standard deviation of what starts from nothing
     weights: str | None = None  # a BERT whose layers, words and tokenizer it starts from
 
 

@@ -43,6 +43,7 @@ class Session:
         self.touched: set[str] = set()  # names of all parameters that some stage has trained, as they are without adapters
         self.adapters: Lora | None = None
         self._text_side: chat.TextSide | None = None
+        self._kept: tuple[Any, list[Tensor], list[int], Tensor] | None = None
         self.world = World(WorldConfig(seed=seed))
         self.origin = Path(system.weights) if system.weights and is_run(system.weights) else None
         origin = self._open_origin()
@@ -91,6 +92,7 @@ class Session:
 
     def rebuild(self, origin: Session | None = None) -> None:
         """The model as it was before any training of this session."""
+        self._kept = None
         torch.manual_seed(self.seed)
         if self.origin:
             self.model = merge_lora((origin or self._open_origin()).model)
@@ -121,6 +123,8 @@ class Session:
         """Lets exactly these parts and adapters learn; returns the parameters' names and makes sure that they are what was asked for."""
         self.add_adapters(lora)
         self.model.train_only(parts, lora=lora is not None)
+        if self.model.encoder_learns:
+            self._kept = None
         modules = [self.model.part(name) for name in parts] + ([] if lora is None else [self.model.part(lora.part)])
         asked, names = {id(p) for module in modules for p in module.parameters()}, self.model.trained
         strange = [n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in asked]
@@ -210,8 +214,19 @@ class Session:
         return self.model.encode(self.pixels(batch["pictures"]))
 
     def states_of(self, source, batch: int = 250) -> Tensor:
-        """Tower states of all pictures of a source, ``[M, N, D]``, read a batch at a time."""
-        return torch.cat([self.states(source.load_pictures(ids)) for ids in torch.arange(source.picture_count).split(batch)])
+        """Tower states of all pictures of a source, ``[M, N, D]``, read a batch at a time. The last ones are kept: stages in turn often
+        show the same pictures to the same tower."""
+        tower = [*self.model.encoder.parameters(), *self.model.encoder.buffers()]
+        versions = [t._version for t in tower]  # count what is written into them, except by fused optimisers: let_train sees to that
+        if self._kept is not None:
+            shown, then, counted, states = self._kept
+            if shown is source and counted == versions and all(a is b for a, b in zip(then, tower, strict=True)):
+                return states
+        self._kept = None  # never two at a time
+        states = torch.cat([self.states(source.load_pictures(ids)) for ids in torch.arange(source.picture_count).split(batch)])
+        if not self.model.encoder_learns:
+            self._kept = (source, tower, versions, states)
+        return states
 
 
 def _plain(name: str) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .loop import Options
     from .session import Session
 
-PROBED = 256  # pictures that are measured now and then
+PROBED = 32  # pictures that are measured now and then, so few that it costs little beside the training
 
 
 class _Critic(nn.Module):

@@ -30,7 +30,12 @@ COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "
 
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
 RUNS: dict[str, dict[str, list[str]]] = {
-    "blip2": {"": [], "no stage 1": ["--stages.see", "null"], "stage 1": ["--stages.speak", "null"]},
+    "blip2": {
+        "": [],
+        "blind": ["--stages.speak.data.blind", "true"],
+        "no stage 1": ["--stages.see", "null"],
+        "stage 1": ["--stages.speak", "null"],
+    },
     "chameleon": {
         "": [],
         "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"],
@@ -42,7 +47,12 @@ RUNS: dict[str, dict[str, list[str]]] = {
         "no contrast": ["--stages.pairs.contrast", "0"],
     },
     "frozen": {"": [], "blind": ["--stages.captions.data.blind", "true"]},
-    "kosmos_1": {"": []},
+    "kosmos_1": {
+        "": [],
+        "blind": [
+            word for kind in ("text", "captions", "episodes") for word in (f"--stages.pretrain.data.parts.shapes_{kind}.blind", "true")
+        ],
+    },
     "kosmos_2": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.instruct.data.blind", "true"]},
     "llama_adapter": {"": [], "no adapter": ["--stages.answers", "null"], "blind": ["--stages.answers.data.blind", "true"]},
     "llava": {"": [], "blind": ["--stages.align.data.blind", "true", "--stages.instruct.data.blind", "true"]},

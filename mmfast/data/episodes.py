@@ -143,6 +143,28 @@ PROMPTS["open_flamingo"] = replace(
 )
 # The words of episodes that the shapes world does not have; they come behind its own in a tiny model's vocabulary.
 OTHER_COLOURS = ("scarlet", "emerald", "navy", "golden", "amber", "violet", "chestnut", "jet")
+FILLERS = tuple(
+    [
+        "there",
+        "is",
+        "in",
+        "the",
+        "picture",
+        "we",
+        "see",
+        "at",
+        "of",
+        "above",
+        "below",
+        "left",
+        "right",
+        "top",
+        "middle",
+        "bottom",
+        "centre",
+        "and",
+    ]
+)
 WORDS = (
     "This",
     "Q",
@@ -181,9 +203,12 @@ class Pool:
         return ATTRIBUTES["object"](self.scenes[picture], self.world)
 
     def told(self, picture: int) -> str:
-        """The same in words that answers never use: "scarlet disc". What a language model reads where a seeing one has a picture."""
-        thing = self.scenes[picture].objects[0]
-        return f"{OTHER_COLOURS[thing.colour]} {SHAPES[thing.shape][2]}"
+        """The same in words that answers never use, anywhere among up to four that say nothing: "of scarlet the disc". What a language model
+        reads where a seeing one has a picture; it has to look for the words, as no place is theirs."""
+        thing, draws = self.scenes[picture].objects[0], Draws(self.world.config.seed, 9, 5, picture)
+        words = [OTHER_COLOURS[thing.colour], SHAPES[thing.shape][2]]
+        words += [FILLERS[draws.below(len(FILLERS))] for _ in range(draws.below(5))]
+        return " ".join(draws.shuffled(words))
 
     def episode(self, draws: Draws, plan: Plan) -> Episode:
         return self._naming(draws, plan) if plan.task == "naming" else self._attribute(draws, plan)

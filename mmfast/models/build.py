@@ -181,7 +181,7 @@ def queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnect
     connector = QueryConnector(
         width_in, width_out, tokens=choice.tokens, width=choice.width, depth=choice.depth, heads=choice.heads, ffn=choice.ffn,
         every=choice.every, vocab=choice.vocab if choice.text else None, positions=choice.positions, shared=choice.shared,
-        dropout=choice.dropout, norm_eps=choice.norm_eps,
+        dropout=choice.dropout, norm_eps=choice.norm_eps, init=choice.init,
     )  # fmt: skip
     if choice.weights:
         load_bert(connector, choice.weights)

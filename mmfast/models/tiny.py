@@ -47,7 +47,7 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "kosmos_web": (_WEB, replace(_LONG, steps=800, lr_of={"last_block": 2e-4, "connector": 1e-3})),
     "kosmos_2_pretrain": (
         Data("shapes_grounded"),
-        replace(_LONG, lr=3e-3, steps=1000, batch=16, lr_of={"encoder": 2e-4, "connector": 1e-3}),
+        replace(_LONG, steps=1700, batch=16, lr_of={"encoder": 2e-4, "connector": 1e-3}),
     ),
     "kosmos_2_instruct": (Data("shapes_grounded"), replace(_SHORT, lr=1e-4)),
     # Frozen: pictures of one thing with its name; what few shots say of them is never trained on.
@@ -60,9 +60,9 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
     "chameleon_pictures": (
         Data("shapes_crowded"),
-        Optim(lr=6e-3, steps=800, batch=8, warmup=20, hold=0.5, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
+        Optim(lr=1e-3, steps=1400, batch=4, warmup=20, hold=0.5, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
     ),
-    "chameleon_stage_1": (_MIXED, Optim(lr=4e-3, steps=400, batch=32, warmup=40, schedule="exponential", floor=0.1, **_FAST)),
+    "chameleon_stage_1": (_MIXED, Optim(lr=4e-3, steps=1800, batch=32, warmup=40, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_stage_2": (_MIXED, Optim(lr=4e-4, steps=60, batch=32, warmup=0, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_sft": (_MIXED, replace(_SHORT, lr=1e-4)),
 }
@@ -77,7 +77,6 @@ _WORDS = Stage(
     optim=Optim(lr=2e-3, steps=600, batch=64, warmup=30, floor=0.02, **_FAST),
 )
 # What a language model is before anything is put into it that lets it see. What it reads, by what the last stage shows; else the same.
-_TEXTS = {"shapes_captions": Data("shapes_text"), **dict.fromkeys(EPISODES, Data("shapes_told"))}
 _TEXT = Stage(
     "text",
     train=("language", "embeddings"),
@@ -85,6 +84,12 @@ _TEXT = Stage(
     template="bare",
     optim=replace(_LONG, steps=500),
 )
+_TEXTS = {
+    "shapes_captions": replace(_TEXT, data=Data("shapes_text")),
+    "shapes_episodes": replace(_TEXT, data=Data("shapes_told")),
+    # One that is to read what stands where no training has put it needs more than one way to tell.
+    "shapes_single": replace(_TEXT, data=Data("shapes_told"), dropout=0.1, optim=replace(_LONG, steps=800)),
+}
 
 
 def tiny(recipe: System | Alignment) -> System | Alignment:
@@ -140,15 +145,15 @@ def _small(choice):
             return replace(choice, size=64, stem=32, blocks=(1,) * len(choice.blocks), width=128)
         case QFormer():  # it reads the language model's words, as there are no others
             return replace(
-                choice, weights=None, tokens=8, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0
-            )
+                choice, weights=None, tokens=16, width=64, depth=2, heads=4, ffn=128, vocab=0, positions=64, shared=32, dropout=0.0, init=0.125
+            )  # fmt: skip
         case Resampler():
             return replace(choice, tokens=8, depth=2, heads=4, head_width=16)
         case GatedCrossAttention():
             return replace(choice, every=min(choice.every, 2), heads=4, head_width=16)
-        case Vqgan():  # four codes for each cell of the world's grid; those that follow what chooses them learn in tens of steps
+        case Vqgan():  # a code for each cell of the world's grid; those that follow what chooses them learn in tens of steps
             return replace(
-                choice, size=64, channels=8, multipliers=(1, 1, 2, 4), blocks=1, latent=32, width=16, codes=256, groups=4, codebook="ema",
+                choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 8), blocks=1, latent=64, width=16, codes=256, groups=2, codebook="ema",
                 decay=0.9, dead_below=0.05,
             )  # fmt: skip
         case AdapterPrompts():
@@ -166,10 +171,7 @@ def _stages(system: System) -> tuple[Stage, ...]:
     trained = any("language" in stage.train or stage.lora is not None for stage in system.stages)
     words = replace(_WORDS, train=("encoder", "connector", "embeddings") if system.projects else ("encoder", "embeddings"))
     seen = () if isinstance(system.encoder, NfResnet | Vqgan) else (words,)
-    if system.language.family == "kosmos_2_text_model":
-        # It drops attention weights and embeddings, too, and a model of this size has none to spare.
-        own = [replace(stage, dropout=0.0) for stage in own]
-    text = replace(_TEXT, data=_TEXTS.get(own[-1].data.name, _TEXT.data), template=own[-1].template) if own else _TEXT
+    text = replace(_TEXTS.get(own[-1].data.name, _TEXT), template=own[-1].template) if own else _TEXT
     return (*seen, *(() if trained else (text,)), *own)
 
 
@@ -182,9 +184,10 @@ def _stage(stage: Stage) -> Stage:
     # Templates have words that a tiny model does not know; that of pictures and captions has none, and those of episodes are known.
     template = stage.template if TEMPLATES[stage.template].picture_first or data.name in EPISODES else "bare"
     optim = replace(optim, level_new=stage.optim.level_new, weight_decay_of=stage.optim.weight_decay_of)
+    # What learns from pictures at this size has nothing to spare for dropout.
     return replace(
-        stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim, drawing=drawing
-    )
+        stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim, drawing=drawing, dropout=0.0
+    )  # fmt: skip
 
 
 def tiny_alignment(alignment: Alignment) -> Alignment:

@@ -36,21 +36,25 @@ class QueryConnector(nn.Module):
     Args:
         vocab: words of the Q-Former's own text side; None: it has none.
         norm_eps: of ``ln_vision``: 1e-6 in transformers' classes, 1e-5 in LAVIS.
+        init: standard deviation of the queries and of the Q-Former's maps at the start; BERT's 0.02 is made for its width.
     """
 
     def __init__(
         self, width_in: int, width_out: int, *, tokens: int = 32, width: int = 768, depth: int = 12, heads: int = 12, ffn: int = 3072,
         every: int = 2, vocab: int | None = None, positions: int = 512, shared: int = 256, dropout: float = 0.1, norm_eps: float = 1e-6,
+        init: float = 0.02,
     ):  # fmt: skip
         super().__init__()
         self.ln_vision = nn.LayerNorm(width_in, eps=norm_eps)
-        self.query_tokens = nn.Parameter(torch.empty(1, tokens, width).normal_(std=0.02))
+        self.query_tokens = nn.Parameter(torch.empty(1, tokens, width).normal_(std=init))
         self.qformer = QFormer(
             hidden_size=width, num_hidden_layers=depth, num_attention_heads=heads, intermediate_size=ffn, encoder_hidden_size=width_in,
             cross_attention_frequency=every, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-            use_qformer_text_input=vocab is not None, vocab_size=vocab, max_position_embeddings=positions,
+            use_qformer_text_input=vocab is not None, vocab_size=vocab, max_position_embeddings=positions, initializer_range=init,
         )  # fmt: skip
         self.projection = nn.Linear(width, width_out)
+        nn.init.normal_(self.projection.weight, std=0.02)
+        nn.init.zeros_(self.projection.bias)
         if vocab is not None:
             self.vision_proj, self.text_proj = nn.Linear(width, shared), nn.Linear(width, shared)
             self.itm_head = nn.Linear(width, 2)

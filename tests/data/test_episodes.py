@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mmfast.data import chat, supervised
-from mmfast.data.episodes import ATTRIBUTES, NONSENSE, PROMPTS, WORDS, Episode, Plan, Pool, mixed, most_similar, orderings
+from mmfast.data.episodes import ATTRIBUTES, FILLERS, NONSENSE, PROMPTS, WORDS, Episode, Plan, Pool, mixed, most_similar, orderings
 from mmfast.data.formats import parse
 from mmfast.data.synthetic import Draws, World
 from mmfast.models.tokenizer import word_tokenizer
@@ -139,8 +139,9 @@ def test_told_episodes_have_other_words_where_a_picture_was_and_do_not_teach_the
     other = supervised.shapes_told(world, chunks, 1).columns[0]
     assert (other.ids == chunks.tokenizer.convert_tokens_to_ids("<|endofchunk|>")).sum() == 8
     assert (other.ids == chunks.tokenizer.eos_token_id).sum() == 1
-    names = {pool.told(p) for p in range(len(pool.scenes))}
-    assert len(names) == 36
+    names = [pool.told(p) for p in range(len(pool.scenes))]
+    assert len({tuple(sorted(w for w in name.split() if w not in FILLERS)) for name in names}) == 36  # the classes, in any order
+    assert {len(name.split()) for name in names} == {2, 3, 4, 5, 6}
     assert not {word for name in names for word in name.split()} & {word for p in range(99) for word in pool.name(p).split()}
 
 

@@ -183,9 +183,19 @@ def test_a_step_of_each_stage_and_the_exam(tmp_path, monkeypatch):
     monkeypatch.setattr(World, "scenes", lambda world, split, count, *args, **kw: scenes(world, split, min(count, 48), *args, **kw))
     session, step = Session(TINY, seed=1), 0
     for stage in (TINY.stages[0], TINY.stages[1]):
-        stage = replace(stage, optim=replace(stage.optim, steps=2, batch=4))
+        stage = replace(stage, dropout=0.1, optim=replace(stage.optim, steps=2, batch=4))
         step = run_stage(session, Run(tmp_path / stage.name), stage, first_step=step, options=Options(seed=1, quiet=True))
     assert len(session.model._dropouts) == 2 * TINY.language.depth
+    source = session.source_of(TINY.stages[1])
+    kept = session.states_of(source)
+    assert session.states_of(source) is kept  # the tower is as it was
+    session.model.encoder.vision.codebook[0] += 1
+    assert session.states_of(source) is not kept
+    assert session.states_of(session.source_of(TINY.stages[0])) is not session.states_of(source)
+    kept = session.states_of(source)
+    run_stage(session, Run(tmp_path / "again"), replace(TINY.stages[0], optim=replace(TINY.stages[0].optim, steps=1, batch=4)), first_step=step,
+              options=Options(seed=1, quiet=True))  # fmt: skip
+    assert session.states_of(source) is not kept
     measured = drawing_exam(session, TINY, count=12)
     assert measured["reader/asked"] == 1.0
     assert all(0 <= value <= 1 for name, value in measured.items() if name.split("/")[0] in ("drawn", "caption", "reader"))
