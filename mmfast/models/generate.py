@@ -49,21 +49,15 @@ def steps(
         raise ValueError(f"generate: expected no_repeat >= 0, got {no_repeat}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
-    head, cache = model.language.get_output_embeddings(), DynamicCache(config=model.language.config)
-    input_ids = model.with_slots(input_ids, images)
-    embeds = model.embed_images(**images)
-    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)
-    told = input_ids
-    step, codes = input_ids, getattr(model.encoder, "words", None)
+    if max_new_tokens < 1:
+        return
+    reading, done = (
+        Reading(model, input_ids, attention_mask, **images),
+        torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device),
+    )
+    told = reading.told
     for count in range(max_new_tokens):
-        masks = {} if attention_mask is None else {"attention_mask": attention_mask, "position_ids": positions}
-        hidden, cache = model.fusion(model.language, step, embeds, model.image_token, past_key_values=cache, use_cache=True, **masks)
-        logits = head(hidden[:, -1]).float()
-        if allowed is not None:
-            logits = logits.masked_fill(~allowed(count), -torch.inf)
-        elif codes is not None:
-            logits = logits.index_fill(-1, codes.to(logits.device), -torch.inf)
+        logits = reading.logits if allowed is None else reading.any_logits.masked_fill(~allowed(count), -torch.inf)
         if no_repeat:
             logits = unrepeated(logits, told, no_repeat)
         logits = logits if rule is None else rule(count, logits)
@@ -72,13 +66,57 @@ def steps(
             token = torch.where(done, end, token)
             done |= token == end
         yield token
-        if done.all():
+        if done.all() or count + 1 == max_new_tokens:
             break
         told = torch.cat([told, token[:, None]], 1) if no_repeat else told
-        step, embeds = token[:, None], model.fusion.carry(step, embeds, model.image_token)
-        if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(token), 1)], 1)
-            positions = positions[:, -1:] + 1
+        reading.say(token)
+
+
+class Reading:
+    """Rows of tokens that a model has read, and what it makes of what comes next.
+
+    ``told``: the prompts ``[B, T]``. ``any_logits``: of every next token, ``[B, V]`` in fp32; ``logits``: those of codes of pictures, which
+    text cannot have, at minus infinity.
+    """
+
+    def __init__(self, model: MultimodalModel, input_ids: Tensor, attention_mask: Tensor | None = None, **images: Tensor | None):
+        self.model, self.told = model, model.with_slots(input_ids, images)
+        self._cache, self._mask = DynamicCache(config=model.language.config), attention_mask
+        self._positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)
+        self._images = model.embed_images(**images)
+        self._read(self.told)
+
+    @property
+    def logits(self) -> Tensor:
+        codes = getattr(self.model.encoder, "words", None)
+        return self.any_logits if codes is None else self.any_logits.index_fill(-1, codes.to(self.any_logits.device), -torch.inf)
+
+    def say(self, token: Tensor) -> None:
+        """Goes on with a token ``[B]``."""
+        if self._mask is not None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(token), 1)], 1)
+            self._positions = self._positions[:, -1:] + 1
+        self._read(token[:, None])
+
+    def spread(self, count: int) -> None:
+        """Every row ``count`` times, one after another."""
+        self._cache.batch_repeat_interleave(count)
+        if self._mask is not None:
+            self._mask, self._positions = (x.repeat_interleave(count, 0) for x in (self._mask, self._positions))
+        self._images = None if self._images is None else self._images.spread(count)
+        self.told, self.any_logits = (x.repeat_interleave(count, 0) for x in (self.told, self.any_logits))
+
+    def follow(self, rows: Tensor) -> None:
+        """Goes on from these rows ``[B]``, each of which has the prompt and the pictures of the one whose place it takes."""
+        self._cache.reorder_cache(rows)
+
+    def _read(self, ids: Tensor) -> None:
+        model, masks = self.model, {} if self._mask is None else {"attention_mask": self._mask, "position_ids": self._positions}
+        hidden, self._cache = model.fusion(
+            model.language, ids, self._images, model.image_token, past_key_values=self._cache, use_cache=True, **masks
+        )
+        self.any_logits = model.language.get_output_embeddings()(hidden[:, -1]).float()
+        self._images = model.fusion.carry(ids, self._images, model.image_token)
 
 
 def next_token(logits: Tensor, *, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
@@ -107,8 +145,17 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return torch.zeros_like(probabilities).scatter(-1, order, kept)
 
 
-def generate(model: MultimodalModel, input_ids: Tensor, **options) -> Tensor:
-    """All new tokens ``[B, up to max_new_tokens]``, ``end`` included; arguments as for ``steps``."""
+def generate(model: MultimodalModel, input_ids: Tensor, *, beams: int = 1, length_penalty: float = 1.0, **options) -> Tensor:
+    """All new tokens ``[B, up to max_new_tokens]``, ``end`` included; other arguments as for ``steps``.
+
+    Args:
+        beams: above 1, the best of so many texts that are followed side by side (``mmfast.models.beams``); no token is drawn then.
+        length_penalty: of beams: a text's log-probability is divided by its length to this power, so that more favours longer ones.
+    """
+    if beams != 1:
+        from mmfast.models.beams import search
+
+        return search(model, input_ids, beams=beams, length_penalty=length_penalty, **options)
     tokens = list(steps(model, input_ids, **options))
     return torch.stack(tokens, 1) if tokens else input_ids.new_zeros(len(input_ids), 0)
 

@@ -21,6 +21,10 @@ class ByRow:
 
     embeds: Tensor
 
+    def spread(self, count: int) -> "ByRow":
+        """Each row ``count`` times."""
+        return ByRow(self.embeds.repeat_interleave(count, 0))
+
 
 @dataclass
 class _Prompts:

@@ -38,6 +38,10 @@ class MediaByRow:
     latents: Tensor
     count: Tensor
 
+    def spread(self, count: int) -> "MediaByRow":
+        """Each row ``count`` times."""
+        return MediaByRow(self.latents.repeat_interleave(count, 0), self.count.repeat_interleave(count, 0))
+
 
 @dataclass
 class MediaByMask:
@@ -46,6 +50,10 @@ class MediaByMask:
 
     latents: Tensor
     times: list[Tensor]
+
+    def spread(self, count: int) -> "MediaByMask":
+        """Each row ``count`` times."""
+        return MediaByMask(self.latents.repeat_interleave(count, 0), [time.repeat_interleave(count, 0) for time in self.times])
 
 
 @dataclass
