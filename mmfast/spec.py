@@ -41,6 +41,7 @@ class Clip:
     post_norm: bool = False  # the tower's last norm, over every state that is passed on
     unit: bool = False  # states of length 1, after that norm (Kosmos-2)
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of a tower without weights
+    interpolate: int = 0  # side of pictures that the position embeddings of its weights are stretched to; 0: their own
 
     @property
     def channels(self) -> int:
@@ -65,6 +66,7 @@ class Eva:
     patch: int = 14
     size: int = 224
     layer: int = -1
+    interpolate: int = 0  # side of pictures that the position embeddings of its weights are stretched to; 0: their own
 
     @property
     def tokens(self) -> int:
@@ -106,6 +108,7 @@ class Siglip:
     patch: int = 16
     size: int = 224
     layer: int = -2
+    interpolate: int = 0  # side of pictures that the position embeddings of its weights are stretched to; 0: their own
 
     @property
     def tokens(self) -> int:
@@ -126,6 +129,7 @@ class Dino:
     size: int = 518
     layer: int = -2
     keep_class_token: bool = False
+    interpolate: int = 0  # side of pictures that the position embeddings of its weights are stretched to; 0: their own
 
     @property
     def tokens(self) -> int:
@@ -681,6 +685,12 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
         if isinstance(encoder, Dino):
             multiple("encoder.ffn", encoder.ffn, "encoder.width", encoder.width)
+    if tower and encoder.interpolate and not encoder.weights:
+        out.append("encoder.interpolate: stretches what encoder.weights bring, and there are none; set encoder.size in its place")
+    if tower and encoder.interpolate and system.weights:
+        out.append("encoder.interpolate: weights bring a whole model with the size of its pictures; leave it 0")
+    if tower and encoder.interpolate and read:
+        multiple("encoder.interpolate", encoder.interpolate, "encoder.patch", encoder.patch)
     if isinstance(encoder, NfResnet) and encoder.blocks:
         multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
         multiple("encoder.width", encoder.width, "4 and a halving for each stage but one,", 4 << (len(encoder.blocks) - 1))

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -200,7 +201,7 @@ def tower_sizes(choice, config: PretrainedConfig):
     ffn = getattr(config, "intermediate_size", None) or int(config.mlp_ratio * config.hidden_size)
     return replace(
         choice, width=config.hidden_size, depth=config.num_hidden_layers, heads=config.num_attention_heads, ffn=ffn,
-        patch=config.patch_size, size=config.image_size,
+        patch=config.patch_size, size=choice.interpolate or config.image_size,
     )  # fmt: skip
 
 
@@ -313,10 +314,35 @@ def load_tower(choice, dtype: torch.dtype | None = None) -> nn.Module:
     if config_of(choice.weights, "encoder.weights").model_type == "llava":
         from mmfast.models.published import from_pretrained
 
-        return from_pretrained(choice.weights, dtype=dtype).encoder.vision
+        return interpolated(from_pretrained(choice.weights, dtype=dtype).encoder.vision, choice.interpolate)
     # Within a whole BLIP-2 the tower's names have a first word more.
     inner = {"key_mapping": {r"^vision_model\.": ""}} if isinstance(choice, spec.Eva) else {}
-    return load_weights(TOWERS[type(choice)][0], choice.weights, "encoder.weights", dtype or torch.float32, **inner)
+    vision = load_weights(TOWERS[type(choice)][0], choice.weights, "encoder.weights", dtype or torch.float32, **inner)
+    return interpolated(vision, choice.interpolate)
+
+
+@torch.no_grad()
+def interpolated(vision: nn.Module, side: int) -> nn.Module:
+    """The tower for pictures of another side, in pixels; 0: as it is. Its grid of position embeddings is stretched bicubically, the class
+    token's stays: what BLIP-2 does for captions at 364 pixels and Qwen-VL at 448, and transformers' ``interpolate_pos_encoding``."""
+    if not side or side == vision.config.image_size:
+        return vision
+    inner = getattr(vision, "vision_model", vision).embeddings
+    patch, name = vision.config.patch_size, "position_embeddings" if hasattr(inner, "position_embeddings") else "position_embedding"
+    table = getattr(inner, name)
+    rows = (table.weight if isinstance(table, nn.Embedding) else table[0]).float()  # [class token and N, D]
+    old, new = vision.config.image_size // patch, side // patch
+    first, grid = rows[: len(rows) - old**2], rows[len(rows) - old**2 :]
+    grid = F.interpolate(grid.T.reshape(1, -1, old, old), size=(new, new), mode="bicubic", align_corners=False)
+    rows = torch.cat([first, grid.flatten(2)[0].T]).to(getattr(table, "weight", table).dtype)
+    if isinstance(table, nn.Embedding):
+        setattr(inner, name, nn.Embedding.from_pretrained(rows, freeze=False))
+        inner.register_buffer("position_ids", torch.arange(len(rows))[None], persistent=False)
+    else:
+        setattr(inner, name, nn.Parameter(rows[None]))
+    vision.config.image_size = inner.image_size = side
+    inner.num_patches, inner.num_positions = new**2, len(rows)
+    return vision
 
 
 def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) -> nn.Module:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mmfast import spec
-from mmfast.models import build, from_pretrained, resolved, tokenizer_for
+from mmfast.models import build, from_pretrained, pretrained, resolved, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
 
 WORDS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", *(f"w{i}" for i in range(45)))
@@ -136,6 +136,33 @@ def test_towers_equal_the_stock_llava(kind, tmp_path):
     assert (told.encoder.tokens, told.language.width) == (4, 32)
     with torch.no_grad():
         torch.testing.assert_close(build(whole)(**inputs).logits, want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_tower_for_larger_pictures_is_that_of_transformers(kind, tmp_path):
+    """Its position embeddings are stretched once, as the stock class stretches them each time it is asked to."""
+    given = system(tmp_path, kind)
+    given = replace(given, encoder=replace(given.encoder, interpolate=70))
+    model = build(given, tokenizer=tokenizer_for(given)).eval()
+    assert (model.system.encoder.size, model.system.image.size, model.system.image_places) == (70, 70, 25)
+    stock = pretrained.TOWERS[kind][0].from_pretrained(given.encoder.weights).eval()
+    pixels = torch.randn(2, 3, 70, 70)
+    how = {} if kind is spec.Dino else {"interpolate_pos_encoding": True}
+    told = stock(pixels, output_hidden_states=True, **how).hidden_states[-2][:, 0 if kind in (spec.Siglip, spec.Eva) else 1 :]
+    torch.testing.assert_close(model.encode(pixels), told, rtol=1e-5, atol=1e-5)
+    model.encoder.vision.save_pretrained(tmp_path / "wide")
+    again = replace(given, encoder=replace(given.encoder, interpolate=0, weights=str(tmp_path / "wide")))
+    torch.testing.assert_close(build(again, tokenizer=tokenizer_for(again)).eval().encode(pixels), told, rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_that_no_tower_can_be_stretched_to(tmp_path):
+    given = system(tmp_path)
+    for side, weights, sentence in (
+        (71, given.encoder.weights, "encoder.interpolate: 71 is not a multiple of encoder.patch 14"),
+        (56, None, "encoder.interpolate: stretches what encoder.weights bring, and there are none; set encoder.size in its place"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            build(replace(given, encoder=replace(given.encoder, weights=weights, interpolate=side)), tokenizer=tokenizer_for(given))
 
 
 @pytest.mark.parametrize("kind", TOWERS)

@@ -204,7 +204,7 @@ def test_everything_wrong_at_once(tmp_path, capsys):
     assert err.splitlines() == [
         "mmfast: 11 errors in the configuration",
         f"  {tmp_path}/a.yaml: encoder.wdith: Clip has no field 'wdith' (did you mean 'width'?); it has weights, width, depth, heads, ffn, "
-        "patch, size, layer, scales, keep_class_token, post_norm, unit, activation",
+        "patch, size, layer, scales, keep_class_token, post_norm, unit, activation, interpolate",
         f"  {tmp_path}/a.yaml: encoder.heads: expected a whole number, got 'many'",
         f"  {tmp_path}/a.yaml: stages.instrct: nothing is called 'instrct' there (did you mean 'instruct'?); there are words, align, instruct",
         "  config file gone.yaml does not exist",
