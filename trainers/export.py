@@ -20,7 +20,7 @@ from mmfast.spec import Alignment, System, to_dict
 from .chat import joint
 from .checkpoint import RunError
 
-# Conversations are tokenised piece by piece (mmfast.data.chat), a chat template makes one text. This character, of Unicode's private use area,
+# Most templates' conversations are tokenised piece by piece (mmfast.data.chat), a chat template makes one text. This character, of Unicode's private use area,
 # marks the borders in that text; the exported tokenizer splits at it and drops it, so that the ids are the same.
 BORDER = "\ue000"
 
@@ -196,9 +196,10 @@ def chat_template(name: str, join: str) -> str:
     def q(text: str) -> str:
         return json.dumps(text)  # Jinja reads the same escapes
 
-    end_each, keep, tight = ("true" if flag else "false" for flag in (form.end_each, form.keep_question, form.tight))
+    end_each, keep, tight, whole = ("true" if flag else "false" for flag in (form.end_each, form.keep_question, form.tight, form.whole))
+    opening = form.between.rstrip(" ") if form.whole else form.between
     return (
-        "{%- macro border(piece, text) -%}{{ " + q(BORDER) + " if piece and text and not piece.startswith('<image>') else '' }}{%- endmacro -%}"
+        "{%- macro border(piece, text) -%}{{ " + q(BORDER) + " if not " + whole + " and piece and text and not piece.startswith('<image>') else '' }}{%- endmacro -%}"
         "{%- macro asked(text) -%}{%- for part in text.split('<image>') -%}"
         "{%- set part = part if loop.first or not " + tight + " else part.lstrip(' ') -%}{{- '' if loop.first else '<image>' -}}"
         "{{- part if loop.last or not " + tight + " else part.rstrip(' ') -}}{%- endfor -%}{%- endmacro -%}"
@@ -216,7 +217,7 @@ def chat_template(name: str, join: str) -> str:
         "{%- if message.role == 'user' and ns.open is none -%}"
         "{%- if not " + keep + " -%}{%- set ns.said = '<image>' * (ns.said.split('<image>')|length - 1) -%}{%- endif -%}"
         "{%- set ns.open = " + q(form.before) + " + ns.said -%}"
-        "{%- if loop.last -%}{%- set piece = asked(ns.open + (" + q(form.between) + " if add_generation_prompt else '')) -%}"
+        "{%- if loop.last -%}{%- set piece = asked(ns.open + (" + q(opening) + " if add_generation_prompt else '')) -%}"
         "{{- border(piece, ns.text) -}}{{- piece -}}{%- endif -%}"
         "{%- elif message.role == 'assistant' and ns.open is not none -%}"
         "{%- set piece = asked(ns.open + " + q(form.between) + ") -%}{{- border(piece, ns.text) -}}{{- piece -}}"

@@ -1,4 +1,4 @@
-"""From conversations to token ids and labels: text is tokenised piece by piece and labels are made on ids, so neither can drift."""
+"""From conversations to token ids and labels. Labels follow from where a token's text ends, so neither can drift."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class Template:
     only_seen: bool = False  # of a document only what follows a picture is supervised, up to the end of its chunk
     learn_begin: bool = False  # ... which is learnt
     tight: bool = False  # no spaces beside a picture in a question
+    whole: bool = False  # all between two pictures or ends is tokenised as one text, else questions and answers each by themselves
 
 
 TEMPLATES = {
@@ -60,6 +61,7 @@ TEMPLATES = {
         after_system=" ",
         before="USER: ",
         between=" ASSISTANT: ",
+        whole=True,
     ),
     # Stanford Alpaca, and LLaMA-Adapter after it: the answer follows the colon at once.
     "alpaca": Template(
@@ -68,6 +70,7 @@ TEMPLATES = {
         "Write a response that appropriately completes the request.\n\n",
         before="### Instruction:\n",
         between="\n\n### Response:",
+        whole=True,
     ),
     # Idefics' instructed models, as their cards show it; the tokens around pictures are the fusion's (``System.borders``).
     "idefics": Template(
@@ -90,9 +93,10 @@ def check_template(name: str) -> None:
 
 def encode(
     tokenizer: Any, template: str, turns: Sequence[tuple[str, str | None]], *, image_tokens: int, image_token: int, max_length: int = 2048,
-    system: str | None = None, borders: Sequence[int] = (), learn_pictures: bool = False,
+    system: str | None = None, borders: Sequence[int] = (), learn_pictures: bool = False, last_alone: bool = False,
 ) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Token ids and labels of a conversation; an answer of None leaves the prompt open for generation.
+    """Token ids and labels of a conversation; an answer of None leaves the prompt open for generation. Answers are supervised, with ``last_alone``
+    none but the last.
 
     Each ``<image>`` becomes ``image_tokens`` places between ``borders`` (the ids before and behind a picture, if any). With ``learn_pictures``
     those in a supervised text are supervised: the label of a place is the placeholder, for which the model puts the picture's own token. What is longer than ``max_length`` (places counted) loses its end, and a
@@ -103,7 +107,9 @@ def encode(
     """
     check_template(template)
     form = TEMPLATES[template]
-    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures, end=form.end, begin=not form.picture_first)
+    line = _Line(
+        tokenizer, image_tokens, image_token, borders, learn_pictures, end=form.end, begin=not form.picture_first, whole=form.whole
+    )
     own = form.system_with_input if form.system_with_input and turns and INPUT in turns[0][0] else form.system
     line.add(own if system is None else system + form.after_system)
     for i, (question, answer) in enumerate(turns):
@@ -113,17 +119,19 @@ def encode(
             line.add("<image>" * question.count("<image>"))
             question = question.replace("<image>", "").strip()
             line.begin(learnt=form.learn_begin)
-        asked = form.before + question + form.between
+        # What a whole text goes on with brings the space before it.
+        between = form.between.rstrip(" ") if form.whole and answer is None else form.between
+        asked, learnt = form.before + question + between, i == len(turns) - 1 or not last_alone
         line.add(re.sub(" *<image> *", "<image>", asked) if form.tight else asked)
         if answer is None:
-            if len(line.ids) > max_length:
-                raise ValueError(f"the prompt has {len(line.ids)} tokens with its pictures, more than max_length={max_length}")
+            if len(line) > max_length:
+                raise ValueError(f"the prompt has {len(line)} tokens with its pictures, more than max_length={max_length}")
             break
         if form.picture_first and question:
             answer = " " + answer.lstrip()  # the prompt and what follows are one sentence, whose words begin with their spaces
-        line.add(answer + form.after, supervised=True)
+        line.add(answer + form.after, supervised=learnt)
         if form.end_each or (i == len(turns) - 1 and not form.after):
-            line.end()
+            line.end(supervised=learnt)
     return line.cut(max_length)
 
 
@@ -156,9 +164,11 @@ class _Line:
 
     def __init__(
         self, tokenizer: Any, image_tokens: int, image_token: int, borders: Sequence[int] = (), learn_pictures: bool = False, *, end: str = "",
-        begin: bool = True,
+        begin: bool = True, whole: bool = False,
     ):  # fmt: skip
         self.tokenizer, self.learn_pictures = tokenizer, learn_pictures
+        self.whole = whole and getattr(tokenizer, "is_fast", False)  # others do not tell where in the text a token stands
+        self.waiting: list[tuple[str, bool]] = []  # text that is not tokenised yet, and whether it is supervised
         self.picture = [*borders[:1], *[image_token] * image_tokens, *borders[1:]]
         self.shared, self.announced = len(borders) == 2 and borders[0] == borders[1], len(borders[:1])
         self.pictures: list[tuple[int, int]] = []  # where each begins and ends
@@ -166,6 +176,10 @@ class _Line:
         self.ids, self.labels = [], []
         if begin:
             self.begin()
+
+    def __len__(self) -> int:
+        self._tokenise()
+        return len(self.ids)
 
     def begin(self, learnt: bool = False) -> None:
         first = self.tokenizer.bos_token_id
@@ -176,6 +190,7 @@ class _Line:
     def add(self, text: str, supervised: bool = False) -> None:
         for i, piece in enumerate(text.split("<image>")):
             if i:
+                self._tokenise()
                 joins = self.shared and self.ids[-1:] == self.picture[:1]  # adjacent pictures have one border between them
                 picture = self.picture[joins:]
                 self.pictures.append((len(self.ids), len(self.ids) + len(picture)))
@@ -183,9 +198,21 @@ class _Line:
                 told = len(picture) if self.learn_pictures else told
                 self.ids.extend(picture)
                 self.labels.extend(picture[:told] + [IGNORE] * (len(picture) - told) if supervised else [IGNORE] * len(picture))
-            new = self.tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
-            self.ids.extend(new)
-            self.labels.extend(new if supervised else [IGNORE] * len(new))
+            self.waiting.append((piece, supervised))
+        if not self.whole:
+            self._tokenise()
+
+    def _tokenise(self) -> None:
+        """What waits, as one text. A token is supervised if its last character is: the space before an answer is part of its first word."""
+        pieces, self.waiting = [piece for piece in self.waiting if piece[0]], []
+        if not pieces:
+            return
+        text, known = "".join(text for text, _ in pieces), len({supervised for _, supervised in pieces}) == 1
+        new = self.tokenizer(text, add_special_tokens=False, **({} if known else {"return_offsets_mapping": True}))
+        learnt = [supervised for text, supervised in pieces for _ in text]  # of every character
+        ends = [1] * len(new["input_ids"]) if known else [end for _, end in new["offset_mapping"]]
+        self.ids.extend(new["input_ids"])
+        self.labels.extend(token if learnt[max(end, 1) - 1] else IGNORE for token, end in zip(new["input_ids"], ends, strict=True))
 
     def add_chunks(self, text: str, end: str, only_seen: bool) -> None:
         """A document as chunks, each of a picture and what is said of it, closed by ``end``; neither token has a space beside it."""
@@ -201,12 +228,13 @@ class _Line:
                 self.add(after.strip() + end, supervised=not only_seen)
 
     def end(self, supervised: bool = True) -> None:
+        self._tokenise()
         token = self.tokenizer.eos_token_id if self.kept is None else self.kept
         self.ids.append(token)
         self.labels.append(token if supervised else IGNORE)
 
     def cut(self, max_length: int) -> tuple[list[int], list[int]]:
-        whole = len(self.ids)
+        whole = len(self)
         end = next((first for first, last in self.pictures if first < max_length < last), max_length)
         ids, labels = self.ids[:end], self.labels[:end]
         if self.kept is not None and whole > max_length and ids:
@@ -274,9 +302,8 @@ class Encoder:
 
     def answer(self, record: Any, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of a preference record's conversation with this answer at its end; earlier answers are part of the prompt."""
-        prompt, _ = self([*record.turns[:-1], (record.turns[-1][0], None)], record.system)
-        ids, labels = self([*record.turns[:-1], (record.turns[-1][0], text)], record.system)
-        return ids, [IGNORE] * min(len(prompt), len(ids)) + labels[len(prompt) :]
+        turns = [*record.turns[:-1], (record.turns[-1][0], text)]
+        return encode(self.tokenizer, self.template, turns, system=record.system, last_alone=True, **self._sizes())
 
     def _sizes(self) -> dict[str, int]:
         return {

@@ -215,7 +215,7 @@ class VQGAN(nn.Module):
         """pixels ``[B, 3, H, W]`` -> what the codebook is asked for, ``[B, D, h, w]``."""
         if pixels.dim() != 4 or pixels.shape[2] % self.patch or pixels.shape[3] % self.patch:
             raise ValueError(f"VQGAN: expected pixels [B, 3, H, W] with sides that are multiples of {self.patch}, got {list(pixels.shape)}")
-        return self.quant_conv(self.encoder(pixels))
+        return self.quant_conv(self.encoder(pixels.contiguous(memory_format=torch.channels_last)))  # convolutions are quicker so
 
     def nearest(self, z: Tensor, *, freeze: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """z ``[B, D, h, w]`` -> codes in its place (with their gradient to z), indices ``[B, h, w]``, the codebook's loss (a mean over all
@@ -231,7 +231,7 @@ class VQGAN(nn.Module):
             raise ValueError(
                 "VQGAN: this one has no decoder (the Chameleon of transformers has none); read the original tokenizer checkpoint"
             )
-        return self.decoder(self.post_quant_conv(codes))
+        return self.decoder(self.post_quant_conv(codes.contiguous(memory_format=torch.channels_last)))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """pixels ``[B, 3, H, W]`` -> drawn ``[B, 3, H, W]``, indices ``[B, h, w]``, the codebook's loss."""

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from mmfast.data import chat
+from mmfast.data.formats import Record
 
 BOS, EOS, IMAGE = 1, 2, 3
 
 
 class Speller:
-    bos_token_id, eos_token_id = BOS, EOS
+    bos_token_id, eos_token_id, is_fast = BOS, EOS, True
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text, add_special_tokens, return_offsets_mapping=False):
         assert not add_special_tokens
-        return {"input_ids": [ord(c) for c in text]}
+        return {"input_ids": [ord(c) for c in text], "offset_mapping": [(i, i + 1) for i in range(len(text))]}
 
 
 def encode(template, turns, tokens=2, **kwargs):
@@ -41,6 +42,93 @@ def test_vicuna_v1_as_published():
         "the user's questions. USER: @@\nHi ASSISTANT: Hello</s>USER: Who? ASSISTANT: Me.</s>"
     )
     assert scored(ids, labels) == "Hello</s>Me.</s>"
+
+
+def legacy_llama():
+    """A tokenizer as LLaMA's first: a space before every text, spaces are part of the words behind them; its words are those of the test."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    said = [chat.TEMPLATES["vicuna_v1"].system + "USER: Hi. ASSISTANT: Hello there!", "USER: Who is it? ASSISTANT: Me.", "\nHi."] * 4
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex("\u2581?[A-Za-z]+|\u2581?[^A-Za-z\u2581]"), "isolated")  # no piece is of two words
+    said += [chat.TEMPLATES["alpaca"].system + "### Instruction:\nAdd.\n\n### Response:Hello there!"] * 4
+    inner.train_from_iterator(said, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    inner.pre_tokenizer = None
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def published_v1(tokenizer, text):
+    """LLaVA's arithmetic for v1: the prompt at once, cut at the picture; then rounds between ends, of each as many labels hidden as its question
+    has tokens, less one for the beginning and one for the last space."""
+
+    def tokens(text):
+        return [BOS, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def with_ends(text):
+        ids = []
+        for i, piece in enumerate(text.split("</s>")):
+            ids += ([EOS] if i else []) + (tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else [])
+        return ids
+
+    before, after = text.split("<image>")
+    ids = [BOS, *with_ends(before), IMAGE, *with_ends(after)]
+    labels, at = list(ids), 1
+    labels[0] = -100
+    for round_ in text.split("</s>")[:-1]:
+        parts = round_.split(" ASSISTANT: ")
+        question, whole = parts[0] + " ASSISTANT: ", round_
+        if "<image>" in whole:
+            (a, b), (c, d) = question.split("<image>"), whole.split("<image>")
+            asked, length = len(tokens(a)) + 1 + len(tokens(b)) - 1, len(tokens(c)) + 1 + len(tokens(d)) - 1
+        else:
+            asked, length = len(tokens(question)), len(tokens(whole))
+        for i in range(at, at + asked - 2):
+            labels[i] = -100
+        at += length
+    assert at == len(ids)  # otherwise the sample would be thrown away
+    return ids, labels
+
+
+@pytest.mark.parametrize("turns", [TURNS[:1], [("<image>\nHi.", "Hello there!"), ("Who is it?", "Me.")]])
+def test_vicuna_v1_token_for_token(turns):
+    """A tokenizer that puts a space before every text gives what the published code gives, which encodes a conversation at once."""
+    tokenizer = legacy_llama()
+    ids, labels = chat.encode(tokenizer, "vicuna_v1", turns, image_tokens=1, image_token=IMAGE)
+    rounds = "</s>".join(f"USER: {q} ASSISTANT: {a}" for q, a in turns)
+    assert (ids, labels) == published_v1(tokenizer, chat.TEMPLATES["vicuna_v1"].system + rounds + "</s>")
+    wide, wide_labels = chat.encode(tokenizer, "vicuna_v1", turns, image_tokens=256, image_token=IMAGE)
+    assert [i for i, x in enumerate(wide) if x == IMAGE] == [i for i in range(len(wide)) if wide[i] == IMAGE and wide_labels[i] == -100]
+    assert wide.count(IMAGE) == 256
+    prompt, _ = chat.encode(tokenizer, "vicuna_v1", [*turns[:-1], (turns[-1][0], None)], image_tokens=1, image_token=IMAGE)
+    assert tokenizer.convert_ids_to_tokens(prompt)[-1].endswith(":")  # what follows brings its own space
+    assert ids[: len(prompt)] == prompt
+    assert labels[len(prompt)] == ids[len(prompt)]  # and is learnt
+    only = chat.Encoder(tokenizer, "vicuna_v1", 1, IMAGE, 0).answer(Record(0, "#0", turns=tuple(turns)), "Me.")
+    assert only[1] == [-100] * len(prompt) + only[0][len(prompt) :]
+
+
+def test_alpaca_token_for_token():
+    """The answer stands at the colon, with no space between."""
+    tokenizer = legacy_llama()
+    ids, labels = chat.encode(tokenizer, "alpaca", [("Add.", "Hello there!")], image_tokens=1, image_token=IMAGE)
+    text = chat.TEMPLATES["alpaca"].system + "### Instruction:\nAdd.\n\n### Response:Hello there!"
+    assert ids == [BOS, *tokenizer(text, add_special_tokens=False)["input_ids"], EOS]
+    learnt = tokenizer.convert_ids_to_tokens([i for i in labels if i != -100])
+    assert "".join(learnt).endswith("Hello\u2581there!</s>")
+    assert not learnt[0].startswith("\u2581")
+
+
+def test_a_tokenizer_that_does_not_tell_where_its_tokens_stand():
+    class Slow(Speller):
+        is_fast = False
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [ord(c) for c in text]}
+
+    ids, labels = chat.encode(Slow(), "vicuna_v1", TURNS, image_tokens=2, image_token=IMAGE)
+    assert (ids, labels) == encode("vicuna_v1", TURNS)
 
 
 def test_alpaca_as_published():
@@ -73,7 +161,7 @@ def test_bare_packs_turns_and_ends_once():
 
 
 def test_an_open_prompt_is_the_conversation_up_to_the_answer():
-    for template, ending in (("vicuna_v1", "USER: Who? ASSISTANT: "), ("bare", "HelloWho?")):
+    for template, ending in (("vicuna_v1", "USER: Who? ASSISTANT:"), ("bare", "HelloWho?")):
         prompt, labels = encode(template, [*TURNS[:1], ("Who?", None)])
         whole, _ = encode(template, TURNS)
         assert whole[: len(prompt)] == prompt

@@ -57,10 +57,11 @@ def test_ids_are_those_of_training(kind, template, tmp_path):
 def test_the_borders_are_needed(tmp_path):
     """Without them a byte-pair tokenizer joins what training kept apart: the test above can fail."""
     session = Session(tmp_path, "bytes")
-    out = export(session, recipe(session), tmp_path / "out")
+    out = export(session, recipe(session, "bare"), tmp_path / "out")
     processor = AutoProcessor.from_pretrained(out)
-    text = processor.apply_chat_template(messages_of(TURNS[3]))
-    ours, _ = session.encoder("vicuna_v1")(TURNS[3])
+    turns = [("What is ", "this?")]
+    text = processor.apply_chat_template(messages_of(turns))
+    ours, _ = session.encoder("bare")(turns)
     assert processor.tokenizer(text)["input_ids"] == ours
     assert processor.tokenizer(text.replace(BORDER, ""))["input_ids"] != ours
 
@@ -77,10 +78,12 @@ def test_without_a_first_token():
     """Where a tokenizer has none, neither has the text."""
     import jinja2
 
-    text = module.chat_template("vicuna_v1", "\n")
-    out = jinja2.Environment().from_string(text).render(messages=messages_of([("a", "b")]), bos_token=None, eos_token="</s>")
-    form = conversations.TEMPLATES["vicuna_v1"]
-    assert out == f"{form.system}{BORDER}USER: a ASSISTANT: {BORDER}b</s>"
+    def told(name):
+        text = module.chat_template(name, "\n")
+        return jinja2.Environment().from_string(text).render(messages=messages_of([("a", "b")]), bos_token=None, eos_token="</s>")
+
+    assert told("vicuna_v1") == f"{conversations.TEMPLATES['vicuna_v1'].system}USER: a ASSISTANT: b</s>"  # one text
+    assert told("bare") == f"a{BORDER}b</s>"
 
 
 def test_pixels_are_those_of_training(tmp_path):
