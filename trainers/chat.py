@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmfast.data import images as pictures
-from mmfast.data.chat import TEMPLATES, end_token
+from mmfast.data.chat import last_token
 from mmfast.models.generate import text_pieces
 from mmfast.spec import BUILT_IN, System, nearest
 
@@ -69,7 +69,7 @@ def chat(
     model.eval()
     seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device))} if shown else {}
     tokens = model.steps(
-        torch.tensor([ids], device=device), end=end_token(tokenizer, TEMPLATES[template].end), max_new_tokens=min(max_new_tokens, context - len(ids)),
+        torch.tensor([ids], device=device), end=last_token(tokenizer, template), max_new_tokens=min(max_new_tokens, context - len(ids)),
         temperature=temperature, top_p=top_p, generator=generator, **seen,
     )  # fmt: skip
     said = []

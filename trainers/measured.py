@@ -23,6 +23,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
         "few_shot/0", "few_shot/4", "few_shot/1", "few_shot/chance", "few_shot/0_told", "ranked/4", "ranked/4_swapped", "naming/inner_1",
     ),
     "frozen": ("few_shot/0", "few_shot/4", "few_shot/1", "few_shot/2", "few_shot/chance", "naming/inner_1"),
+    "kosmos_1": ("caption/recall", "few_shot/1", "few_shot/0", "few_shot/4", "few_shot/chance", "caption/chair_s", "caption/gain", "ranked/4", "ranked/4_swapped"),
     "kosmos_2": (
         "grounding/mean_iou", "grounding/accuracy", "grounding/unread", "grounding/permuted_mean_iou", "grounding/constant_mean_iou",
         "grounding/ceiling_mean_iou", "caption/boxes_right", "caption/recall",

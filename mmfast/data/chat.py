@@ -152,6 +152,12 @@ def encode_document(
     return line.cut(max_length)
 
 
+def last_token(tokenizer: Any, template: str) -> int:
+    """What an answer that is generated ends with: the template's end, or what closes a picture's chunk in its documents."""
+    form = TEMPLATES[template]
+    return end_token(tokenizer, form.end or form.chunk)
+
+
 def end_token(tokenizer: Any, end: str = "") -> int:
     """The token of a template's ``end``; the tokenizer's own end token without one, or where that is no single token of it (a line end in a
     tokenizer of words)."""
@@ -267,8 +273,8 @@ class Encoder:
 
     @property
     def end_token(self) -> int:
-        """What the last answer ends with."""
-        return end_token(self.tokenizer, TEMPLATES[self.template].end)
+        """What an answer ends with."""
+        return last_token(self.tokenizer, self.template)
 
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""

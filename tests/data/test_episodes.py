@@ -136,6 +136,8 @@ def test_told_episodes_have_other_words_where_a_picture_was_and_do_not_teach_the
         assert encode.tokenizer.decode(ids, skip_special_tokens=True) == text
         assert encode.tokenizer.decode(labels[labels >= 0]) == " ".join([*answers, f"{episode.answer} . <eos>"])
     chunks = encoder("flamingo", added=("<|endofchunk|>",))
+    assert chunks.end_token == chunks.tokenizer.convert_tokens_to_ids("<|endofchunk|>")  # nothing that follows is of the same picture
+    assert encode.end_token == encode.tokenizer.eos_token_id
     other = supervised.shapes_told(world, chunks, 1).columns[0]
     assert (other.ids == chunks.tokenizer.convert_tokens_to_ids("<|endofchunk|>")).sum() == 8
     assert (other.ids == chunks.tokenizer.eos_token_id).sum() == 1

@@ -2,7 +2,7 @@
 
 The 9B model with open parts: CLIP L/14 for its NFNet-F6, so that the resampler is 1024 wide (paper: 1536, 16 heads of 96), and LLaMA-7B for
 Chinchilla's 7.1B, whose 32 layers have 8 blocks (paper: 40 and 10). Data are interleaved pages (M3W) and pairs and videos (ALIGN, LTIP, VTP),
-their losses weighed as published, all in every update; none is open, and neither the shares of a batch nor the betas are published. Videos
+their losses weighed as published, all in every update; none is open, and neither the batch, its shares nor the betas are published. Videos
 are read as pictures, one a frame. Padding with the mean and augmentation of pictures are left out.
 """
 

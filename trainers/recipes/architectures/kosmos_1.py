@@ -3,10 +3,11 @@
 Where the paper and the released code (Kosmos-2's, the only one) differ the code is followed in positions: the paper's are xPos, those of the
 released model sinusoidal. Not published for Kosmos-1: the number of image tokens (64, as in Kosmos-2). CLIP is frozen except its last block,
 as in the paper. The share of each kind of data is that of the paper's tokens an update, 0.5, 0.5 and 0.2 million; 1.2 million are 586 rows of
-2,048. The second stage, instructions of text alone, has no published hyper-parameters and is left out.
+2,048. Eps and clipping are Kosmos-2's, not published here. The second stage, instructions of text alone, has no published hyper-parameters
+and is left out.
 """
 
-from mmfast.spec import AttentionPool, Clip, Data, Fixed, LanguageModel, Mixture, Optim, Prefix, Stage, System
+from mmfast.spec import AttentionPool, Clip, Data, Fixed, LanguageModel, Mixture, Optim, Pages, Prefix, Stage, System
 
 RECIPE = System(
     name="kosmos_1",
@@ -25,7 +26,7 @@ RECIPE = System(
             train=("last_block", "connector", "language", "embeddings"),
             data=Mixture(
                 "kosmos_web",
-                (Data("text", weight=0.5, full=True), Data("image_text_pairs", weight=0.5), Data("interleaved", weight=0.2)),
+                (Data("text", weight=0.5, full=True), Data("image_text_pairs", weight=0.5), Data("interleaved", weight=0.2, pages=Pages(pictures=5))),
                 by="tokens",
             ),
             template="bare",

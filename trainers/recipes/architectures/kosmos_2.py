@@ -10,7 +10,7 @@ published; here the answers.
 
 from dataclasses import replace
 
-from mmfast.spec import BoxTokens, Data, Fixed, Mixture
+from mmfast.spec import BoxTokens, Data, Fixed, Mixture, Pages
 
 from .kosmos_1 import RECIPE as KOSMOS_1
 
@@ -20,7 +20,7 @@ PRETRAIN = Mixture(
         Data("text", weight=93, full=True),
         Data("image_text_pairs", weight=1117),
         Data("grit", weight=1117, boxes=0.5),
-        Data("interleaved", weight=47),
+        Data("interleaved", weight=47, pages=Pages(pictures=5)),
     ),
 )
 INSTRUCT = Mixture(
@@ -30,7 +30,7 @@ INSTRUCT = Mixture(
         Data("llava_instruct", weight=351),
         Data("grounded_instructions", weight=1404),
         Data("text", weight=30, full=True),
-        Data("interleaved", weight=15),
+        Data("interleaved", weight=15, pages=Pages(pictures=5)),
     ),
 )
 STAGE = replace(KOSMOS_1.stages[0], train=("encoder", "connector", "language", "embeddings"), data=PRETRAIN)

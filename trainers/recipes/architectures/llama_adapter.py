@@ -3,7 +3,7 @@
 The multimodal model of ScienceQA; its text half on Alpaca is the same with ``train=("adapter",)`` and the template ``alpaca``. Where paper
 and released script differ the script is followed: 32 rows and lr 9e-3 x 32 / 256 (paper: batch 64, lr 9e-3, read as the base rate that is
 2.25e-3), gates through tanh (paper: as they are). No clipping there. The script decays prompts and gates like all else, as here. Labels of
-``<unk>`` are scored here. Not published: which scales of CLIP's global features are concatenated, here the class token after every sixth
+``<unk>`` are scored here. The template adds no words: give ScienceQA's as records. Not published: which scales of CLIP's global features are concatenated, here the class token after every sixth
 block, and the layout of the projection, here two maps (68 units meet the paper's total of 1.79 M).
 """
 
