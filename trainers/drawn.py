@@ -9,12 +9,13 @@ import torch
 from mmfast.data.supervised import drawing_caption
 from mmfast.data.synthetic import Scene, parse
 from mmfast.eval.drawn import Reader, Seen
-from mmfast.models.drawing import draw
+from mmfast.models.drawing import draw, pixels
 from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
 from .evaluate import alike
 from .tokenizer import measure as measure_tokenizer
+from .tokenizer import tokenizer_of
 
 ASKED = 300
 
@@ -23,7 +24,7 @@ def drawing_exam(session: Any, system: System, *, count: int = ASKED) -> dict[st
     """Held-out scenes of one object, at the published sampling (temperature 0.7, top-p 0.9, guidance 1.2 and 3.0).
 
     ``drawn/asked``: the share of drawn pictures that show the colour and shape of their caption, as ``eval.drawn.Reader`` finds them;
-    ``drawn/placed``: in the place it names as well; ``drawn/alone``: and nothing else. ``drawn/chance``: the first by other captions than
+    ``drawn/ceiling``: the same of pictures that only went through the tokenizer; ``drawn/placed``: in the place it names as well; ``drawn/alone``: and nothing else. ``drawn/chance``: the first by other captions than
     their own. ``reader/asked``: the first on the world's own pictures. ``caption/class``: the share of captions whose colour and shape are
     the scene's, ``caption/chance`` of other scenes.
     """
@@ -37,9 +38,11 @@ def drawing_exam(session: Any, system: System, *, count: int = ASKED) -> dict[st
     generator = torch.Generator(session.place.device).manual_seed(session.seed)
     for numbers, ids in alike([encode([(drawing_caption(world, scene), None)])[0] for scene in scenes]):
         drawn[numbers] = draw(session.model, ids.to(session.place.device), generator=generator).cpu()
+    through = torch.cat([pixels(session.model, tokenizer_of(session).tokenise(session.pixels(part))).cpu() for part in true.split(64)])
     shown, other = read(drawn.numpy()), [*scenes[count // 2 :], *scenes[: count // 2]]
     measured |= {
         "drawn/asked": _share(map(_asked, scenes, shown)),
+        "drawn/ceiling": _share(map(_asked, scenes, read(through.numpy()))),
         "drawn/placed": _share(map(_placed(world), scenes, shown)),
         "drawn/alone": _share(_placed(world)(s, seen) and len(seen) == 1 for s, seen in zip(scenes, shown, strict=True)),
         "drawn/chance": _share(map(_asked, other, shown)),

@@ -63,6 +63,10 @@ def tokenizer_stage(session: Session, stage: Stage, options: Options) -> Objecti
         raise RunError(f"{stage.name}: the tokenizer does not recompute activations; leave compute.checkpointing off and lower optim.batch")
     if terms.adversarial and options.place.sharded:
         raise RunError(f"{stage.name}: the adaptive weight needs whole weights; train with a critic under --compute.parallel ddp")
+    if terms.perceptual and session.perceptual is None and options.place.main and not options.quiet:
+        print(
+            f"{stage.name}: drawing.perceptual is {terms.perceptual:g} and there is no module for it (Session.perceptual); it trains without"
+        )
     torch.manual_seed(session.seed)
     critic = _Critic(terms.critic_channels, terms.critic_layers).to(session.place.device) if terms.adversarial else None
     if session.perceptual is not None:

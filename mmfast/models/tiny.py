@@ -178,7 +178,7 @@ def _stages(system: System) -> tuple[Stage, ...]:
 def _stage(stage: Stage) -> Stage:
     data, optim = STAND_INS.get(stage.data.name, _STAND_IN)
     # A critic would begin long after the last step; squared errors leave the mean picture sooner.
-    drawing = replace(stage.drawing, error="l2", adversarial=0.0) if stage.objective == "tokenizer" else stage.drawing
+    drawing = replace(stage.drawing, error="l2", adversarial=0.0, perceptual=0.0) if stage.objective == "tokenizer" else stage.drawing
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
     # Templates have words that a tiny model does not know; that of pictures and captions has none, and those of episodes are known.

@@ -199,4 +199,4 @@ def test_a_step_of_each_stage_and_the_exam(tmp_path, monkeypatch):
     measured = drawing_exam(session, TINY, count=12)
     assert measured["reader/asked"] == 1.0
     assert all(0 <= value <= 1 for name, value in measured.items() if name.split("/")[0] in ("drawn", "caption", "reader"))
-    assert {"codebook/usage", "reconstruction/l2", "drawn/asked", "drawn/chance", "caption/class"} <= measured.keys()
+    assert {"codebook/usage", "reconstruction/l2", "drawn/asked", "drawn/chance", "drawn/ceiling", "caption/class"} <= measured.keys()

@@ -160,6 +160,16 @@ class Darkness(torch.nn.Module):
         return self.weight * (drawn.mean((1, 2, 3)) - pixels.mean((1, 2, 3))).square()
 
 
+def test_a_perceptual_term_without_a_module_is_told(capsys):
+    session = Session(SYSTEM, seed=1)
+    session.let_train(("encoder",), None)
+    for weight, perceptual, told in ((1.0, None, True), (0.0, None, False), (1.0, Darkness(), False)):
+        session.perceptual = perceptual
+        stage = replace(SYSTEM.stages[0], drawing=replace(SYSTEM.stages[0].drawing, perceptual=weight))
+        tokenizer.tokenizer_stage(session, stage, Options())
+        assert ("drawing.perceptual is 1 and there is no module for it" in capsys.readouterr().out) == told
+
+
 def test_a_perceptual_module_is_added_and_stays_as_it_is(tmp_path):
     seen = Darkness()
     _, log = go(SYSTEM, tmp_path / "with", perceptual=seen)
