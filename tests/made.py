@@ -173,11 +173,14 @@ def same_logits(ours, theirs, batch: dict, *, loss: bool = True, atol: float = 1
 
 
 def same_tokens(ours, theirs, batch: dict, *, end: int, steps: int = 12) -> torch.Tensor:
-    """Greedy tokens equal those of the stock class, until the end token or the limit; prompts are padded on the left."""
+    """Greedy tokens and those of beams equal those of the stock class, until the end token or the limit; prompts are padded on the left. Returns the
+    greedy ones."""
     width = batch["input_ids"].shape[1]
-    want = theirs.generate(**batch, max_new_tokens=steps, do_sample=False, pad_token_id=end, eos_token_id=end)[:, width:]
-    got = ours.generate(**batch, end=end, max_new_tokens=steps)
-    assert got.tolist() == want.tolist()
+    for beams in (3, 1):
+        options = dict(max_new_tokens=steps, do_sample=False, num_beams=beams, pad_token_id=end, eos_token_id=end)
+        want = theirs.generate(**batch, **options)[:, width:]
+        got = ours.generate(**batch, end=end, max_new_tokens=steps, beams=beams)
+        assert got.tolist() == want.tolist(), beams
     assert len(set(got.flatten().tolist())) > 4, "a model that repeats itself proves nothing"
     return got
 

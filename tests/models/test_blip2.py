@@ -87,14 +87,15 @@ def test_logits_and_loss_equal_the_stock_class(case, pad, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES[:5], ids=lambda k: "-".join(f"{a}={b}" for a, b in k.items()) or "opt")
-def test_greedy_tokens_equal_the_stock_class(case, tmp_path):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_tokens_equal_the_stock_class(case, beams, tmp_path):
     theirs = stock(**case)
     ours, inputs = from_pretrained(saved(theirs, tmp_path)), batch(**shapes(case), pad="left", seed=3)
     inputs.pop("labels")
-    want = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=2)
-    got = ours.generate(**inputs, end=2, max_new_tokens=12)
+    want = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=2, num_beams=beams)
+    got = ours.generate(**inputs, end=2, max_new_tokens=12, beams=beams)
     assert got.tolist() == want[:, -got.shape[1] :].tolist()
-    assert len(set(got.flatten().tolist())) > 3
+    assert len(set(got.flatten().tolist())) > 3 - (beams > 1)
 
 
 def test_the_way_back_loads_in_the_stock_class(tmp_path):

@@ -134,13 +134,16 @@ def test_the_way_back_loads_in_the_stock_class(kwargs, tmp_path):
 
 
 @pytest.mark.parametrize("kwargs", [{"seed": 3}, {"swin_norm": True, "seed": 3}], ids=str)
-def test_greedy_tokens_equal_the_stock_class(kwargs, tmp_path):
+@pytest.mark.parametrize("beams", [1, 3])
+def test_tokens_equal_the_stock_class(kwargs, beams, tmp_path):
     theirs = stock(**kwargs)
     theirs.save_pretrained(tmp_path)
     ours, inputs = from_pretrained(tmp_path), batch(seed=3, pad="left")
     inputs.pop("labels")
-    want = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=EOS)[:, inputs["input_ids"].shape[1] :]
-    got = ours.generate(**inputs, end=EOS, max_new_tokens=12)
+    want = theirs.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=EOS, num_beams=beams)[
+        :, inputs["input_ids"].shape[1] :
+    ]
+    got = ours.generate(**inputs, end=EOS, max_new_tokens=12, beams=beams)
     assert got.tolist() == want.tolist()
     assert len(set(got.flatten().tolist())) > 4
 
