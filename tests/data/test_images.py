@@ -98,6 +98,8 @@ def test_every_fit_makes_a_square_of_the_whole_picture_or_its_middle():
     assert np.array_equal(unscaled[10:30], np.array(source))
     assert (unscaled[:10] == [127, 63, 191]).all()
     assert (unscaled[30:] == [127, 63, 191]).all()
+    clip = np.array(images._square(source, Fixed(size=40, fit="pad_mean")))
+    assert clip[0, 0].tolist() == [122, 116, 104]  # LLaVA's
     square = picture(64, 64)
     same = [np.array(images._square(square, Fixed(size=16, fit=fit))) for fit in ("crop", "squash", "pad", "pad_mean")]
     assert all(np.array_equal(same[0], other) for other in same[1:])

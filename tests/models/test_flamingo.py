@@ -9,6 +9,7 @@ from gated import IMAGE, SYSTEM, made, pictures, rows
 from mmfast import spec
 from mmfast.models import build, load_flamingo, save_flamingo
 from mmfast.models.flamingo import flamingo_state, load_flamingo_state
+from mmfast.nn import GatedCrossAttention
 
 # OpenFlamingo's models: language model, every, parameters that learn (embeddings aside), and those of one block.
 PUBLISHED = [
@@ -45,6 +46,15 @@ TABLES = {
     "llama": {"model.embed_tokens.weight", "lm_head.weight"},
     "opt": {"model.decoder.embed_tokens.weight"},
 }
+
+
+@pytest.mark.parametrize(("width", "count", "narrow", "wide"), [(2048, 24, 1.158, 1.21), (4096, 10, 1.804, 2.01), (8192, 12, 8.36, 9.66)])
+def test_sizes_of_the_papers_blocks(width, count, narrow, wide):
+    """Of 3B, 9B and 80B in billions. The paper's table says 1.2, 1.6 and 10, its text 1.4, 1.8 and 10; the latents' width is not told with them."""
+    for latents, told in ((1536, narrow), (width, wide)):
+        with torch.device("meta"):
+            block = GatedCrossAttention(dim=width, dim_visual=latents, dim_head=128, heads=width // 128)
+        assert count * sum(p.numel() for p in block.parameters()) / 1e9 == pytest.approx(told, abs=0.005)
 
 
 @pytest.mark.parametrize("family", LAYERS)

@@ -207,6 +207,8 @@ def test_published_sizes():
         model = build(replace(RECIPE, encoder=replace(RECIPE.encoder, weights=None)))
     modules = (model.blocks[0], model.language, model.connector, model.encoder, model)
     assert [sum(p.numel() for p in m.parameters()) for m in modules] == [50_378_752, 1_342_289_920, 19_015_680, 303_179_776, 1_664_485_376]
+    assert sum(p.numel() for block in model.blocks for p in block.parameters()) == 1_209_090_048
+    assert model.language.get_input_embeddings().weight.numel() == 133_195_776
     trained = model.train_only(("last_block",))
     block = sum(p.numel() for p in model.encoder.blocks[-1].parameters())
     assert sum(p.numel() for p in trained) == block + 2 * 1024

@@ -240,8 +240,9 @@ def test_sizes_of_the_released_ones():
         stage2 = QFormer(use_qformer_text_input=False)
         stage2_text = QFormer()
         instruct = QFormer(vocab_size=30523)
-    size = [sum(p.numel() for p in m.parameters()) for m in (stage2, stage2_text, instruct)]
-    assert size == [105_137_664, 161_825_280, 185_660_160]
+        large = QFormer(use_qformer_text_input=False, encoder_hidden_size=1024)  # beside CLIP's ViT-L
+    size = [sum(p.numel() for p in m.parameters()) for m in (stage2, stage2_text, instruct, large)]
+    assert size == [105_137_664, 161_825_280, 185_660_160, 101_598_720]
     start = QFormer(**SIZES, vocab_size=37)
     assert start.encoder["layer"][0].attention["attention"]["key"].weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert (start.embeddings["word_embeddings"].weight[0] == 0).all()

@@ -105,7 +105,9 @@ def test_resampler_against_the_formula(tables):
 def test_resampler_of_open_flamingo_has_its_size():
     with torch.device("meta"):
         module = PerceiverResampler(dim=1024)
+        flamingo = PerceiverResampler(dim=1536, depth=6, dim_head=96, heads=16)
     assert sum(p.numel() for p in module.parameters()) == 63_019_008
+    assert sum(p.numel() for p in flamingo.parameters()) == 170_025_984  # its paper says 194 M, with which its own sizes do not agree
     tables = PerceiverResampler(dim=16, depth=1, num_latents=2, max_num_media=3, max_num_frames=4)
     assert tables.frame_embs.shape == (4, 16)
     assert tables.media_time_embs.shape == (3, 1, 16)
