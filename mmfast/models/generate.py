@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy, deepcopy
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +12,6 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mmfast.models.tokenizer import plain_text
-from mmfast.ops import linear_logp
 
 if TYPE_CHECKING:
     from mmfast.models.build import MultimodalModel
@@ -98,6 +99,12 @@ class Reading:
             self._positions = self._positions[:, -1:] + 1
         self._read(token[:, None])
 
+    def __copy__(self) -> Reading:
+        """One that can go on otherwise: what was read is copied, pictures are not."""
+        new = object.__new__(Reading)
+        new.__dict__.update(self.__dict__, _cache=deepcopy(self._cache))
+        return new
+
     def spread(self, count: int) -> None:
         """Every row ``count`` times, one after another."""
         self._cache.batch_repeat_interleave(count)
@@ -169,12 +176,14 @@ def option_logps(model: MultimodalModel, input_ids: Tensor, options: Sequence[Se
         options: token ids of the answers.
         images: as for ``steps``.
     """
-    embeds, head = model.embed_images(**images), model.language.get_output_embeddings()
-    logps = []
+    prompt, logps = Reading(model, input_ids, **images), []
+    first = prompt.any_logits.log_softmax(-1)
     for option in options:
-        said = torch.tensor(option, device=input_ids.device).expand(len(input_ids), -1)
-        hidden = model.hidden(torch.cat([input_ids, said], 1), image_embeds=embeds)[:, input_ids.shape[1] - 1 : -1]
-        logps.append(linear_logp(hidden, head.weight, said, head.bias).sum(-1))
+        logp, reading = first[:, option[0]], copy(prompt) if len(option) > 1 else prompt
+        for before, token in pairwise(option):
+            reading.say(input_ids.new_full((len(input_ids),), before))
+            logp = logp + reading.any_logits.log_softmax(-1)[:, token]
+        logps.append(logp)
     return torch.stack(logps, 1)
 
 
