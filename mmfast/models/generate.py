@@ -52,11 +52,8 @@ def steps(
         raise ValueError(f"generate: expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
     if max_new_tokens < 1:
         return
-    reading, done = (
-        Reading(model, input_ids, attention_mask, **images),
-        torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device),
-    )
-    told = reading.told
+    reading = Reading(model, input_ids, attention_mask, **images)
+    told, done = reading.told, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for count in range(max_new_tokens):
         logits = reading.logits if allowed is None else reading.any_logits.masked_fill(~allowed(count), -torch.inf)
         if no_repeat:

@@ -8,6 +8,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForIma
 
 from mmfast import spec
 from mmfast.models import Matcher, build, captions, from_pretrained, load_lavis, rank, save_lavis
+from mmfast.models.build import queries
 from mmfast.models.lavis import lavis_state, load_lavis_state
 
 IMAGE, PAD, WORDS = 59, 1, 37
@@ -344,6 +345,18 @@ def test_published_sizes():
     assert count(model.train_only(("connector",))) == 107_133_696
     assert count(p for p in made.qformer.parameters() if p.requires_grad) == 105_137_664
     assert count(made.projection.parameters()) == 1_968_640
+
+
+@pytest.mark.parametrize("init", [0.02, 0.125])
+def test_it_starts_as_wide_as_the_recipe_says(init):
+    """Queries and maps; the projection as in transformers' class whatever that is."""
+    from mmfast.spec import QFormer
+
+    connector = queries(QFormer(weights=None, tokens=64, width=64, depth=2, heads=4, ffn=128, vocab=50, init=init), 48, 80)
+    key = connector.qformer.encoder["layer"][0].attention["attention"]["key"].weight
+    assert [float(w.std()) for w in (connector.query_tokens, key)] == pytest.approx([init, init], rel=0.1)
+    assert float(connector.projection.weight.std()) == pytest.approx(0.02, rel=0.1)
+    assert not connector.projection.bias.any()
 
 
 def test_gradients_reach_exactly_what_a_stage_trains():
