@@ -152,6 +152,27 @@ def encode_document(
     return line.cut(max_length)
 
 
+def encode_parts(
+    tokenizer: Any, parts: Sequence[str | None], *, image_tokens: int, image_token: int, borders: Sequence[int] = (), begin: str = "row",
+) -> list[int]:  # fmt: skip
+    """Token ids of texts and pictures (None) in any order, each text tokenised by itself, for a model to go on with. ``begin``: where the
+    beginning token stands: before the whole "row", before the first "text", or before "each" text.
+
+    Raises:
+        ValueError: a text with ``<image>`` in it.
+    """
+    line = _Line(tokenizer, image_tokens, image_token, borders, begin=begin == "row")
+    waiting = begin != "row"
+    for part in parts:
+        if part is not None and "<image>" in part:
+            raise ValueError(f"the text {part[:60]!r} holds <image>; give the picture itself as a part, where it stands")
+        if part is not None and waiting:
+            line.begin()
+            waiting = begin == "each"
+        line.add("<image>" if part is None else part)
+    return line.ids
+
+
 def last_token(tokenizer: Any, template: str) -> int:
     """What an answer that is generated ends with: the template's end, or what closes a picture's chunk in its documents."""
     form = TEMPLATES[template]

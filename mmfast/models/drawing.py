@@ -6,9 +6,9 @@ each prompt, under guidance, and ``write`` text and pictures as the model likes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from transformers import DynamicCache
 
 from mmfast.models.fusions import SharedTokensFusion
 from mmfast.models.generate import next_token, steps
+from mmfast.models.interleaved import Part, encode
+from mmfast.models.tokenizer import plain_text
 
 if TYPE_CHECKING:
     from mmfast.models.build import MultimodalModel
@@ -166,6 +168,16 @@ def write(
         yield "picture", codes[0].tolist()
         picture = [begin, *model.encoder.words[codes[0].to(model.encoder.words.device)].tolist(), close]
         ids = torch.cat([ids, ids.new_tensor([picture])], 1)
+
+
+def compose(model: MultimodalModel, tokenizer: Any, parts: Sequence[Part], **options) -> list[str | Tensor]:
+    """What the model goes on with behind texts and pictures: texts and pictures, uint8 [H, W, 3], in turn, up to the end token. ``parts`` as for
+    ``mmfast.models.interleaved.encode``, so that what was composed can be asked about; ``options`` as for ``write``."""
+    ids, shown = encode(model, tokenizer, parts)
+    composed: list[str | Tensor] = []
+    for kind, said in write(model, ids, **{"end": tokenizer.eos_token_id, **options}, **shown):
+        composed.append(plain_text(tokenizer, said) if kind == "text" else pixels(model, torch.tensor([said], device=ids.device))[0])
+    return [part for part in composed if not isinstance(part, str) or part]
 
 
 def _check(model: MultimodalModel) -> None:

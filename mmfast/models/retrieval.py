@@ -1,8 +1,8 @@
 """Texts in which pictures are read and found: interleaved generation, an index of pictures, the likelihood of a prompt (FROMAGe,
 arXiv:2301.13823, section 3.3). Letters: M pictures, T tokens, S dimensions of the shared space.
 
-A prompt is a list of texts and pictures, a picture its pixels [3, H, W] as the tower takes them. A picture's places are tokens like any other,
-so a token's number is its place in the sequence.
+A prompt is a list of texts and pictures, as ``mmfast.models.interleaved`` has them. A picture's places are tokens like any other, so a token's
+number is its place in the sequence.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from torch import Tensor
 
 from mmfast.models.build import MultimodalModel
 from mmfast.models.generate import generate as say
+from mmfast.models.interleaved import Part, encode
 from mmfast.models.tokenizer import plain_text
 
-Prompt = Sequence[str | Tensor]
+__all__ = ["Index", "encode", "generate", "log_likelihood"]
+
+Prompt = Sequence[Part]
 
 
 @dataclass
@@ -64,22 +67,6 @@ class Index:
         """Scaled cosines [.., M] of [RET]'s hidden states [.., D] with all pictures."""
         pictures = torch.nn.functional.normalize(self.embeddings.to(hidden.device), dim=-1)
         return model.fusion.logit_scale.exp() * model.fusion.texts(hidden) @ pictures.T
-
-
-def encode(model: MultimodalModel, tokenizer: Any, prompts: Prompt, *, begin_each: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token ids [1, T] and the pictures, as ``model`` takes them. The beginning token stands before the first text, or before each."""
-    ids: list[int] = []
-    first = True
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            begin = [tokenizer.bos_token_id] if (first or begin_each) and tokenizer.bos_token_id is not None else []
-            ids += begin + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            first = False
-        else:
-            ids += [model.image_token] * model.system.image_tokens
-    device = next(model.parameters()).device
-    shown = [prompt for prompt in prompts if not isinstance(prompt, str)]
-    return torch.tensor([ids], device=device), {"pixel_values": torch.stack(shown).to(device)} if shown else {}
 
 
 @torch.no_grad()
