@@ -361,11 +361,13 @@ class Fixed:
     """One square of ``size`` pixels, values 0 .. 1 less mean over std (CLIP's by default).
 
     ``fit``: how a picture that is no square becomes one. crop: shorter side resized, middle kept. squash: both sides resized, to other
-    proportions. pad, pad_mean: in the middle of a black square, or one of the mean's colour, which is resized.
+    proportions. pad, pad_mean: in the middle of a black square, or one of the mean's colour, which is resized. ``fit_asked``: the same for
+    pictures in questions, where these are treated otherwise than those in answers and documents; None: alike.
     """
 
     size: int = 224
     fit: Literal["crop", "squash", "pad", "pad_mean"] = "crop"
+    fit_asked: Literal["crop", "squash", "pad", "pad_mean"] | None = None
     augment: bool = False  # in training: a part of the square, at least half of it, in its place, every other one mirrored
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
@@ -415,6 +417,8 @@ class Data:
     clean: bool = False  # answers as BLIP reads captions: lower case, .!"()*#:;~ left out, the first 50 words
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
+    # Of pictures with a caption, read as documents: the share whose caption comes first, drawn once a record; None: they are questions.
+    captions_first: float | None = None
     full: bool = False  # texts end to end in rows of max_length, cut where a row ends; records without pictures
     weight: float | None = None
     loss: float | None = None

@@ -63,7 +63,7 @@ def chat(
     if len(ids) >= context:
         raise RunError(f"the conversation takes {len(ids)} places of the model's {context}, so no answer fits; ask less or begin anew")
     device = next(model.parameters()).device
-    shown = [pictures.load(path, system.image) for path in (*earlier, *images)]
+    shown = [pictures.load(path, pictures.asked(system.image)) for path in (*earlier, *images)]
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     was_training = model.training
     model.eval()
@@ -113,7 +113,7 @@ def converse(
             elif word == "/image":
                 if not rest:
                     raise RunError("/image needs a file")
-                pictures.load(rest.strip(), session.system.image)  # told now, not with the question
+                pictures.load(rest.strip(), pictures.asked(session.system.image))  # told now, not with the question
                 waiting.append(rest.strip())
                 write(f"{len(waiting)} picture{'s' * (len(waiting) > 1)} for the next question\n")
             elif word.startswith("/") and word[1:].isalpha():

@@ -14,6 +14,7 @@ import yaml
 from PIL import Image
 
 from mmfast.data import chat
+from mmfast.data.images import asked
 from mmfast.models.published import class_of, idefics, llava, save_pretrained
 from mmfast.spec import Alignment, System, to_dict
 
@@ -101,9 +102,10 @@ def llava_processor(session, template: str):
 
     system, skip = session.model.system, session.model.encoder.skip
     side, patches = system.image.size, (system.encoder.size // system.encoder.patch) ** 2
-    if system.image.fit not in ("crop", "squash"):
-        raise RunError(f"{system.name}: no stock processor pads pictures to a square; image.fit {system.image.fit} cannot be exported")
-    square, crop = {"height": side, "width": side}, system.image.fit == "crop"
+    fit = asked(system.image).fit
+    if fit not in ("crop", "squash"):
+        raise RunError(f"{system.name}: no stock processor pads pictures to a square; image.fit {fit} cannot be exported")
+    square, crop = {"height": side, "width": side}, fit == "crop"
     pictures = CLIPImageProcessorPil(
         size={"shortest_edge": side} if crop else square,
         do_center_crop=crop,
@@ -130,10 +132,8 @@ def idefics_processor(session, template: str):
     from transformers.models.idefics.image_processing_pil_idefics import IdeficsImageProcessorPil
 
     system = session.model.system
-    if system.image.fit != "squash":
-        raise RunError(
-            f"{system.name}: Idefics' processor resizes both sides of a picture; image.fit {system.image.fit} cannot be exported"
-        )
+    if (fit := asked(system.image).fit) != "squash":
+        raise RunError(f"{system.name}: Idefics' processor resizes both sides of a picture; image.fit {fit} cannot be exported")
     if system.borders != (idefics.AROUND,) * 2:
         raise RunError(
             f"{system.name}: Idefics' processor puts {idefics.AROUND} around pictures; without it in fusion.around there is no export"

@@ -103,7 +103,8 @@ def encode(
     picture that would lose its own end goes whole. ``system`` takes the place of the template's.
 
     Raises:
-        ValueError: unknown template, a prompt that is longer than ``max_length``, or answers all beyond it.
+        ValueError: unknown template, a prompt that is longer than ``max_length``, answers all beyond it, or a picture in an answer without
+            ``learn_pictures``.
     """
     check_template(template)
     form = TEMPLATES[template]
@@ -127,6 +128,8 @@ def encode(
             if len(line) > max_length:
                 raise ValueError(f"the prompt has {len(line)} tokens with its pictures, more than max_length={max_length}")
             break
+        if "<image>" in answer and not learn_pictures:
+            raise ValueError(f"answer {i} holds <image>, and this system does not draw; only questions may")
         if form.picture_first and question:
             answer = " " + answer.lstrip()  # the prompt and what follows are one sentence, whose words begin with their spaces
         line.add(answer + form.after, supervised=learnt)
@@ -312,7 +315,7 @@ class Encoder:
         if self.regions is None:
             raise ValueError("speaks of places in its picture, and this system does not; set regions, or data.boxes to 0")
         size = record.pictures[0].size()
-        placement, whole = placed(size, self.plan), (size if record.shares else (1, 1))
+        placement, whole = placed(size, record.plans(self.plan)[0]), (size if record.shares else (1, 1))
         moved = [
             [kept for box in group if (kept := placement.keep([v * whole[i % 2] for i, v in enumerate(box)])) is not None]
             for group in record.boxes
@@ -357,6 +360,8 @@ class TextSide:
     image_token: int = -1
 
     def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
+        if any("<image>" in (answer or "") for _, answer in turns):
+            raise ValueError("holds a picture in an answer, and captions that are compared with pictures are texts; only questions may")
         pictures = sum(question.count("<image>") for question, _ in turns)
         text = self.text(" ".join(answer for _, answer in turns if answer))
         return [self.image_token] * pictures + text, [IGNORE] * pictures + text

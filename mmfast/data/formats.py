@@ -25,7 +25,7 @@ from mmfast.data import images
 from mmfast.data.chat import INPUT
 from mmfast.data.images import Picture
 from mmfast.data.regions import REGION
-from mmfast.spec import Pages, nearest
+from mmfast.spec import Fixed, Pages, nearest
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # The names that rows may have: what ``columns`` may map to.
@@ -44,7 +44,8 @@ GRIT_SCORE = 0.65
 
 @dataclass(frozen=True)
 class Record:
-    """What one row says. Every ``<image>`` in questions or document is the place of one of the pictures, in reading order."""
+    """What one row says. Every ``<image>`` in turns or document is the place of one of the pictures, in reading order; one in an answer is to be
+    drawn."""
 
     number: int
     id: str
@@ -57,11 +58,34 @@ class Record:
     chosen: str | None = None
     rejected: str | None = None
 
+    def plans(self, plan: Fixed) -> list[Fixed]:
+        """What becomes of each picture: those in questions may be made squares otherwise than others."""
+        if self.document is not None:
+            return [plan] * len(self.pictures)
+        told = [
+            [kind] * (text or "").count("<image>")
+            for turn in self.turns
+            for kind, text in zip((images.asked(plan), plan), turn, strict=True)
+        ]
+        return [kind for kinds in told for kind in kinds]
+
+
+def paired(record: Record, captions_first: float | None) -> Record:
+    """A record that is pictures and a caption as a document, the caption first in this share of records; any other as it is."""
+    places = "<image>" * len(record.pictures)
+    if captions_first is None or not places or len(record.turns) != 1 or record.turns[0][0].strip() != places or record.system:
+        return record
+    caption = record.turns[0][1]
+    first = _draw(record.number, "captions_first") < captions_first
+    return replace(record, turns=(), document=caption + places if first else places + caption)
+
 
 def cleaned(record: Record) -> Record:
     """The record with its answers as BLIP and BLIP-2 read captions (LAVIS's caption processor)."""
 
     def clean(text: str) -> str:
+        if "<image>" in text:
+            raise ValueError("has a picture in an answer, and clean is for captions; leave it off")
         words = re.sub(r"[.!\"()*#:;~]", " ", text.lower()).split()[:50]
         if not words:
             raise ValueError("has an answer without words; leave clean off, or the record out")
@@ -114,9 +138,9 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _draw(number: int) -> float:
+def _draw(number: int, what: str = "boxes") -> float:
     """0 .. 1, the same for a record in every epoch."""
-    return int.from_bytes(hashlib.sha256(f"boxes {number}".encode()).digest()[:7], "big") / 2**56
+    return int.from_bytes(hashlib.sha256(f"{what} {number}".encode()).digest()[:7], "big") / 2**56
 
 
 def _null(value: Any) -> bool:
@@ -212,7 +236,7 @@ class _Reader:
     def conversation(self, said: list[_Said], *, llava: bool) -> Record:
         if said and said[0].role == "assistant":  # LLaVA drops an opening that nobody asked for
             said = said[1:]
-        system, turns, shows = self.turns(said)
+        system, turns, shows = self.turns(said, drawn=True)
         if turns[-1][1] is None:
             raise ValueError("ends with a question that has no answer")
         return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
@@ -477,8 +501,8 @@ class _Reader:
             pieces.append(piece)
         return "\n".join(pieces), shows
 
-    def turns(self, said: list[_Said]) -> tuple[str | None, list[tuple[str, str | None]], list[tuple[str, Any]]]:
-        """System message, (question, answer) turns, the last answer None if there is none, and what the questions show."""
+    def turns(self, said: list[_Said], *, drawn: bool = False) -> tuple[str | None, list[tuple[str, str | None]], list[tuple[str, Any]]]:
+        """System message, (question, answer) turns, the last answer None if there is none, and what they show. ``drawn``: answers may hold pictures."""
         system = self.row.get("system")
         system = self.unmarked(self.plain(system, '"system"'), '"system"') if system is not None else None
         if said and said[0].role == "system":
@@ -494,22 +518,24 @@ class _Reader:
                 )
         turns: list[tuple[str, str | None]] = []
         for i, question in enumerate(said[::2]):
-            turns.append((question.text, self.answer(said[2 * i + 1], f"answer {i}") if 2 * i + 1 < len(said) else None))
+            turns.append((question.text, self.answer(said[2 * i + 1], f"answer {i}", drawn) if 2 * i + 1 < len(said) else None))
         return system or None, turns, [shown for message in said for shown in message.shows]
 
     def asked(
         self, turns: list[tuple[str, str | None]], shows: list[tuple[str, Any]], system: str | None, llava: bool = False
     ) -> tuple[tuple[tuple[str, str | None], ...], str | None, tuple[Picture, ...]]:
         """Turns with every picture in its place, the system message, and the pictures."""
-        questions, pictures = self.place([question for question, _ in turns], shows, llava=llava)
+        texts, pictures = self.place([text for turn in turns for text in turn if text is not None], shows, llava=llava)
+        questions, answers = texts[::2], [*texts[1::2], *[None] * (len(texts) % 2)]
         for i, question in enumerate(questions):
             if not question.strip():
                 raise ValueError(f"question {i} is empty")
-        return tuple((question, answer) for question, (_, answer) in zip(questions, turns, strict=True)), system, pictures
+        return tuple(zip(questions, answers, strict=True)), system, pictures
 
-    def answer(self, message: _Said, what: str) -> str:
-        if message.shows:
-            raise ValueError(f"{what} holds {message.shows[0][0]}; only questions may")
+    def answer(self, message: _Said, what: str, drawn: bool = False) -> str:
+        marks = [mark for mark, _ in message.shows if mark != "<image>" or not drawn]
+        if marks:
+            raise ValueError(f"{what} holds {marks[0]}; only questions may")
         if not message.text.strip():
             raise ValueError(f"{what} is empty")
         return message.text
@@ -538,7 +564,8 @@ class _Reader:
         """Texts with one <image> for each picture, and the pictures.
 
         Without any place the row's one picture goes in front of the first text, as in LLaVA, and several do where TRL does so (not
-        ``llava``). A single place inside a LLaVA question moves to its front. ``own``: the row's pictures are already among ``shows``.
+        ``llava``). A single place inside a LLaVA question moves to its front, of texts that are question, answer, question, ..
+        ``own``: the row's pictures are already among ``shows``.
         """
         texts, shows = list(texts), list(shows)
         given = {"<image>": [] if own else self.listed("image"), "<video>": self.listed("video")}
@@ -559,7 +586,7 @@ class _Reader:
                 shows = [(m, next(values)) if m == mark and v is None else (m, v) for m, v in shows]
         if llava and len(shows) == 1:
             mark = shows[0][0]
-            texts = [f"{mark}\n{text.replace(mark, '').strip()}".strip() if mark in text else text for text in texts]
+            texts[::2] = [f"{mark}\n{text.replace(mark, '').strip()}".strip() if mark in text else text for text in texts[::2]]
         groups = [self.picture(v, i) if m == "<image>" else self.video(v, i) for i, (m, v) in enumerate(shows)]
         marks: Iterator[str] = iter(["<image>" * len(group) for group in groups])
         texts = [_MARK.sub(lambda _: next(marks), text) for text in texts]

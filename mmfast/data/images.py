@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import isqrt
 from pathlib import Path
@@ -86,6 +86,11 @@ def load(source: str | Path | bytes, plan: Fixed | int, frame: int | None = None
 def fixed(plan: Fixed | int) -> Fixed:
     """A plan, or that of squares of so many pixels, cropped."""
     return Fixed(size=plan) if isinstance(plan, int) else plan
+
+
+def asked(plan: Fixed) -> Fixed:
+    """What a plan makes of a picture in a question."""
+    return replace(plan, fit=plan.fit_asked or plan.fit)
 
 
 def _square(picture: Image, plan: Fixed) -> Image:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mmfast.data.formats import NAMES, TURN_NAMES, Record, cleaned, name_of, parse
+from mmfast.data.formats import NAMES, TURN_NAMES, Record, cleaned, name_of, paired, parse
 from mmfast.data.images import SUFFIXES, Picture
 from mmfast.spec import Data, Pairs, nearest
 
@@ -297,7 +297,9 @@ def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
     if isinstance(data, Data) and record.chosen is not None:
         raise ValueError("is a preference pair; supervised training reads questions with answers, or documents")
-    return cleaned(record) if isinstance(data, Data) and data.clean else record
+    if isinstance(data, Pairs):
+        return record
+    return paired(cleaned(record) if data.clean else record, data.captions_first)
 
 
 def _check_columns(data: Data | Pairs) -> None:

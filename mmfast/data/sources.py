@@ -51,16 +51,17 @@ class _Checked:
                 f"{parts[0].name}: warning: {self._unknown:,} of {self._seen:,} tokens ({self._unknown / self._seen:.1%}) are of words that the "
                 f"tokenizer does not have and become {encoder.tokenizer.unk_token} (tiny models know the words of their built-in data alone)"
             )
-        places: dict[str, int] = {}
+        places: dict[tuple[str, Fixed], int] = {}
         self._pictures: list[tuple[int, int, int]] = []  # where a picture is first seen: part, number, place in the record
         self._pictures_of: list[list[int]] = []
         for at, number in self.items:
             ids = []
-            for place, picture in enumerate(parts[at].parse(number).pictures):
-                if picture.key not in places:
-                    places[picture.key] = len(self._pictures)
+            record = parts[at].parse(number)
+            for place, seen in enumerate(zip((picture.key for picture in record.pictures), record.plans(self.plan), strict=True)):
+                if seen not in places:
+                    places[seen] = len(self._pictures)
                     self._pictures.append((at, number, place))
-                ids.append(places[picture.key])
+                ids.append(places[seen])
             self._pictures_of.append(ids)
 
     def __len__(self) -> int:
@@ -72,11 +73,12 @@ class _Checked:
 
     def load_pictures(self, ids: Tensor) -> Tensor:
         """uint8 ``[M, size, size, 3]`` of the distinct pictures with these numbers."""
-        found, loaded, last, shown = [self._pictures[i] for i in ids.tolist()], [], None, ()
+        found, loaded, last = [self._pictures[i] for i in ids.tolist()], [], None
         for at, number, place in found:
             if last != (at, number):  # a document's pictures mostly come one after another: it is parsed once for all of them
-                last, shown = (at, number), self.parts[at].parse(number).pictures
-            loaded.append(shown[place].load(self.plan))
+                last, record = (at, number), self.parts[at].parse(number)
+                plans = record.plans(self.plan)
+            loaded.append(record.pictures[place].load(plans[place]))
         return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.plan.size, self.plan.size, 3, dtype=torch.uint8)
 
     def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
@@ -88,7 +90,8 @@ class _Checked:
             record = self.parts[at].parse(number)
             if record.turns:
                 turns = [*record.turns[:-1], (record.turns[-1][0], None)]
-                pictures = [picture.load(self.plan) for picture in record.pictures]
+                count = "".join(text for turn in turns for text in turn if text).count("<image>")  # without those to be drawn
+                pictures = [p.load(plan) for p, plan in zip(record.pictures[:count], record.plans(self.plan)[:count], strict=True)]
                 stacked = torch.from_numpy(np.stack(pictures)) if pictures else torch.empty(0)
                 found.append((turns[-1][0], self.encoder(turns, record.system)[0], stacked))
         return found
@@ -268,11 +271,11 @@ class Streamed:
         for at in range(rows):
             record = self._next()
             if at % processes == rank:
-                mine.append((*self._encoded, record.pictures))
+                mine.append((*self._encoded, list(zip(record.pictures, record.plans(self.plan), strict=True))))
         ids, labels = chat.pad([i for i, _, _ in mine], self.encoder.pad_token), chat.pad([ls for _, ls, _ in mine], chat.IGNORE)
         shown = [p for i, _, pictures in mine for p in pictures[: i.count(self.encoder.image_token) // self.encoder.image_tokens]]
         lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()
-        pictures = {"pictures": torch.from_numpy(np.stack([p.load(self.plan) for p in shown]))} if shown else {}
+        pictures = {"pictures": torch.from_numpy(np.stack([p.load(plan) for p, plan in shown]))} if shown else {}
         return {
             **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
             **pictures,

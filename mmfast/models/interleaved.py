@@ -76,7 +76,7 @@ def _pictures_first(system: spec.System) -> bool:
 def _pixels(picture: Path | Tensor, plan: spec.Fixed) -> Tensor:
     """[3, H, W] as the tower takes it."""
     if isinstance(picture, Path):
-        picture = torch.from_numpy(images.load(picture, plan))
+        picture = torch.from_numpy(images.load(picture, images.asked(plan)))
     picture = torch.as_tensor(picture)
     if picture.dtype == torch.uint8 and picture.shape == (plan.size, plan.size, 3):
         return images.normalise(picture[None], plan)[0]

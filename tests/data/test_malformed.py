@@ -128,7 +128,12 @@ ROWS = {
     "one image over many places": (llava("<image>" * 50 + "q", "a", image=["ok.png"]), "50 <image> places but 1 pictures"),
     "fewer places than images": (llava("<image> q", "a", image=["ok.png", "ok.png"]), "1 <image> places but 2 pictures"),
     "no place for several images": (llava("q", "a", image=["ok.png", "ok.png"]), "0 <image> places but 2 pictures"),
-    "a place in an answer": (llava("q", "see <image>", image="ok.png"), "answer 0 holds <image>"),
+    "a video in an answer": (llava("q", "see <video>", video="ok.png"), "answer 0 holds <video>; only questions may"),
+    "a picture of an answer that has no place": (llava("q", "see <image> and <image>", image="ok.png"), "2 <image> places but 1 pictures"),
+    "a place in an earlier answer of a pair": (
+        pair(prompt=[{"role": "user", "content": "q"}, {"role": "assistant", "content": "<image>"}, {"role": "user", "content": "r"}], image="ok.png"),
+        "answer 0 holds <image>",
+    ),
     "a place in the system message": (
         {"messages": [{"role": "system", "content": "<image>"}, *chat("q", "a")["messages"]], "image": "ok.png"},
         "system message holds <image>",
@@ -492,7 +497,7 @@ def test_any_json_is_a_record_or_a_sentence(folder):
             assert "\n" not in sentence
             continue
         read += 1
-        text = record.document if record.document is not None else "".join(q for q, _ in record.turns)
+        text = record.document if record.document is not None else "".join(q + (a or "") for q, a in record.turns)
         assert text.count("<image>") == len(record.pictures), row
         assert "<video>" not in text
         assert record.turns or record.document

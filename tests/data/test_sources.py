@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from mmfast.data import chat
 from mmfast.data.records import Records, Stream
 from mmfast.data.sources import Conversations, PreferencePairs, Streamed
-from mmfast.spec import Data, Pairs
+from mmfast.spec import Data, Fixed, Pairs
 
 IMAGE = 3
 
@@ -247,3 +248,98 @@ def test_a_records_later_pictures_are_opened_too(tmp_path):
         Conversations([Records(spec)], encoder(), plan=4)
     assert "record 0" in str(error.value)
     assert "record 1" in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------------- pictures to be drawn
+
+
+BEGIN, END = 6, 7
+
+
+def drawing_encoder(**kwargs):
+    return encoder(borders=(BEGIN, END), learn_pictures=True, **kwargs)
+
+
+def test_pictures_in_answers_are_supervised_and_those_in_questions_are_not(tmp_path):
+    """Tokens and labels written out; pictures in reading order, over turns."""
+    first = said("<image>q<image>", "a<image>b", 1, 2, 3)
+    first["messages"] += [{"role": "user", "content": "r"}, {"role": "assistant", "content": "<image>"}]
+    first["images"].append("0.png")
+    source = Conversations([Records(data(tmp_path, [first]))], drawing_encoder(), plan=5)
+    batch = source.batch(torch.tensor([0]))
+    picture = [BEGIN, IMAGE, IMAGE, END]
+    ids = [1, *picture, ord("q"), *picture, ord("a"), *picture, ord("b"), ord("r"), *picture, 2]
+    assert batch["input_ids"].tolist() == [ids]
+    masked = [-100] * (1 + 4 + 1 + 4)
+    assert batch["labels"].tolist() == [[*masked, ord("a"), *picture, ord("b"), -100, *picture, 2]]
+    assert batch["pictures"][batch["image_rows"]][:, 2, 2, 0].tolist() == [50, 100, 150, 0]
+
+
+def test_what_samples_are_made_of_shows_no_picture_that_is_to_be_drawn(tmp_path):
+    source = Conversations([Records(data(tmp_path, [said("<image>draw", "<image>", 1, 2)]))], drawing_encoder(), plan=5)
+    ((question, ids, pictures),) = source.prompts(1)
+    assert (question, ids.count(IMAGE), pictures[:, 0, 0, 0].tolist()) == ("<image>draw", 2, [50])
+
+
+def test_a_system_that_does_not_draw_refuses_them(tmp_path):
+    row = said("draw", "<image>", 1)
+    with pytest.raises(ValueError, match=r"record 0 \(#0\): answer 0 holds <image>, and this system does not draw; only questions may"):
+        Conversations([Records(data(tmp_path, [row]))], encoder(), plan=5)
+    with pytest.raises(ValueError, match="answer 0 holds <image>, and this system does not draw"):
+        Streamed(Stream(data(tmp_path, [row], streaming=True)), encoder(), plan=5).take(1)
+    texts = chat.TextSide(Speller(), 1, 2, 1, 0)
+    with pytest.raises(ValueError, match="holds a picture in an answer, and captions that are compared with pictures are texts"):
+        texts([("draw", "<image>")])
+
+
+def test_the_place_of_a_single_picture_in_an_answer_stays(tmp_path):
+    """LLaVA moves a picture to the front of its question; an answer is what it is."""
+    rows = [
+        {"image": "1.png", "conversations": [{"from": "human", "value": "draw"}, {"from": "gpt", "value": "here: <image> done"}]},
+        {"image": "1.png", "conversations": [{"from": "human", "value": "see <image>"}, {"from": "gpt", "value": "yes"}]},
+    ]
+    records = Records(data(tmp_path, rows))
+    assert [record.turns for record in records] == [(("draw", "here: <image> done"),), (("<image>\nsee", "yes"),)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_in_questions_may_be_made_squares_otherwise(tmp_path, streaming):
+    """One file in a question (padded), an answer and a document (cropped): three times as long as it is high, and white."""
+    rows = [said("<image>again", "<image>", 1, 1), {"text": "a<image>", "image": "1.png"}]
+    given = data(tmp_path, rows, streaming=streaming)
+    Image.fromarray(np.full((10, 30, 3), 255, np.uint8)).save(tmp_path / "1.png")
+    plan = Fixed(size=9, fit="crop", fit_asked="pad")
+    if streaming:
+        batch = Streamed(Stream(given), drawing_encoder(), plan=plan).take(2)
+    else:
+        source = Conversations([Records(given)], drawing_encoder(), plan=plan)
+        assert source.picture_count == 2
+        assert Conversations([Records(given)], drawing_encoder(), plan=9).picture_count == 1
+        batch = source.batch(torch.tensor([0, 1]))
+    top, middle = (batch["pictures"][batch["image_rows"]][:, row, 4, 0].tolist() for row in (0, 4))
+    assert (top, middle) == ([0, 255, 255], [255, 255, 255])
+
+
+def test_captions_come_first_in_a_share_of_pairs(tmp_path):
+    """Documents, all of them learnt, drawn once a record; whatever is no pair stays what it is."""
+    pairs = [{"image": f"{i % 4}.png", "caption": f"C{i}."} for i in range(400)]
+    others = [said("<image>q", "a", 1), {"text": "t<image>", "image": "1.png"}, said("q", "a")]
+    given = data(tmp_path, [*pairs, *others])
+    half, none, all_of_them = (Records(replace(given, captions_first=share)) for share in (0.5, 0.0, 1.0))
+    texts = [half[i].document for i in range(400)]
+    assert texts == [half[i].document for i in range(400)]
+    assert all(text in (f"<image>C{i}.", f"C{i}.<image>") for i, text in enumerate(texts))
+    assert 160 < sum(text.endswith("<image>") for text in texts) < 240
+    assert [none[i].document for i in (0, 1)] == ["<image>C0.", "<image>C1."]
+    assert [all_of_them[i].document for i in (0, 1)] == ["C0.<image>", "C1.<image>"]
+    assert [half[400 + i] for i in range(3)] == [Records(given)[400 + i] for i in range(3)]
+    assert Records(given)[0].turns == (("<image>", "C0."),)
+    assert Records(replace(given, captions_first=1.0, clean=True))[7].document == "c7<image>"
+    with pytest.raises(ValueError, match="has a picture in an answer, and clean is for captions"):
+        Records(data(tmp_path, [said("draw", "<image>", 1)], clean=True)).parse(0)
+    source = Conversations([all_of_them], drawing_encoder(), plan=5)
+    batch = source.batch(torch.tensor([2]))
+    ids = [1, ord("C"), ord("2"), ord("."), BEGIN, IMAGE, IMAGE, END, 2]
+    assert batch["input_ids"].tolist() == [ids]
+    assert batch["labels"].tolist() == [[-100, *ids[1:]]]
+    assert batch["pictures"][0, 0, 0, 0] == 100

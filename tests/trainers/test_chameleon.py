@@ -1,9 +1,11 @@
 """Chameleon through the trainer: what a batch holds, what is learnt of it, and the terms that keep it in bounds."""
 
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from mmfast.trainers import config
@@ -12,14 +14,15 @@ from mmfast.trainers.drawn import drawing_exam
 from mmfast.trainers.loop import Options, rate
 from mmfast.trainers.session import Session
 from mmfast.trainers.supervised import answer_objective, cached_states, run_stage
+from PIL import Image
 
-from mmfast.data import chat
+from mmfast.data import chat, images
 from mmfast.data.supervised import shapes_drawing
 from mmfast.data.synthetic import World
 from mmfast.losses.lm import z_loss
 from mmfast.models import tiny
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import Linear, Optim, Prefix, misfits
+from mmfast.spec import Data, Fixed, Linear, Optim, Prefix, misfits
 
 RECIPE = config.load_recipe("chameleon")
 TINY = tiny(RECIPE)
@@ -62,6 +65,30 @@ def test_labels_are_the_codes_and_questions_pictures_are_not_learnt(session, sou
     # A picture in an answer is one that the model is to draw.
     ids, labels = session.encoder("bare")([("a star?", "there: <image>")])
     assert labels.count(session.image_token) == TINY.encoder.tokens
+
+
+def test_answers_pictures_are_learnt_as_their_codes_and_prompts_pictures_are_not(session, tmp_path):
+    """Records to loss: the labels of one item against ids written out, its codes those of its second picture's pixels; the loss of these labels."""
+    draws = np.random.default_rng(0)
+    for name, shape in (("a", (90, 64, 3)), ("b", (64, 90, 3))):
+        Image.fromarray(draws.integers(0, 255, shape, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    said = [{"role": "user", "content": "<image>a circle"}, {"role": "assistant", "content": "red <image>"}]
+    (tmp_path / "sft.json").write_text(json.dumps([{"messages": said, "images": ["a.png", "b.png"]}]))
+    source = session.source(Data("mine", path=str(tmp_path / "sft.json")), "bare")
+    batch, model, vocabulary = source.batch(torch.tensor([0])), session.model, session.tokenizer.get_vocab()
+    pixels = [images.load(tmp_path / f"{name}.png", Fixed(size=64, fit=fit)) for name, fit in (("a", "pad"), ("b", "crop"))]
+    assert np.array_equal(batch["pictures"][batch["image_rows"]], np.stack(pixels))
+    asked, answered = model.encode(session.pixels(torch.from_numpy(np.stack(pixels)))).tolist()
+    assert asked != answered
+    begin, end = (vocabulary[token] for token in TINY.borders)
+    ids = [1, begin, *asked, end, vocabulary["a"], vocabulary["circle"], vocabulary["red"], begin, *answered, end, 2]
+    want = torch.tensor([[-100] * (1 + 2 + TINY.encoder.tokens + 2) + [vocabulary["red"], begin, *answered, end, 2]])
+    states = model.encode(session.pixels(batch["pictures"]))
+    assert torch.equal(model.targets(batch["labels"], batch["input_ids"], states, batch["image_rows"]), want)
+    loss, _ = answer_objective(session, None)(batch, batch["counts"])
+    logits = model.language.get_output_embeddings()(model.hidden(torch.tensor([ids])))
+    plain = torch.nn.functional.cross_entropy(logits[0, :-1], want[0, 1:])
+    torch.testing.assert_close(loss, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_a_picture_that_does_not_fit_goes_whole():

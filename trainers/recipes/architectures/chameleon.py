@@ -15,7 +15,7 @@ from mmfast.spec import Compute, Data, Drawing, Fixed, LanguageModel, NoConnecto
 _PRETRAIN = Stage(
     "pretrain",
     train=("language", "embeddings"),
-    data=Data("chameleon_stage_1"),
+    data=Data("chameleon_stage_1", captions_first=0.5),
     template="bare",
     max_length=4096,
     z_loss=1e-5,
@@ -34,7 +34,7 @@ RECIPE = System(
     language=LanguageModel(
         family="chameleon", weights=None, words="facebook/chameleon-7b", vocab=65536, ffn=11008, context=4096, norm_eps=1e-5
     ),
-    image=Fixed(size=512, mean=(0.5,) * 3, std=(0.5,) * 3),
+    image=Fixed(size=512, fit_asked="pad", mean=(0.5,) * 3, std=(0.5,) * 3),
     stages=(
         Stage(
             "tokenizer",
@@ -46,7 +46,7 @@ RECIPE = System(
             optim=Optim(lr=5.4e-5, steps=500_000, batch=12, warmup=0, schedule="constant", betas=(0.5, 0.9), clip=0.0),
         ),
         _PRETRAIN,
-        replace(_PRETRAIN, name="anneal", data=Data("chameleon_stage_2"), optim=replace(_PRETRAIN.optim, steps=219_000, warmup=0)),
+        replace(_PRETRAIN, name="anneal", data=Data("chameleon_stage_2", captions_first=0.5), optim=replace(_PRETRAIN.optim, steps=219_000, warmup=0)),
         replace(
             _PRETRAIN, name="sft", data=Data("chameleon_sft"), template="chameleon", dropout=0.05,
             optim=Optim(lr=1e-5, epochs=2, batch=128, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1),
