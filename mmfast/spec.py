@@ -398,6 +398,25 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class Shots:
+    """How a record that is a few-shot episode is asked (``mmfast.data.episodes``).
+
+    ``prompt``: whose words stand around questions and answers; None: texts as they stand, and Frozen's words where there are none. ``ways``: of
+    examples those of so many answers, the right one among them; ``inner_shots``: of each answer the first so many; ``shots``: of all the
+    first so many; None: all. ``repeats``: how often the examples are said again; ``induction``: a sentence before all that says what is
+    wanted; ``unseen``: examples without their pictures.
+    """
+
+    prompt: str | None = None
+    shots: int | None = None
+    ways: int | None = None
+    inner_shots: int | None = None
+    repeats: int = 0
+    induction: bool = False
+    unseen: bool = False
+
+
+@dataclass(frozen=True)
 class Data:
     """What a stage reads. ``name`` is a built-in set (``BUILT_IN``), or a published one, whose records the user supplies.
 
@@ -423,6 +442,7 @@ class Data:
     weight: float | None = None
     loss: float | None = None
     pages: Pages = Pages()
+    shots: Shots = Shots()
     on_bad_record: Literal["fail", "skip"] = "fail"
 
 

@@ -77,6 +77,9 @@ def parser() -> Parser:
     sub.add_argument("--scenes", type=int, default=500)
     sub.add_argument("--data", metavar="FILE", help="records to measure loss and right answers on")
     sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
+    sub.add_argument(
+        "--shots", metavar="YAML", help="how few-shot episodes are asked, as in '{prompt: flamingo, shots: 4, induction: true}'"
+    )
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"))
     sub = add("chat", "talk with a trained run about pictures; without --prompt, in a conversation")
     sub.add_argument("run", type=Path)
@@ -200,7 +203,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from .runs import measure, to_measure
 
     session, recipe = opened(args.run, args.device)
-    given = None if args.data is None else to_measure(recipe, args.data, args.images)
+    if args.shots is not None and args.data is None:
+        raise UsageError("--shots is about records, and none are given; add --data FILE")
+    given = None if args.data is None else to_measure(recipe, args.data, args.images, args.shots)
     measured, _, _ = measure(session, recipe, eval_data=given, scenes=args.scenes)
     if not measured:
         raise UsageError(f"{args.run} was trained on data of your own: give records to measure on with --data FILE")

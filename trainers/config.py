@@ -36,6 +36,7 @@ from mmfast.spec import (
     QFormer,
     Retrieval,
     SharedTokens,
+    Shots,
     Stage,
     System,
     Tokens,
@@ -394,6 +395,16 @@ def layered(
     return apply(recipe, options(list(rest), problems), problems, flags=flags), problems
 
 
+def read_shots(base: Shots, given: str) -> Shots:
+    """Shots with the fields of a word of the command line (YAML) changed, checked; a ConfigError tells all that is wrong."""
+    problems: list[str] = []
+    shots = merge(Shots, base, given, "--shots", problems)
+    _check_shots(shots, _Rules("--shots.", problems))
+    if problems:
+        raise ConfigError(problems)
+    return shots
+
+
 def from_dict(tree: Any, where: str = "recipe") -> Recipe:
     """The recipe that ``mmfast.spec.to_dict`` wrote.
 
@@ -595,11 +606,14 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         if isinstance(data, Data):
             its.within(data, weight="(0, inf)", loss="(0, inf)", boxes="[0, 1]", captions_first="[0, 1]")
             its.below("pages").within(data.pages, pictures="[0, inf)", similarity="[0, 1]", following="[0, 1]")
+            _check_shots(data.shots, its.below("shots"))
             endless = data.streaming and job.optim.steps is None
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
             built_in = data.path is None and data.name in BUILT_IN
             its(not (data.streaming and data.full), "full", "a stream is read record by record; leave streaming off, or full")
             its(not (data.clean and built_in), "clean", f"{data.name} is built in, and its captions are what they are; leave clean off")
+            asked = data.shots != Shots() and built_in
+            its(not asked, "shots", f"{data.name} is built in, and its episodes are what they are; leave shots as it is")
             ordered = data.captions_first is not None and built_in
             its(not ordered, "captions_first", f"{data.name} is built in, and its order is what it is; leave captions_first null")
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
@@ -614,6 +628,14 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     if isinstance(job, Stage) and job.objective == "words":
         told = isinstance(job.data, Data) and job.data.path is None and job.data.name in ("shapes", "shapes_captions", "easy_vqa")
         rules(told, "objective", "words needs to know what is true of a picture, as the built-in shapes and easy_vqa do; choose lm")
+
+
+def _check_shots(shots: Shots, its: _Rules) -> None:
+    from mmfast.data.episodes import PROMPTS
+
+    its.within(shots, shots="[0, inf)", ways="[1, inf)", inner_shots="[0, inf)", repeats="[0, inf)")
+    known = shots.prompt is None or shots.prompt in PROMPTS
+    its(known, "prompt", f"unknown prompt {shots.prompt!r}{nearest(str(shots.prompt), PROMPTS)}, expected one of {', '.join(PROMPTS)}")
 
 
 def _check_queries(job: Any, system: System, rules: _Rules) -> None:

@@ -6,7 +6,7 @@ for captions and questions, which every model of the shapes world's words takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,20 +36,22 @@ NAMINGS = {
 }
 
 
-def few_shot(session: Any, system: System, *, episodes: int = 300) -> dict[str, float]:
+def few_shot(session: Any, system: System, *, episodes: int = 300, plans: Mapping[str, Plan] | None = None) -> dict[str, float]:
     """Shares of episodes whose answer is exactly right: generated greedily, and at its end right behind it.
 
     ``few_shot/N``: an attribute that N examples tell (0: nobody can know which of three is meant, so that a third is the most); by chance: the
     best blind guess, which knows the attribute. ``naming/..``: ``NAMINGS``; by chance one of the two words. A model whose last stage was
-    blind is shown black pictures here, too.
+    blind is shown black pictures here, too. ``plans``: other ones by name, in place of these.
     """
     (pool, states), stage = pool_states(session, system), system.stages[-1]
     colours, shapes = session.world.config.colours, session.world.config.shapes
-    plans = {f"few_shot/{n}": Plan("attribute", shots=n) for n in SHOTS} | NAMINGS
+    own = {f"few_shot/{n}": Plan("attribute", shots=n) for n in SHOTS} | NAMINGS
     measured = {
         name: right_share(session, mixed(pool, episodes, purpose=3, plans=(plan,)), prompts_of(stage.template), states)
-        for name, plan in plans.items()
+        for name, plan in (own if plans is None else plans).items()
     }
+    if plans is not None:
+        return measured
     return measured | {"few_shot/chance": (1 / colours + 1 / shapes + 1 / (colours * shapes)) / 3, "naming/chance": 1 / 2}
 
 
@@ -69,11 +71,11 @@ def in_context(session: Any, system: System, *, episodes: int = 300) -> dict[str
     measured, (pool, states), stage = few_shot(session, system, episodes=episodes), pool_states(session, system), system.stages[-1]
     say, world, tokenizer = prompts_of(stage.template), session.world, session.tokenizer
     told = mixed(pool, episodes, purpose=3, plans=(Plan("attribute", shots=2),))
-    said = answers(session, [(say.prompt(e, unseen=True), [e.query]) for e in told], states, end=say.after)
+    said = answers(session, [(say.prompt(e, unseen=True), [e.query]) for e in told], states, end=say.after())
     measured["few_shot/0_told"] = sum(got == e.answer for got, e in zip(said, told, strict=True)) / len(told)
 
     words = [name for name, _ in COLOURS[: world.config.colours]] + [shape[0] for shape in SHAPES[: world.config.shapes]]
-    ends, encode = say.after.strip(), session.encoder("bare", 1 << 30)
+    ends, encode = say.after().strip(), session.encoder("bare", 1 << 30)
     options = [tokenizer(f"{word}{ends}", add_special_tokens=False)["input_ids"] for word in words]
     asked = mixed(pool, episodes, purpose=3, plans=(Plan("attribute", attributes=("colour", "shape")),))
 
@@ -106,8 +108,9 @@ def in_context(session: Any, system: System, *, episodes: int = 300) -> dict[str
 
 
 def right_share(session: Any, episodes: Sequence[Episode], say: Prompts, states: torch.Tensor) -> float:
-    """The share of episodes that are answered exactly; ``states`` of their pool's pictures."""
-    said = answers(session, [(say.prompt(e), e.pictures) for e in episodes], states, end=say.after)
+    """The share of episodes of one plan that are answered exactly; ``states`` of their pool's pictures."""
+    end = say.after(episodes[0].question) if episodes else ""
+    said = answers(session, [(say.prompt(e), e.pictures) for e in episodes], states, end=end)
     return sum(got == e.answer for got, e in zip(said, episodes, strict=True)) / max(len(episodes), 1)
 
 

@@ -226,10 +226,12 @@ def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
     return replace(recipe, stages=tuple(map(other, recipe.stages)))
 
 
-def to_measure(recipe: System | Alignment, path: str, images: str | None) -> Data:
-    """Records to measure a recipe's model on. A file of conversations has the names that the recipe's own records have."""
+def to_measure(recipe: System | Alignment, path: str, images: str | None, shots: str | None = None) -> Data:
+    """Records to measure a recipe's model on. A file of conversations has the names that the recipe's own records have, and episodes are asked as
+    these are, with the fields of ``shots`` (YAML) changed."""
     own = next((data for data in reversed(data_of(recipe)) if data.path is not None and isinstance(data, Data)), Data("eval"))
-    return Data("eval", path=path, images=images, columns=own.columns, frames=own.frames)
+    asked = own.shots if shots is None else config.read_shots(own.shots, shots)
+    return Data("eval", path=path, images=images, columns=own.columns, frames=own.frames, shots=asked)
 
 
 def _check_records(recipe, session, eval_data: Data | None) -> None:

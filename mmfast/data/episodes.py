@@ -7,21 +7,25 @@
     say.prompt(episode)     # "<image>This is a dax. <image>This is a blicket. <image>Q: What is this? A: This is a"
     say.document(episode)   # the same with the answer, "dax.": what models train on that learn from interleaved documents
     say.turns(episode, pool.told)  # the same for a model that does not see: other words in the place of a picture, "scarlet disc"
+    say.prompt(pool.episode(Draws(0, 2), Plan("vqa", shots=1)))  # "<image>Question: is there a red star? Answer: no <image>Question: .. Answer:"
 
-Source: Frozen (arXiv:2106.13884, section 4.2 and appendix) and Flamingo (arXiv:2204.14198, appendix C). Files of the published form
-(``image_1``, ``caption_1``, .., ``question_image``, ``question``, ``answer``) are records like others: ``mmfast.data.formats``.
+Source: Frozen (arXiv:2106.13884, section 4.2 and appendix), Flamingo (arXiv:2204.14198, appendix C), OpenFlamingo (arXiv:2308.01390, appendix)
+and Kosmos-1 (arXiv:2302.14045). Files of the published form (``image_1``, ``caption_1``, .., ``question_image``, ``question``, ``answer``)
+are records like others: ``of_record`` makes episodes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfast.data.synthetic import COLOURS, COLUMNS, ROWS, SHAPES, Draws, Scene, World
+from mmfast.spec import Shots
 
 # Names that no picture has before an episode gives it to a class; the first of Open-Ended miniImageNet.
 NONSENSE = ("dax", "blicket", "shously", "slation", "perpo")
@@ -40,12 +44,13 @@ class Plan:
 
     attribute: ``shots`` pictures, each with its colour (or its shape, or both, one of ``attributes`` an episode), then one to answer likewise;
     without shots nobody can know which. naming: ``ways`` classes, each bound to a nonsense word and shown in ``inner_shots`` pictures, then
-    another picture of one of them.
+    another picture of one of them. vqa: ``shots`` pictures, each with a question of its own whether something is there (half of it is) and the
+    answer, then one more with a question.
 
     ``repeats``: how often the examples are said again; ``induction``: a sentence before all that says what is wanted.
     """
 
-    task: Literal["attribute", "naming"] = "attribute"
+    task: Literal["attribute", "naming", "vqa"] = "attribute"
     shots: int = 4
     attributes: tuple[str, ...] = ("colour", "shape", "object")
     ways: int = 2
@@ -66,11 +71,19 @@ class Plan:
                 raise ValueError(f"Plan: {name} is {getattr(self, name)!r}, expected {expected}")
 
 
+class Shown(NamedTuple):
+    """An example: a picture, what is said of it, and what was asked about it; "": the prompt's own words."""
+
+    picture: int
+    answer: str
+    question: str = ""
+
+
 @dataclass(frozen=True)
 class Episode:
     """Pictures by their numbers in a pool. ``words``: what an induction names as possible answers."""
 
-    examples: tuple[tuple[int, str], ...]  # picture and answer, in order
+    examples: tuple[Shown | tuple, ...]  # in order
     query: int
     answer: str
     task: str
@@ -78,10 +91,40 @@ class Episode:
     words: tuple[str, ...] = ()
     question: str = ""  # about the last picture (Fast-VQA); "": the prompt's own
 
+    def __post_init__(self):
+        object.__setattr__(self, "examples", tuple(Shown(*example) for example in self.examples))
+
     @property
     def pictures(self) -> list[int]:
         """In reading order."""
-        return [picture for picture, _ in self.examples] + [self.query]
+        return [shown.picture for shown in self.examples] + [self.query]
+
+
+def chosen(episode: Episode, shots: Shots) -> Episode:
+    """The episode with those of its examples, in their order, that ``shots`` keeps and repeats.
+
+    Raises:
+        ValueError: it has fewer of them than are asked for.
+    """
+    answers, kept = list(dict.fromkeys(shown.answer for shown in episode.examples)), episode.examples
+    if shots.ways is not None:
+        if episode.answer not in answers:
+            raise ValueError(f"has no example of the right answer, {episode.answer[:40]!r}, which ways keeps")
+        if len(answers) < shots.ways:
+            raise ValueError(f"has examples of {len(answers)} answers, and ways is {shots.ways}")
+        answers = [episode.answer, *(a for a in answers if a != episode.answer)][: shots.ways]
+        kept = tuple(shown for shown in kept if shown.answer in answers)
+    if shots.inner_shots is not None:
+        count = {answer: sum(shown.answer == answer for shown in kept) for answer in answers}
+        if few := next((a for a in answers if count[a] < shots.inner_shots), None):
+            raise ValueError(f"has {count[few]} examples of {few[:40]!r}, and inner_shots is {shots.inner_shots}")
+        kept = tuple(s for i, s in enumerate(kept) if sum(o.answer == s.answer for o in kept[:i]) < shots.inner_shots)
+    if shots.shots is not None:
+        if len(kept) < shots.shots:
+            raise ValueError(f"has {len(kept)} examples, and shots is {shots.shots}")
+        kept = kept[: shots.shots]
+    words = tuple(word for word in episode.words if word in answers)
+    return replace(episode, examples=kept * (shots.repeats + 1), words=words, induction=episode.induction or shots.induction)
 
 
 @dataclass(frozen=True)
@@ -90,37 +133,51 @@ class Prompts:
 
     example: str  # behind a picture; {answer}
     query: str  # behind the last picture, up to the answer
-    turn: str = "Question: {question} Answer: {answer}"  # behind the last picture where the episode has a question
+    turn: str = "Question: {question} Answer: {answer}"  # behind a picture that has a question, up to the answer behind the last
     choose: str = "Answer with {words}."  # induction where the words are few
     induce: str = "Please answer the question."  # any other
     between: str = " "
 
-    @property
-    def after(self) -> str:
-        """What ends an answer."""
-        return self.example.partition("{answer}")[2]
+    def after(self, question: str = "") -> str:
+        """What ends an answer: to a question, or without one."""
+        return (self.turn if question else self.example).partition("{answer}")[2]
 
     def prompt(self, episode: Episode, show: Callable[[int], str] = lambda picture: "<image>", unseen: bool = False) -> str:
         """Everything before the answer. ``show``: what stands for a picture. ``unseen``: the examples without their pictures (Flamingo's
         prompt of a task of which it has seen no picture)."""
         said = [self.induction(episode)] if episode.induction else []
-        said += [("" if unseen else show(picture)) + self.example.format(answer=answer) for picture, answer in episode.examples]
+        said += [("" if unseen else show(shown.picture)) + "".join(self.said(shown)) for shown in episode.examples]
         return self.between.join([*said, show(episode.query) + self.asked(episode)])
 
     def document(self, episode: Episode) -> str:
         """Prompt, answer and what ends it."""
-        return f"{self.prompt(episode)} {episode.answer}{self.after}"
+        return self.prompt(episode) + self._gap(episode.question) + episode.answer + self.after(episode.question)
 
     def turns(self, episode: Episode, show: Callable[[int], str]) -> list[tuple[str, str]]:
-        """The document as a conversation: what stands for a picture is a question, what is said of it the answer."""
+        """The document as a conversation: what stands for a picture, and what is asked about it, is a question, what is said of it the answer."""
         first = self.induction(episode) + self.between if episode.induction else ""
-        turns = [(show(picture) + " ", self.example.format(answer=answer) + self.between) for picture, answer in episode.examples]
-        turns.append((f"{show(episode.query)} {self.asked(episode)} ", episode.answer + self.after))
+        turns = []
+        for shown in episode.examples:
+            asked, answer = self.said(shown)
+            turns.append((f"{show(shown.picture)} {asked}", answer + self.between))
+        last = f"{show(episode.query)} {self.asked(episode)}{self._gap(episode.question)}"
+        turns.append((last, episode.answer + self.after(episode.question)))
         return [(first + turns[0][0], turns[0][1]), *turns[1:]]
+
+    def said(self, shown: Shown) -> tuple[str, str]:
+        """What is asked about an example ("" without a question), and what is said of it."""
+        if not shown.question:
+            return "", self.example.format(answer=shown.answer)
+        asked, _, after = self.turn.partition("{answer}")
+        return asked.format(question=shown.question), shown.answer + after
 
     def asked(self, episode: Episode) -> str:
         """Between the last picture and its answer."""
-        return self.turn.partition("{answer}")[0].format(question=episode.question).rstrip() if episode.question else self.query
+        return self.turn.partition("{answer}")[0].rstrip().format(question=episode.question) if episode.question else self.query
+
+    def _gap(self, question: str) -> str:
+        """Between what is asked and the answer: a space, where answers have one before them."""
+        return " " if (self.turn if question else self.example).partition("{answer}")[0].endswith(" ") else ""
 
     def induction(self, episode: Episode) -> str:
         *others, last = episode.words or ("",)
@@ -141,6 +198,12 @@ PROMPTS = {
 PROMPTS["open_flamingo"] = replace(
     PROMPTS["flamingo"], example="Output:{answer}<|endofchunk|>", turn="Question:{question} Short answer:{answer}<|endofchunk|>"
 )
+# HatefulMemes as OpenFlamingo asks it: a question is the meme's text.
+PROMPTS["hateful_memes"] = replace(
+    PROMPTS["open_flamingo"], turn="is an image with: '{question}' written on it. Is it hateful? Answer:{answer}<|endofchunk|>"
+)
+# What stands between Kosmos' examples is not published.
+PROMPTS["kosmos"] = Prompts(example="An image of {answer}", query="An image of")
 # The words of episodes that the shapes world does not have; they come behind its own in a tiny model's vocabulary.
 OTHER_COLOURS = ("scarlet", "emerald", "navy", "golden", "amber", "violet", "chestnut", "jet")
 FILLERS = tuple(
@@ -211,7 +274,7 @@ class Pool:
         return " ".join(draws.shuffled(words))
 
     def episode(self, draws: Draws, plan: Plan) -> Episode:
-        return self._naming(draws, plan) if plan.task == "naming" else self._attribute(draws, plan)
+        return {"attribute": self._attribute, "naming": self._naming, "vqa": self._vqa}[plan.task](draws, plan)
 
     def _attribute(self, draws: Draws, plan: Plan) -> Episode:
         said = ATTRIBUTES[plan.attributes[draws.below(len(plan.attributes))]]
@@ -230,6 +293,16 @@ class Pool:
         query = self._picture(draws, classes[asked], {p for p, _ in rounds})
         return Episode(tuple(examples), query, words[asked], plan.task, plan.induction, tuple(words))
 
+    def _vqa(self, draws: Draws, plan: Plan) -> Episode:
+        examples = []
+        for _ in range(plan.shots + 1):
+            here, other = self._classes(draws, 2)
+            picture, asked = self._picture(draws, here), (here, other)[draws.below(2)]
+            examples.append(Shown(picture, self.world.exists(self.scenes[picture], asked), self.world.ask_exists(asked)))
+        *examples, last = examples
+        examples *= plan.repeats + 1
+        return Episode(tuple(examples), last.picture, last.answer, plan.task, plan.induction, question=last.question)
+
     def _classes(self, draws: Draws, count: int) -> list[int]:
         left = sorted(self.of_class)
         return [left.pop(draws.below(len(left))) for _ in range(count)]
@@ -238,6 +311,35 @@ class Pool:
         """A picture of a class, another than those in ``but`` where there is one."""
         there = [p for p in self.of_class[k] if p not in but] or self.of_class[k]
         return there[draws.below(len(there))]
+
+
+def of_record(texts: Mapping[str, str], answer: str, shots: Shots) -> tuple[Episode, Prompts]:
+    """The episode of a record, its pictures numbered in order, and the words that it is asked in.
+
+    Args:
+        texts: of example i ``caption_i``, or ``answer_i`` and perhaps ``question_i``; ``question``, which the words may have.
+
+    Frozen's own words are known: a caption "This is a dax." is the answer "dax", and its question asks nothing else. Other captions stand as
+    they are, and so does the question where neither ``shots.prompt`` nor an example with an answer asks for words around it.
+    """
+    own, say, question = PROMPTS["frozen"], PROMPTS[shots.prompt or "frozen"], texts.get("question", "")
+    captions = [text for name, text in texts.items() if name.startswith("caption_")]
+    answers = [text for name, text in texts.items() if name.startswith("answer_")]
+    if captions and answers:
+        raise ValueError("has examples with captions and examples with answers, expected one kind")
+    naming = question in ("", own.query) and not any(name.startswith("question_") for name in texts)
+    if shots.prompt is None and not answers:
+        say, question = replace(say, query=question), ""
+    elif question == own.query:
+        question = ""
+    if captions:
+        form = re.escape(own.example).replace(r"\{answer\}", "(.+)")
+        known = [re.fullmatch(form, caption) for caption in captions]
+        answers = [match[1] for match in known] if all(known) else captions
+        say = say if all(known) else replace(say, example="{answer}")
+    examples = tuple(Shown(i, said, texts.get(f"question_{i + 1}", "")) for i, said in enumerate(answers))
+    words = tuple(dict.fromkeys(answers)) if naming and answer in answers else ()
+    return chosen(Episode(examples, len(answers), answer, "record", words=words, question=question), shots), say
 
 
 def mixed(pool: Pool, count: int, *, purpose: int, plans: Sequence[Plan]) -> list[Episode]:

@@ -23,9 +23,10 @@ import numpy as np
 
 from mmfast.data import images
 from mmfast.data.chat import INPUT
+from mmfast.data.episodes import of_record
 from mmfast.data.images import Picture
 from mmfast.data.regions import REGION
-from mmfast.spec import Fixed, Pages, nearest
+from mmfast.spec import Fixed, Pages, Shots, nearest
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # The names that rows may have: what ``columns`` may map to.
@@ -37,6 +38,7 @@ NAMES = (
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
 MAX_CHARACTERS = 1_000_000
 _MARK = re.compile("<image>|<video>")
+_EXAMPLE = re.compile(r"(?:image|caption|question|answer)_(\d+)")
 _TAGS = re.compile("</?phrase>|<region>|^<grounding> ")
 # GRIT's boxes below this score are left out (Kosmos-2, arXiv:2306.14824, section 2).
 GRIT_SCORE = 0.65
@@ -95,7 +97,8 @@ def cleaned(record: Record) -> Record:
 
 
 def parse(
-    row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, pages: Pages | None = None
+    row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, pages: Pages | None = None,
+    shots: Shots | None = None,
 ) -> Record:  # fmt: skip
     """The record of a row (a JSON object).
 
@@ -105,13 +108,14 @@ def parse(
         columns: their names to ours, of the row and of its turns.
         boxes: the share of captions with places (GRIT) whose places are told; 0: none of any record's.
         pages: how an interleaved document is read.
+        shots: how a few-shot episode is asked.
 
     Raises:
         ValueError: in one sentence, without the record's number.
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {_kind(row)}")
-    reader = _Reader(row, number, root, frames, columns or {}, pages or Pages())
+    reader = _Reader(row, number, root, frames, columns or {}, pages or Pages(), shots or Shots())
     return reader.grounded(reader.read(), boxes)
 
 
@@ -183,8 +187,8 @@ class _Said:
 
 
 class _Reader:
-    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages):
-        self.pages = pages
+    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages, shots: Shots):
+        self.pages, self.shots = pages, shots
         self.row, self.number, self.root, self.frames, self.columns = _rename(row, columns), number, root, frames, columns
         self.characters = 0
 
@@ -242,18 +246,26 @@ class _Reader:
         return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
 
     def episode(self) -> Record:
-        """A few-shot episode (Frozen's evaluation files): ``image_1``, ``caption_1``, .., ``question_image``, ``question`` and ``answer``. All
-        but the answer is one question."""
-        names = ("question_image", "question", "answer")
-        examples = range(1, 1 + sum(str(name).startswith("image_") for name in self.row))
-        for name in (*(f"{kind}_{i}" for i in examples for kind in ("image", "caption")), *names):
-            if name not in self.row:
+        """A few-shot episode: ``image_1`` with ``caption_1`` (Frozen's evaluation files) or ``answer_1`` and perhaps ``question_1``, ..,
+        ``question_image``, ``question`` and ``answer``. All but the answer is one question."""
+        row, shots = self.row, self.shots
+        numbered = {found[1] for name in row if (found := _EXAMPLE.fullmatch(str(name)))}
+        examples = range(1, 1 + len(numbered))
+        told = [f"{'answer' if f'answer_{i}' in row or f'question_{i}' in row else 'caption'}_{i}" for i in examples]
+        # Words that ask without a question are there where words are: those that were named, or the examples'.
+        asked = ["question"] if "question" in row or not (shots.prompt or any(name.startswith("answer") for name in told)) else []
+        for name in (*(name for i in examples for name in (f"image_{i}", told[i - 1])), "question_image", *asked, "answer"):
+            if name not in row:
                 raise ValueError(f'has {len(examples)} examples and a question, but no "{name}"')
-        said = [(f"image_{i}", f"caption_{i}") for i in examples] + [names[:2]]
-        texts = ["<image>" + self.unmarked(self.plain(self.row[text], f'"{text}"'), f'"{text}"') for _, text in said]
-        shows = [("<image>", self.row[image]) for image, _ in said]
-        asked, answer = _Said("user", " ".join(texts), shows), self.said(self.row["answer"], "answer", "assistant")
-        return self.conversation([asked, *answer], llava=False)
+        if both := next((i for i in examples if f"caption_{i}" in row and told[i - 1] != f"caption_{i}"), None):
+            raise ValueError(f'has both "caption_{both}" and "{told[both - 1]}"')
+        names = [*told, *(f"question_{i}" for i in examples if f"question_{i}" in row), *asked]
+        texts = {name: self.unmarked(self.plain(row[name], f'"{name}"'), f'"{name}"') for name in names}
+        answer = self.said(row["answer"], "answer", "assistant")
+        episode, say = of_record(texts, answer[0].text.strip() if answer else "", shots)
+        pictures = [*(row[f"image_{i}"] for i in examples), row["question_image"]]
+        shows = [("<image>", pictures[i]) for i in ([episode.query] if shots.unseen else episode.pictures)]
+        return self.conversation([_Said("user", say.prompt(episode, unseen=shots.unseen), shows), *answer], llava=False)
 
     def preference(self) -> Record:
         row = self.row

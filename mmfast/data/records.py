@@ -291,7 +291,7 @@ def _fault(picture: Picture) -> str | None:
 def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
-    extra = {"boxes": data.boxes, "pages": data.pages} if isinstance(data, Data) else {}
+    extra = {"boxes": data.boxes, "pages": data.pages, "shots": data.shots} if isinstance(data, Data) else {}
     record = parse(row, number, root=root, frames=data.frames, columns=data.columns, **extra)
     if isinstance(data, Pairs) and record.chosen is None:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')

@@ -1,14 +1,18 @@
 """Few-shot episodes: the published prompts word for word, answers that are true of the pictures, and knobs that do what they say."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mmfast.data import chat, supervised
-from mmfast.data.episodes import ATTRIBUTES, FILLERS, NONSENSE, PROMPTS, WORDS, Episode, Plan, Pool, mixed, most_similar, orderings
+from mmfast.data.episodes import ATTRIBUTES, FILLERS, NONSENSE, PROMPTS, WORDS, Episode, Plan, Pool, chosen, mixed, most_similar, orderings
 from mmfast.data.formats import parse
 from mmfast.data.synthetic import Draws, World
 from mmfast.models.tokenizer import word_tokenizer
+from mmfast.spec import Shots
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +40,111 @@ def test_the_published_strings():
     assert frozen.prompt(asked).endswith("<image>Question: is it big? Answer:")
 
 
+ASKED = Episode(((3, "red", "what colour?"), (4, "yes", "is it big?")), 5, "no", "vqa", induction=True, question="is it {small}?")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "document"),
+    [
+        (
+            "frozen",
+            "Please answer the question. <image>Question: what colour? Answer: red <image>Question: is it big? Answer: yes "
+            "<image>Question: is it {small}? Answer: no",
+        ),
+        (
+            "kosmos",
+            "Please answer the question. <image>Question: what colour? Answer: red <image>Question: is it big? Answer: yes "
+            "<image>Question: is it {small}? Answer: no",
+        ),
+        (
+            "flamingo",
+            "Please answer the question.<image>Question: what colour? Answer: red<|endofchunk|><image>Question: is it big? Answer: yes"
+            "<|endofchunk|><image>Question: is it {small}? Answer: no<|endofchunk|>",
+        ),
+        (
+            "open_flamingo",
+            "Please answer the question.<image>Question:what colour? Short answer:red<|endofchunk|><image>Question:is it big? Short answer:yes"
+            "<|endofchunk|><image>Question:is it {small}? Short answer:no<|endofchunk|>",
+        ),
+    ],
+)
+def test_every_example_has_its_own_question(prompt, document):
+    """The published words, written out; as a conversation the same, the answers and what ends them alone in the answers."""
+    say = PROMPTS[prompt]
+    assert say.document(ASKED) == document
+    assert document.startswith(say.prompt(ASKED))
+    turns = say.turns(ASKED, lambda picture: f"({picture})")
+    end = say.after("any")
+    assert [answer.strip() for _, answer in turns] == ["red" + end, "yes" + end, "no" + end]
+    joined = "".join(asked + answer for asked, answer in turns)
+    assert re.sub(r"\(\d\) ", "<image>", joined) == document
+    unseen = say.prompt(ASKED, unseen=True)
+    assert unseen.count("<image>") == 1
+    assert unseen.replace("<image>", "") == say.prompt(ASKED).replace("<image>", "")
+
+
+def test_captions_and_memes():
+    shown = Episode(((3, "two cats"),), 5, "a dog", "attribute")
+    assert PROMPTS["kosmos"].document(shown) == "<image>An image of two cats <image>An image of a dog"
+    assert PROMPTS["open_flamingo"].document(shown) == "<image>Output:two cats<|endofchunk|><image>Output:a dog<|endofchunk|>"
+    memes = Episode(((1, "yes", "go home"),), 2, "no", "memes", question="good morning")
+    assert PROMPTS["hateful_memes"].document(memes) == (
+        "<image>is an image with: 'go home' written on it. Is it hateful? Answer:yes<|endofchunk|>"
+        "<image>is an image with: 'good morning' written on it. Is it hateful? Answer:no<|endofchunk|>"
+    )
+
+
+def test_questions_about_pictures_are_true_and_one_half_each(pool):
+    plan = Plan("vqa", shots=3, repeats=1, induction=True)
+    said = []
+    for episode in episodes(pool, plan, 200):
+        assert len(episode.examples) == 6
+        assert episode.examples[:3] == episode.examples[3:]
+        for picture, answer, question in (*episode.examples[:3], (episode.query, episode.answer, episode.question)):
+            assert question.startswith("is there a")
+            assert (pool.name(picture) in question) == (answer == "yes")
+            assert answer in ("yes", "no")
+            said.append((answer, question))
+    assert len({question for _, question in said}) == 36
+    assert 0.4 < sum(answer == "yes" for answer, _ in said) / len(said) < 0.6
+    text = PROMPTS["frozen"].document(episodes(pool, plan, 1)[0])
+    encode = encoder()
+    assert encode.tokenizer.unk_token_id not in encode.document(text)[0], "a tiny model knows the words"
+
+
+def test_fewer_examples_of_an_episode():
+    """Worked by hand on three classes of two pictures."""
+    shown = ((0, "dax"), (1, "blicket"), (2, "perpo"), (3, "dax"), (4, "blicket"), (5, "perpo"))
+    episode = Episode(shown, 6, "perpo", "naming", words=("dax", "blicket", "perpo"))
+
+    def left(**shots):
+        made = chosen(episode, Shots(**shots))
+        return [p for p, *_ in made.examples], made.words
+
+    names = ("dax", "blicket", "perpo")
+    assert left() == ([0, 1, 2, 3, 4, 5], names)
+    assert left(ways=2) == ([0, 2, 3, 5], ("dax", "perpo"))
+    assert left(ways=1) == ([2, 5], ("perpo",))
+    assert left(inner_shots=1) == ([0, 1, 2], names)
+    assert left(shots=4) == ([0, 1, 2, 3], names)
+    assert left(ways=2, inner_shots=1, repeats=2) == ([0, 2, 0, 2, 0, 2], ("dax", "perpo"))
+    assert left(shots=0) == left(inner_shots=0) == ([], names)
+    assert chosen(episode, Shots(induction=True)).induction
+    assert chosen(replace(episode, induction=True), Shots()).induction
+    for shots, sentence in (
+        (Shots(ways=4), "has examples of 3 answers, and ways is 4"),
+        (Shots(inner_shots=3), "has 2 examples of 'dax', and inner_shots is 3"),
+        (Shots(shots=7), "has 6 examples, and shots is 7"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            chosen(episode, shots)
+    with pytest.raises(ValueError, match="has no example of the right answer, 'slation', which ways keeps"):
+        chosen(replace(episode, answer="slation"), Shots(ways=2))
+
+
 def test_attribute_episodes_are_true_and_say_which_attribute_is_meant(pool):
     for episode in episodes(pool, Plan("attribute", shots=3)):
-        told = [*episode.examples, (episode.query, episode.answer)]
+        told = [*((p, answer) for p, answer, _ in episode.examples), (episode.query, episode.answer)]
         fits = [name for name, said in ATTRIBUTES.items() if all(said(pool.scenes[p], pool.world) == answer for p, answer in told)]
         assert len(fits) == 1
         assert fits[0] in Plan().attributes
@@ -54,16 +160,16 @@ def test_naming_binds_words_to_classes_for_an_episode(pool):
         assert len(episode.examples) == 3 * 2 * 2
         assert episode.examples[:6] == episode.examples[6:]
         first = episode.examples[:6]
-        assert len({p for p, _ in first} | {episode.query}) == 7  # every picture is another one
-        classes = {word: {pool.name(p) for p, w in first if w == word} for word in episode.words}
+        assert len({p for p, *_ in first} | {episode.query}) == 7  # every picture is another one
+        classes = {word: {pool.name(p) for p, w, _ in first if w == word} for word in episode.words}
         assert all(len(names) == 1 for names in classes.values())
         assert len(set.union(*classes.values())) == 3
         assert classes[episode.answer] == {pool.name(episode.query)}
-        assert {w for _, w in first[:3]} == {w for _, w in first[3:]} == set(episode.words)  # interleaved
+        assert {w for _, w, _ in first[:3]} == {w for _, w, _ in first[3:]} == set(episode.words)  # interleaved
         bound |= {(word, *names) for word, names in classes.items()}
     assert len({word for word, _ in bound}) == len(NONSENSE)
     assert len({name for _, name in bound}) > 20
-    orders = [[w for _, w in e.examples[:2]] for e in episodes(pool, Plan("naming", inner_shots=4, order="shuffled"))]
+    orders = [[w for _, w, _ in e.examples[:2]] for e in episodes(pool, Plan("naming", inner_shots=4, order="shuffled"))]
     assert any(len(set(words)) == 1 for words in orders)
 
 
@@ -128,7 +234,7 @@ def test_told_episodes_have_other_words_where_a_picture_was_and_do_not_teach_the
     for i, episode in enumerate(mixed(pool, 8, purpose=2, plans=supervised.TOLD)):
         text = "Answer with {} or {} . ".format(*episode.words) if episode.induction else ""
         answers = []
-        for picture, answer in episode.examples:
+        for picture, answer, _ in episode.examples:
             text += f"{pool.told(picture)} This is a {answer} . "
             answers.append(f"This is a {answer} .")
         text += f"{pool.told(episode.query)} Q : What is this ? A : This is a {episode.answer} ."
@@ -172,6 +278,83 @@ def test_the_published_files_are_records():
         parse({k: v for k, v in row.items() if k != "caption_2"}, 0, root="")
     with pytest.raises(ValueError, match='but no "question_image"'):
         parse({k: v for k, v in row.items() if k != "question_image"}, 0, root="")
+
+
+FILE = {
+    "image_1": "a.jpg", "caption_1": "This is a dax.", "image_2": "b.jpg", "caption_2": "This is a blicket.", "image_3": "d.jpg",
+    "caption_3": "This is a dax.", "question_image": "c.jpg", "question": "Q: What is this? A: This is a", "answer": "blicket",
+}  # fmt: skip
+VQA = {
+    "image_1": "a.jpg", "question_1": "what colour?", "answer_1": "red", "image_2": "b.jpg", "question_2": "is it big?", "answer_2": "yes",
+    "question_image": "c.jpg", "question": "is it small?", "answer": "no",
+}  # fmt: skip
+
+
+def asked_of(row, **shots):
+    """The prompt of a record, and its pictures."""
+    record = parse(row, 0, root="", shots=Shots(**shots))
+    ((prompt, answer),) = record.turns
+    assert answer == row["answer"]
+    return prompt, "".join(p.source[0] for p in record.pictures)
+
+
+def test_records_have_every_knob():
+    query = "<image>Q: What is this? A: This is a"
+    assert asked_of(FILE, induction=True, inner_shots=1, repeats=1) == (
+        "Answer with dax or blicket. " + "<image>This is a dax. <image>This is a blicket. " * 2 + query, "ababc",
+    )  # fmt: skip
+    assert asked_of(FILE, ways=1) == (f"<image>This is a blicket. {query}", "bc")
+    assert asked_of(FILE, shots=2, unseen=True) == (f"This is a dax. This is a blicket. {query}", "c")
+    assert asked_of(FILE, prompt="flamingo", shots=2) == (
+        "<image>Output: dax<|endofchunk|><image>Output: blicket<|endofchunk|><image>Output:", "abc",
+    )  # fmt: skip
+    other = {**FILE, "caption_1": "A cat.", "question": "which one? ", "answer": "cat"}  # no words that are known: all as it stands
+    assert asked_of(other, induction=True, shots=1) == ("Please answer the question. <image>A cat. <image>which one? ", "ac")
+    assert asked_of(other, prompt="kosmos", shots=1) == ("<image>A cat. <image>Question: which one?  Answer:", "ac")
+    with pytest.raises(ValueError, match="has 1 examples of 'blicket', and inner_shots is 2"):
+        asked_of(FILE, inner_shots=2)
+
+
+def test_records_of_questions_and_answers():
+    assert asked_of(VQA) == (
+        "<image>Question: what colour? Answer: red <image>Question: is it big? Answer: yes <image>Question: is it small? Answer:", "abc",
+    )  # fmt: skip
+    assert asked_of(VQA, prompt="open_flamingo", shots=1, induction=True, repeats=1) == (
+        "Please answer the question." + "<image>Question:what colour? Short answer:red<|endofchunk|>" * 2
+        + "<image>Question:is it small? Short answer:", "aac",
+    )  # fmt: skip
+    memes = {name: text for name, text in VQA.items() if not name.endswith("_2")}
+    assert asked_of(memes, prompt="hateful_memes") == (
+        "<image>is an image with: 'what colour?' written on it. Is it hateful? Answer:red<|endofchunk|>"
+        "<image>is an image with: 'is it small?' written on it. Is it hateful? Answer:", "ac",
+    )  # fmt: skip
+    captions = {"image_1": "a.jpg", "answer_1": "two cats", "question_image": "c.jpg", "answer": "a dog"}
+    assert asked_of(captions, prompt="flamingo") == ("<image>Output: two cats<|endofchunk|><image>Output:", "ac")
+    assert asked_of(captions) == ("<image>This is a two cats. <image>Q: What is this? A: This is a", "ac")
+    zero = {"question_image": "c.jpg", "question": "is it small?", "answer": "no"}
+    assert asked_of(zero) == ("<image>is it small?", "c")
+    assert asked_of(zero, prompt="flamingo") == ("<image>Question: is it small? Answer:", "c")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"answer_2": None}, 'has 2 examples and a question, but no "answer_2"'),
+        ({"caption_1": "c"}, 'has both "caption_1" and "answer_1"'),
+        (
+            {"question_2": None, "answer_2": None, "caption_2": "c"},
+            "has examples with captions and examples with answers, expected one kind",
+        ),
+        ({"image_2": None}, 'has 2 examples and a question, but no "image_2"'),
+        ({"question_1": None, "answer_1": None}, 'has 2 examples and a question, but no "caption_1"'),
+        ({"question": None, "answer": None}, 'but no "answer"'),
+        ({"answer_1": "<image>"}, r'"answer_1" holds <image>'),
+        ({"question_1": 3}, '"question_1" is a number, expected text'),
+    ],
+)
+def test_records_that_are_no_episode(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        asked_of({name: text for name, text in {**VQA, **change}.items() if text is not None})
 
 
 def test_the_most_similar_comes_last():

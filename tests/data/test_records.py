@@ -229,10 +229,10 @@ def test_documented_examples_are_records(tmp_path):
     examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
     animated(tmp_path / "clip.gif")
     records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
-    assert len(records) == 19
-    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 4, 0, 2, *[1] * 4, 3, *[1] * 4, 8]
-    assert [len(r.boxes) for r in records] == [0] * 14 + [1, 1, 0, 0, 0]
-    assert [r.chosen for r in records] == [None] * 16 + ["A cat."] * 2 + [None]
+    assert len(records) == 20
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 4, 0, 2, *[1] * 4, 3, 2, *[1] * 4, 8]
+    assert [len(r.boxes) for r in records] == [0] * 15 + [1, 1, 0, 0, 0]
+    assert [r.chosen for r in records] == [None] * 17 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():

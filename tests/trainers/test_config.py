@@ -358,6 +358,18 @@ RULES = [
         "stages.align.data.parts.a.streaming: a mixture is drawn from by number; leave streaming off, or train on one set",
     ),
     ("llava", ["--stages.align.data.streaming", "true"], "stages.align.data.streaming: shapes is built in and held in memory"),
+    (
+        "llava",
+        ["--stages.align.data.captions_first", "0.5"],
+        "stages.align.data.captions_first: shapes is built in, and its order is what it is",
+    ),
+    ("llava", ["--stages.align.data.captions_first", "2"], "stages.align.data.captions_first: expected at least 0 and at most 1, got 2.0"),
+    ("llava", ["--stages.align.data.shots.shots", "2"], "stages.align.data.shots: shapes is built in, and its episodes are what they are"),
+    (
+        "llava",
+        ["--stages.align.data.shots.prompt", "kosmoss"],
+        "stages.align.data.shots.prompt: unknown prompt 'kosmoss' (did you mean 'kosmos'?)",
+    ),
     ("llava", ["--stages.words.data.path", "a.json"], "stages.words.objective: words needs to know what is true of a picture"),
     (
         "llava",

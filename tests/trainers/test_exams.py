@@ -1,5 +1,6 @@
 """The few-shot exam against models whose answers are known: one that reads examples, one that always says the colour, one that never ends."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from mmfast.trainers.place import Place
 from mmfast.trainers.session import Session
 
 from mmfast.data import chat, supervised
-from mmfast.data.episodes import ATTRIBUTES, Pool
+from mmfast.data.episodes import ATTRIBUTES, Plan, Pool
 from mmfast.data.synthetic import World
 from mmfast.models.tokenizer import word_tokenizer
 
@@ -98,6 +99,30 @@ def test_an_answer_that_does_not_end_there_or_begins_otherwise_is_wrong(spoil):
 def test_the_end_token_ends_an_answer_too():
     measured = exams.few_shot(*session_of(lambda pictures, text: reader(pictures, text).replace(".", "<eos>")), episodes=10)
     assert measured["few_shot/4"] == 1
+
+
+def test_any_plan_is_an_exam_and_questions_are_answered_one_by_one():
+    """A model that looks each question up, and finds the examples answered as it would; one that says no; one that does not end."""
+    plans = {"vqa/2": Plan("vqa", shots=2, repeats=1, induction=True), "three": Plan("naming", ways=3, induction=True)}
+
+    def look(pictures, text):
+        if "dax" in text or "This is" in text:
+            return reader(pictures, text.partition("Answer with")[2].partition(" . ")[2])
+        asked = [part.partition(" ? Answer :") for part in text.split("Question : is there ")[1:]]
+        truth = ["yes" if POOL.name(p) in what else "no" for p, (what, *_) in zip(pictures, asked, strict=True)]
+        assert text.startswith("Please answer the question . ")
+        assert len(pictures) == 5
+        assert [answer.strip() for *_, answer in asked] == [*truth[:-1], ""]
+        return truth[-1] + " <eos>"
+
+    measured = exams.few_shot(*session_of(look), episodes=40, plans=plans)
+    assert measured == {"vqa/2": 1.0, "three": 1.0}
+    some = exams.few_shot(*session_of(lambda *_: "no <eos>"), episodes=200, plans={"vqa/0": Plan("vqa", shots=0)})
+    assert some["vqa/0"] == pytest.approx(0.5, abs=0.12)
+    assert exams.few_shot(*session_of(lambda *_: "no ."), episodes=9, plans={"vqa/0": Plan("vqa", shots=0)}) == {"vqa/0": 0}
+    chunks = list(session_of(lambda *_: "no <|endofchunk|>", added=("<|endofchunk|>",)))
+    chunks[1] = replace(chunks[1], stages=(replace(chunks[1].stages[-1], template="flamingo"),))
+    assert exams.few_shot(*chunks, episodes=200, plans={"vqa/0": Plan("vqa", shots=0)})["vqa/0"] == some["vqa/0"]
 
 
 def test_a_blind_twin_is_shown_black_pictures():

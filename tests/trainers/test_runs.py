@@ -22,7 +22,7 @@ from mmfast.data.images import load
 from mmfast.models import tiny
 from mmfast.models.lora import lora_parameters
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import Lora, Pairs, to_dict
+from mmfast.spec import Lora, Pairs, Shots, to_dict
 
 WORDS = (
     "<pad>",
@@ -377,6 +377,47 @@ def test_right_answers_are_those_that_greedy_decoding_gives(folder, trained):
         scored = [(at, label) for at, label in enumerate(labels) if label != -100]
         logp, count = logp + sum(float(logits[at - 1, label]) for at, label in scored), count + len(scored)
     assert told["loss"] == pytest.approx(-logp / count, rel=1e-5)
+
+
+def test_episodes_are_asked_as_shots_say(folder, trained, tmp_path, capsys):
+    recipe, own = runs.open_run(trained)[1], Shots(prompt="flamingo", repeats=1)
+    stage = recipe.stages[-1]
+    other = replace(recipe, stages=(replace(stage, data=replace(stage.data, shots=own)),))
+    assert runs.to_measure(recipe, "x.json", None).shots == Shots()
+    assert runs.to_measure(other, "x.json", None).shots == own
+    assert runs.to_measure(other, "x.json", None, "{shots: 2, induction: true}").shots == replace(own, shots=2, induction=True)
+    with pytest.raises(RunError) as error:
+        runs.to_measure(recipe, "x.json", None, "{prompt: flamngo, ways: 0, shot: 1}")
+    for sentence in (
+        "--shots.shot: Shots has no field 'shot' (did you mean 'shots'?)",
+        "--shots.ways: expected at least 1, got 0",
+        "--shots.prompt: unknown prompt 'flamngo' (did you mean 'flamingo'?), expected one of frozen, flamingo",
+    ):
+        assert sentence in str(error.value)
+    row = {
+        "image_1": "0.png",
+        "answer_1": "red",
+        "question_1": "what colour is this?",
+        "question_image": "1.png",
+        "question": "and this?",
+        "answer": "red",
+    }
+    (tmp_path / "vqa.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row))
+    argv = ["eval", trained, "--data", tmp_path / "vqa.jsonl", "--images", folder]
+    lost = []
+    for shots in ("{shots: 1}", "{shots: 0}", "{shots: 1}"):
+        code, out, err = call(capsys, *argv, "--shots", shots)
+        assert code == 0, err
+        told = json.loads(out[out.index("{\n") :])
+        assert told["answers"] == 2
+        lost.append(told["loss"])
+    assert lost[0] == lost[2] != lost[1], "the example is part of the question"
+    code, _, err = call(capsys, *argv, "--shots", "{inner_shots: 2}")
+    assert code == 1
+    assert "has 1 examples of 'red', and inner_shots is 2" in err
+    code, _, err = call(capsys, "eval", trained, "--shots", "{shots: 1}")
+    assert code == 2
+    assert "--shots is about records, and none are given; add --data FILE" in err
 
 
 def test_workers_change_nothing(folder, trained, tmp_path, capsys):
