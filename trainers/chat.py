@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmfast.data import images as pictures
-from mmfast.data.chat import last_token
+from mmfast.data.chat import TEMPLATES, last_token
 from mmfast.models.generate import text_pieces
 from mmfast.spec import BUILT_IN, System, nearest
 
@@ -74,7 +74,7 @@ def chat(
     )  # fmt: skip
     said = []
     try:
-        for (piece,) in text_pieces(tokenizer, tokens):
+        for (piece,) in text_pieces(tokenizer, tokens, TEMPLATES[template].stop):
             if piece:
                 said.append(piece)
                 if stream is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmfast.data.synthetic import PROMPT, Scene, parse
 from mmfast.eval import chair, pope
+from mmfast.models.generate import until
 from mmfast.models.tokenizer import plain_text
 
 from .checkpoint import Run
@@ -82,8 +83,9 @@ def caption_all(session: Session, states: Tensor, template: str = "bare", batch:
         out = session.model.generate(
             torch.tensor([ids] * len(part), device=session.place.device), image_states=part, end=end, max_new_tokens=64
         )
-        ended += int((out == end).any(1).sum())
-        texts += [plain_text(session.tokenizer, row) for row in out.tolist()]
+        said, over = [plain_text(session.tokenizer, row) for row in out.tolist()], (out == end).any(1).tolist()
+        ended += sum(over) if not encode.stop else sum(encode.stop in text for text in said)
+        texts += [until(text, encode.stop) for text in said]
     return texts, ended / max(len(texts), 1)
 
 
@@ -164,15 +166,19 @@ def make_probe(
     names = _keep_pictures(run, [pictures for *_, pictures in asked])
 
     def samples(step: int) -> dict[str, float]:
-        said = zip(asked, answer(session, asked, end=session.encoder(template).end_token), names, strict=True)
+        encode = session.encoder(template)
+        said = zip(asked, answer(session, asked, end=encode.end_token, stop=encode.stop), names, strict=True)
         _note(run, step, [{"asked": question, "said": words, "images": n} for (question, *_), words, n in said])
         return {}
 
     return samples
 
 
-def answer(session: Session, asked: list[tuple[str, list[int], Tensor]], *, end: int | None = None, max_new_tokens: int = 64) -> list[str]:
-    """Greedy answers, up to the token ``end`` (default: the tokenizer's end token), to (question, token ids, pictures uint8 [M, H, W, 3])."""
+def answer(
+    session: Session, asked: list[tuple[str, list[int], Tensor]], *, end: int | None = None, stop: str = "", max_new_tokens: int = 64
+) -> list[str]:
+    """Greedy answers, up to the token ``end`` (default: the tokenizer's end token) or the text ``stop``, to (question, token ids, pictures uint8
+    [M, H, W, 3])."""
     said = []
     session.model.eval()
     for _, ids, pictures in asked:
@@ -181,7 +187,7 @@ def answer(session: Session, asked: list[tuple[str, list[int], Tensor]], *, end:
         out = session.model.generate(
             prompt, end=session.tokenizer.eos_token_id if end is None else end, max_new_tokens=max_new_tokens, **seen
         )
-        said.append(plain_text(session.tokenizer, out[0].tolist()))
+        said.append(until(plain_text(session.tokenizer, out[0].tolist()), stop))
     return said
 
 

@@ -184,24 +184,36 @@ def option_logps(model: MultimodalModel, input_ids: Tensor, options: Sequence[Se
     return torch.stack(logps, 1)
 
 
-def text_pieces(tokenizer, tokens: Iterable[Tensor]) -> Iterator[list[str]]:
+def text_pieces(tokenizer, tokens: Iterable[Tensor], stop: str = "") -> Iterator[list[str]]:
     """Every step's new text, a piece a row, from the tokens of ``steps``; joined, a row's pieces are ``plain_text`` of its tokens.
 
     A piece is given out once no later token can change it: half a character waits for its other bytes, and a space for what follows it.
+    ``stop`` ends a row's text (``until``): what may be its beginning waits, and when all rows have it no more tokens are asked for.
     """
     ids: list[list[int]] = []
     told: list[str] = []
     for token in tokens:
         if not ids:
             ids, told = [[] for _ in token], [""] * len(token)
-        pieces = []
+        pieces, over = [], bool(stop)
         for row, new in enumerate(token.tolist()):
             ids[row].append(new)
             # The replacement character stands for the beginning of one that is not complete yet.
-            pieces.append(_beyond(told, row, plain_text(tokenizer, ids[row]).rstrip("\ufffd").rstrip(" ")))
+            text = plain_text(tokenizer, ids[row]).rstrip("\ufffd").rstrip(" ")
+            over &= stop in text
+            text = until(text, stop)
+            waits = max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            pieces.append(_beyond(told, row, text[: len(text) - waits]))
         yield pieces
+        if over:
+            break
     if ids:
-        yield [_beyond(told, row, plain_text(tokenizer, ids[row])) for row in range(len(ids))]
+        yield [_beyond(told, row, until(plain_text(tokenizer, ids[row]), stop)) for row in range(len(ids))]
+
+
+def until(text: str, stop: str) -> str:
+    """A text up to where ``stop`` is in it, if it is."""
+    return text.partition(stop)[0] if stop else text
 
 
 def _beyond(told: list[str], row: int, text: str) -> str:
