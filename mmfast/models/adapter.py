@@ -7,6 +7,7 @@ the training code takes tanh, the paper and the first inference code the gate it
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 
@@ -67,9 +68,9 @@ def load_adapter(model: MultimodalModel, path: str | Path) -> None:
 
 
 def write_state(state: dict[str, Tensor], path: str | Path) -> None:
-    """Named tensors in fp32: safetensors, or for ``.pt`` and ``.pth`` torch's own format."""
+    """Named tensors in fp32: safetensors, or for ``.pt``, ``.pth`` and ``.bin`` torch's own format."""
     state = {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
-    if Path(path).suffix in (".pt", ".pth"):
+    if Path(path).suffix in (".pt", ".pth", ".bin"):
         torch.save(state, path)
         return
     from safetensors.torch import save_file
@@ -83,7 +84,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no file of tensors alone, and nothing else is read, as it could run code") from error
 
 
 def _layers(model: MultimodalModel) -> torch.nn.ModuleDict:
