@@ -223,7 +223,7 @@ def encode_document(
     ``learn_pictures`` its pictures are. Without, the first of ``borders`` is where something comes before it: that a picture follows is said
     by the text (Kosmos-1). As in ``encode`` otherwise."""
     form = TEMPLATES[template]
-    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures)
+    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures, begin=form.begin)
     if form.chunk:
         line.add_chunks(text, form.chunk, form.only_seen)
     else:

@@ -36,16 +36,7 @@ def scored(ids, labels):
 TURNS = [("<image>\nHi", "Hello"), ("Who?", "Me.")]
 
 
-def test_vicuna_v1_as_published():
-    ids, labels = encode("vicuna_v1", TURNS)
-    assert read(ids) == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to "
-        "the user's questions. USER: @@\nHi ASSISTANT: Hello</s>USER: Who? ASSISTANT: Me.</s>"
-    )
-    assert scored(ids, labels) == "Hello</s>Me.</s>"
-
-
-def test_llava_s_other_forms_as_published():
+def test_llava_s_forms_as_published():
     """Whole texts and what of them is learnt, character by character."""
     user, human = (
         f"A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to "
@@ -88,6 +79,8 @@ def test_llava_s_other_forms_as_published():
         assert (read(ids), scored(ids, labels)) == (text, learnt), template
         prompt, _ = encode(template, [*TURNS[:1], ("Who?", None)])
         assert read(prompt) == text[: text.index("Me.")].rstrip(" "), template
+        begins = "<s>" if text.startswith("<s>") else ""
+        assert read(chat.encode_document(Speller(), "a", image_tokens=2, image_token=IMAGE, template=template)[0]) == f"{begins}a</s>"
         last, labels = encode(template, TURNS, last_alone=True)
         assert (last, scored(last, labels)) == (ids, learnt[learnt.index("Me.") :]), template
 
@@ -134,7 +127,8 @@ class Release:
         return ids
 
     def rounds(self, text, rounds, asked, more):
-        """Of each of ``rounds`` the question, up to ``asked``, is hidden: as many labels as it has tokens, less ``more`` where a round ends."""
+        """Of each of ``rounds`` the question, up to ``asked``, is hidden: as many labels as it has tokens by itself. ``more``: tokens behind a round
+        that are not in it, where no beginning token is counted in their place."""
         ids = self(text)
         labels, at = list(ids), int(self.begins)
         labels[:at] = [-100] * at
