@@ -11,7 +11,6 @@ heads, which is multiplied as it is: tanh of ours where ours goes through it.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from mmfast import spec
 from mmfast.models.build import MultimodalModel
+from mmfast.models.files import read_state, write_state
 
 _GATE = re.compile(r"layers\.(\d+)\.attention\.gate")
 _PEFT = re.compile(r"(?:.*\.)?layers\.(\d+)\.self_attn\.adaption_(prompt|gate)")
@@ -120,29 +120,6 @@ def load_adapter(model: MultimodalModel, path: str | Path) -> None:
     """Reads what ``save_adapter`` or the released training code wrote, ``.safetensors`` or a ``.pth`` that holds tensors alone; or a folder of
     peft's."""
     load_adapter_state(model, read_state(Path(path) / PEFT_WEIGHTS if Path(path).is_dir() else path), str(path))
-
-
-def write_state(state: dict[str, Tensor], path: str | Path) -> None:
-    """Named tensors in fp32: safetensors, or for ``.pt``, ``.pth`` and ``.bin`` torch's own format."""
-    state = {name: tensor.float().cpu().contiguous() for name, tensor in state.items()}
-    if Path(path).suffix in (".pt", ".pth", ".bin"):
-        torch.save(state, path)
-        return
-    from safetensors.torch import save_file
-
-    save_file(state, path)
-
-
-def read_state(path: str | Path) -> dict[str, Tensor]:
-    """What ``write_state`` or a release's training code wrote; a file that holds anything but tensors and plain data is refused."""
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no file of tensors alone, and nothing else is read, as it could run code") from error
 
 
 def _layers(model: MultimodalModel) -> torch.nn.ModuleDict:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
 from mmfast import spec
+from mmfast.models.files import read_state
 from mmfast.models.pretrained import load_weights
 from mmfast.nn.query_connector import QueryConnector
 
@@ -143,7 +144,7 @@ def lavis_state(model: MultimodalModel, projection: str = "opt_proj") -> dict[st
 
 def load_lavis(model: MultimodalModel, path: str | Path) -> None:
     """Reads a ``.pth`` of LAVIS, or what ``save_lavis`` wrote, tensors alone."""
-    held = torch.load(path, map_location="cpu", weights_only=True)
+    held = read_state(path)
     load_lavis_state(model, held.get("model", held), str(path))
 
 

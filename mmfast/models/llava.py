@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mmfast.models.adapter import read_state, write_state
 from mmfast.models.build import MultimodalModel
+from mmfast.models.files import read_state, write_state
 from mmfast.models.pretrained import IMAGE, load_weights
 from mmfast.nn.projector import Projector
 
