@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmfast.trainers import evaluate, preference, runs, supervised
+from mmfast.trainers import evaluate, preference, records, runs, supervised
 from mmfast.trainers.__main__ import main
 from mmfast.trainers.checkpoint import Run, RunError
 from mmfast.trainers.loop import Options
@@ -366,7 +366,7 @@ def test_right_answers_are_those_that_greedy_decoding_gives(folder, trained):
         said.append(session.tokenizer.decode(out[: out.index(2)] if 2 in out else out))
     share = np.mean([s == line["conversations"][1]["value"] for s, line in zip(said, lines, strict=True)])
     assert 0 < share < 1, "so that both kinds are counted"
-    told = runs.measure(session, recipe, eval_data=runs.to_measure(recipe, str(folder / "data.jsonl"), None))[0]
+    told = records.measure(session, recipe, runs.to_measure(recipe, str(folder / "data.jsonl"), None))[0]
     assert told["answer_accuracy"] == pytest.approx(share)
     assert told["answers"] == 24
     logp, count = 0.0, 0
