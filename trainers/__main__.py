@@ -29,7 +29,9 @@ def decoded(sub: argparse.ArgumentParser, most: int) -> None:
     sub.add_argument("--max-new-tokens", type=int, metavar="N", help=f"of an answer (default {most})")
     sub.add_argument("--beams", type=int, metavar="N", help="texts that are followed side by side (default 1)")
     sub.add_argument("--length-penalty", type=float, metavar="X", help="of beams: more favours longer answers (default 1)")
-    sub.add_argument("--no-repeat-ngram-size", type=int, dest="no_repeat", metavar="N", help="no N tokens come twice in a row (default 0: any may)")
+    sub.add_argument(
+        "--no-repeat-ngram-size", type=int, dest="no_repeat", metavar="N", help="no run of N tokens comes twice (default 0: any may)"
+    )
     sub.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 what was said becomes rarer (default 1)")
 
 

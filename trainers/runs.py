@@ -237,7 +237,7 @@ def to_measure(recipe: System | Alignment, path: str, images: str | None) -> Dat
     if isinstance(recipe, System) and recipe.stages[-1].objective == "tokenizer":
         raise RunError(f"{recipe.name}: its last stage trains an image tokenizer, which answers nothing; records cannot be measured")
     own = next((data for data in reversed(data_of(recipe)) if data.path is not None and isinstance(data, Data)), Data("eval"))
-    return Data("eval", path=path, images=images, columns=own.columns, frames=own.frames, boxes=own.boxes)
+    return Data("eval", path=path, images=images, columns=own.columns, frames=own.frames, clean=own.clean, boxes=own.boxes)
 
 
 def _check_records(recipe, session, eval_data: Data | None) -> None:

@@ -236,7 +236,9 @@ class _Reader:
         if not answers:
             raise ValueError('"answers" is an empty list')
         learnt = row.get("answer", Counter(answers).most_common(1)[0][0])
-        record = self.conversation([*self.said(row["question"], "question", "user"), *self.said(learnt, "answer", "assistant")], llava=False)
+        record = self.conversation(
+            [*self.said(row["question"], "question", "user"), *self.said(learnt, "answer", "assistant")], llava=False
+        )
         return replace(record, answers=tuple(answers))
 
     def episode(self) -> Record:

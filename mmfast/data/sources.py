@@ -100,11 +100,7 @@ class _Checked:
         return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.plan.size, self.plan.size, 3, dtype=torch.uint8)
 
     def questions(self, items: Iterable[int]) -> Iterator[Question]:
-        """All questions of some items' records, in order; documents have none.
-
-        Raises:
-            ValueError: a question that with all before it is longer than the encoder's ``max_length``.
-        """
+        """All questions of some items' records, in order, up to where the encoder's ``max_length`` cuts them off; documents have none."""
         for item in items:
             at, number = self.items[item]
             if number < 0:  # a row of texts
@@ -116,8 +112,8 @@ class _Checked:
                 _, answered = ([next(boxes) for _ in range(text.count(REGION))] for text in (question, answer))
                 try:
                     ids, _ = self.encoder([*told[:i], (told[i][0], None)], record.system)
-                except ValueError as error:
-                    raise ValueError(f"{self.parts[at].name}: record {number} ({record.id}): {error}") from None
+                except ValueError:  # all before the answer is too long: training does not see it either
+                    break
                 text = question.replace("<image>", "").strip()
                 yield Question(item, record, ids, self._pictures_of[item][:pictures], text, answer, answered)
 
