@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def decoded(sub: argparse.ArgumentParser, most: int) -> None:
+def add_decoding(sub: argparse.ArgumentParser, most: int) -> None:
     """The options of an answer that is decoded, None where they are not given."""
     sub.add_argument("--max-new-tokens", type=int, metavar="N", help=f"of an answer (default {most})")
     sub.add_argument("--beams", type=int, metavar="N", help="texts that are followed side by side (default 1)")
@@ -108,13 +108,13 @@ def parser() -> Parser:
     sub.add_argument("--data", metavar="FILE", help="records to measure loss, right answers and found pictures on")
     sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
     sub.add_argument("--generate", action="store_true", help="decode the records' answers: VQA accuracy, places, RUN/predictions.jsonl")
-    decoded(sub, 64)
+    add_decoding(sub, 64)
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"))
     sub = add("chat", "talk with a trained run about pictures; without --prompt, in a conversation")
     sub.add_argument("run", type=Path)
     sub.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     sub.add_argument("--prompt", help="one question, answered and done")
-    decoded(sub, 256)
+    add_decoding(sub, 256)
     sub.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word each time")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)

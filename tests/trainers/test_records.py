@@ -156,7 +156,7 @@ def test_fromage_finds_pictures(pairs, fromage):
     folder, captions = pairs
     measured, said = records.measure(session, recipe, runs.to_measure(recipe, str(folder / "pairs.jsonl"), None))
     lm, fusion, rows = model.language, model.fusion, []
-    pixels = session.pixels(torch.stack([torch.from_numpy(np.asarray(Image.open(folder / f"{i}.png"))) for i in range(PICTURES)]))
+    pixels = session.pixels(torch.stack([torch.from_numpy(np.array(Image.open(folder / f"{i}.png"))) for i in range(PICTURES)]))
     with torch.no_grad():
         pictures = F.normalize(fusion.visual_fc(model.encoder.vision(pixels).pooler_output), dim=-1)
         for caption in captions:
@@ -179,7 +179,7 @@ def test_a_q_former_finds_pictures_and_matches_the_best_anew(pairs):
     spread(model, ("connector", "encoder"))
     folder, captions = pairs
     measured, _ = records.measure(session, recipe, runs.to_measure(recipe, str(folder / "captions.jsonl"), None))
-    pixels = session.pixels(torch.stack([torch.from_numpy(np.asarray(Image.open(folder / f"{i}.png"))) for i in range(PICTURES)]))
+    pixels = session.pixels(torch.stack([torch.from_numpy(np.array(Image.open(folder / f"{i}.png"))) for i in range(PICTURES)]))
     cosines, matched = torch.empty(CAPTIONS, PICTURES), torch.empty(CAPTIONS, PICTURES)
     with torch.no_grad():
         images = connector.ln_vision(model.encode(pixels))
