@@ -26,9 +26,16 @@ RERANKED = 128
 
 
 def source_of(session: Any, recipe: System | Alignment, data: Data) -> Any:
-    """The records as the model's last training read its own."""
+    """The records as the model's last training read its own.
+
+    Raises:
+        RunError: records of which nothing can be measured.
+    """
     last = recipe if isinstance(recipe, Alignment) else recipe.stages[-1]
-    return session.source(data, template_of(recipe), last.max_length, compared=compares(recipe))
+    source = session.source(data, template_of(recipe), last.max_length, compared=compares(recipe))
+    if compares(recipe) and len(source.captions()) < 2:
+        raise RunError(f"{data.path}: pictures are compared with captions, and there are not two records of one picture and one caption")
+    return source
 
 
 def compares(recipe: System | Alignment) -> bool:
@@ -41,9 +48,6 @@ def measure(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """``measure_answers``; ``retrieved``, for a system that finds pictures; and with ``decoding``, the options of ``generated``, ``answered``.
     Returns the measures, and what was said to each question.
-
-    Raises:
-        RunError: records of which nothing can be measured.
     """
     source, finds = source_of(session, recipe, data), compares(recipe) or isinstance(system_of(recipe).fusion, Retrieval)
     measured, said = {}, []
@@ -51,8 +55,6 @@ def measure(
         measured |= measure_answers(session, source)
     if finds:
         measured |= retrieved(session, source)
-    if not measured:
-        raise RunError(f"{data.path}: pictures are compared with captions, and the records have not two pictures with a caption each")
     if decoding is not None:
         told, said = answered(session, source, **decoding)
         measured |= told
@@ -67,18 +69,16 @@ def retrieved(session: Any, source: Any) -> dict[str, float]:
     """Recall among all records of one picture and one text (FROMAGe, arXiv:2301.13823; BLIP-2, arXiv:2301.12597, section 4.4).
 
     ``image_retrieval``: the text's picture is among the best k; ``text_retrieval``: one of the picture's texts is. By [RET] in FROMAGe's space,
-    or by a Q-Former's contrast and, ``reranked``, the best ``RERANKED`` anew by its matching. Nothing where there are not two pictures.
+    or by a Q-Former's contrast and, ``reranked``, the best ``RERANKED`` anew by its matching. Nothing where there are not two such records.
     """
     items, model = source.captions(), session.model.eval()
-    if not items:
+    if len(items) < 2:
         return {}
     with looking(session, source) as states:
         source.with_pictures = False
         batch = (source if isinstance(session.system.fusion, Retrieval) else Texts(source)).batch(torch.tensor(items))
         shown = batch["keys"] if "keys" in batch else batch["picture_ids"][batch["image_rows"]]
         pictures = shown.unique()
-        if len(pictures) < 2:
-            return {}
         states = (session.states_of(source) if states is None else states)[pictures.to(session.place.device)]
     own = (shown[:, None] == pictures).to(states.device)
     if isinstance(session.system.fusion, Retrieval):

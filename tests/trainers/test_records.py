@@ -195,8 +195,8 @@ def test_a_q_former_finds_pictures_and_matches_the_best_anew(pairs):
     assert measured == pytest.approx(want)
     assert counted(cosines, "") != counted(cosines + matched, ""), "or it would not show that anything was ranked anew"
     (folder / "one.jsonl").write_text(json.dumps({"image": "0.png", "caption": "a red circle ."}))
-    with pytest.raises(RunError, match=r"one.jsonl: pictures are compared with captions, and the records have not two pictures"):
-        records.measure(session, recipe, runs.to_measure(recipe, str(folder / "one.jsonl"), None))
+    with pytest.raises(RunError, match=r"one.jsonl: pictures are compared with captions, and there are not two records of one picture"):
+        records.source_of(session, recipe, runs.to_measure(recipe, str(folder / "one.jsonl"), None))
 
 
 def test_recall_where_several_belong_together():
