@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,32 +100,44 @@ def claims(session: Session, scenes: list[Scene], texts: list[str]) -> tuple[np.
 # --------------------------------------------------------------------------------------------------------- any records
 
 
+@contextmanager
+def looking(session: Session, source: Any) -> Iterator[Tensor | None]:
+    """While a source is measured it lays out rows one by one, and opens no picture where the tower's states of all are at hand, which are given."""
+    from .supervised import cached_states
+
+    states, before = cached_states(session, source), (source.packing, source.with_pictures)
+    source.packing, source.with_pictures = False, states is None
+    try:
+        yield states
+    finally:
+        source.packing, source.with_pictures = before
+
+
 @torch.no_grad()
 def measure_answers(session: Session, source: Any, *, batch: int = 64, limit: int | None = None) -> dict[str, float]:
     """``loss`` a token, and ``answer_accuracy``: the share of answers all of whose tokens are the likeliest given those before them, which is
     to say the answers that greedy decoding gives word for word. Over the first ``limit`` items of a source."""
-    from .supervised import cached_states, see
+    from .supervised import see
 
     model = session.model.eval()
-    head, states = model.language.get_output_embeddings(), cached_states(session, source)
-    packing, pictures, source.packing, source.with_pictures = source.packing, source.with_pictures, False, states is None
+    head = model.language.get_output_embeddings()
     loss, tokens, right, answers = 0.0, 0, 0, 0
-    for index in torch.arange(min(len(source), limit or len(source))).split(batch):
-        rows = session.place.to(source.batch(index))
-        images = see(session, rows, states)
-        hidden = model.hidden(rows["input_ids"], **images)[:, :-1]
-        labels = model.targets(rows["labels"], rows["input_ids"], **images)[:, 1:]
-        scored = labels != -100
-        logits = head(hidden[scored].to(head.weight.dtype)).float()
-        loss += torch.nn.functional.cross_entropy(logits, labels[scored], reduction="sum").item()
-        tokens += int(scored.sum())
-        # An answer is a run of scored tokens in a row of the batch.
-        begins = scored & ~torch.nn.functional.pad(scored, (1, 0))[:, :-1]
-        number = (begins.flatten().cumsum(0) - 1)[scored.flatten()]
-        missed = torch.zeros(int(begins.sum()), dtype=torch.long, device=number.device)
-        missed.index_add_(0, number, (logits.argmax(-1) != labels[scored]).long())
-        right, answers = right + int((missed == 0).sum()), answers + len(missed)
-    source.packing, source.with_pictures = packing, pictures
+    with looking(session, source) as states:
+        for index in torch.arange(min(len(source), limit or len(source))).split(batch):
+            rows = session.place.to(source.batch(index))
+            images = see(session, rows, states)
+            hidden = model.hidden(rows["input_ids"], **images)[:, :-1]
+            labels = model.targets(rows["labels"], rows["input_ids"], **images)[:, 1:]
+            scored = labels != -100
+            logits = head(hidden[scored].to(head.weight.dtype)).float()
+            loss += torch.nn.functional.cross_entropy(logits, labels[scored], reduction="sum").item()
+            tokens += int(scored.sum())
+            # An answer is a run of scored tokens in a row of the batch.
+            begins = scored & ~torch.nn.functional.pad(scored, (1, 0))[:, :-1]
+            number = (begins.flatten().cumsum(0) - 1)[scored.flatten()]
+            missed = torch.zeros(int(begins.sum()), dtype=torch.long, device=number.device)
+            missed.index_add_(0, number, (logits.argmax(-1) != labels[scored]).long())
+            right, answers = right + int((missed == 0).sum()), answers + len(missed)
     return {"loss": loss / max(tokens, 1), "answer_accuracy": right / max(answers, 1), "answers": answers}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.data.regions import REGION, placed, write
+from mmfast.data.regions import REGION, Placement, placed, write
 from mmfast.spec import Fixed, nearest
 
 IGNORE = -100
@@ -364,24 +364,22 @@ class Encoder:
 
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
-        if record.boxes:
-            record = self._with_places(record)
+        record = self.placed(record)
         return self(record.turns, record.system) if record.document is None else self.document(record.document)
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of an interleaved document, all of it supervised."""
         return encode_document(self.tokenizer, text, template=self.template, **self._sizes())
 
-    def _with_places(self, record: Any) -> Any:
-        """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out."""
+    def placed(self, record: Any) -> Any:
+        """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out. One
+        without boxes is as it was."""
+        if not record.boxes:
+            return record
         if self.regions is None:
             raise ValueError("speaks of places in its picture, and this system does not; set regions, or data.boxes to 0")
-        size = record.pictures[0].size()
-        placement, whole = placed(size, self.plan), (size if record.shares else (1, 1))
-        moved = [
-            [kept for box in group if (kept := placement.keep([v * whole[i % 2] for i, v in enumerate(box)])) is not None]
-            for group in record.boxes
-        ]
+        placement = self.placement(record)
+        moved = [[kept for box in group if (kept := placement.keep(box)) is not None] for group in record.boxes_in_pixels()]
         texts = [record.document] if record.document is not None else [text for turn in record.turns for text in turn]
         told = []
         for text in texts:
@@ -391,6 +389,10 @@ class Encoder:
         if record.document is not None:
             return replace(record, document=told[0], boxes=())
         return replace(record, turns=tuple(zip(told[::2], told[1::2], strict=True)), boxes=())
+
+    def placement(self, record: Any) -> Placement:
+        """Where the record's one picture comes to lie as the system sees it."""
+        return placed(record.pictures[0].size(), self.plan)
 
     def answer(self, record: Any, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of a preference record's conversation with this answer at its end; earlier answers are part of the prompt."""

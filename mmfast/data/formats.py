@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -31,7 +32,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 # The names that rows may have: what ``columns`` may map to.
 TURN_NAMES = ("from", "value", "role", "content")
 NAMES = (
-    "id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "caption",
+    "id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "answers", "caption",
     "instruction", "input", "output", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
 )  # fmt: skip
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
@@ -54,8 +55,14 @@ class Record:
     document: str | None = None  # an interleaved document, all of it supervised
     boxes: tuple[tuple[tuple[float, ...], ...], ...] = ()  # of each <region> in turns or document, in reading order
     shares: bool = False  # whether boxes are shares of the picture's sides, and not pixels of it
+    answers: tuple[str, ...] = ()  # what humans said to the one question, where there are several; the turn has the one that is learnt
     chosen: str | None = None
     rejected: str | None = None
+
+    def boxes_in_pixels(self) -> list[list[tuple[float, ...]]]:
+        """``boxes`` in pixels of the upright picture."""
+        size = self.pictures[0].size() if self.shares else (1, 1)
+        return [[tuple(v * size[i % 2] for i, v in enumerate(box)) for box in group] for group in self.boxes]
 
 
 def cleaned(record: Record) -> Record:
@@ -176,6 +183,8 @@ class _Reader:
             return self.document(*self.interleaved())
         if has("question_image") or has("image_1"):
             return self.episode()
+        if has("question") and has("answers"):
+            return self.answered()
         for question, answer in (("prompt", "completion"), ("question", "answer")):
             if has(question) or has(answer):
                 if not (has(question) and has(answer)):
@@ -216,6 +225,21 @@ class _Reader:
         if turns[-1][1] is None:
             raise ValueError("ends with a question that has no answer")
         return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
+
+    def answered(self) -> Record:
+        """A question and several humans' answers to it, texts or objects with ``answer`` (VQAv2). ``answer`` is learnt, else the most frequent
+        of them, the first among equals."""
+        row, answers = self.row, []
+        for i, given in enumerate(self.sequence(row["answers"], "answers")):
+            text = self.plain(given.get("answer") if isinstance(given, dict) else given, f"answers[{i}]")
+            answers.append(self.unmarked(text, f"answers[{i}]"))
+        if not answers:
+            raise ValueError('"answers" is an empty list')
+        learnt = row.get("answer", Counter(answers).most_common(1)[0][0])
+        record = self.conversation(
+            [*self.said(row["question"], "question", "user"), *self.said(learnt, "answer", "assistant")], llava=False
+        )
+        return replace(record, answers=tuple(answers))
 
     def episode(self) -> Record:
         """A few-shot episode (Frozen's evaluation files): ``image_1``, ``caption_1``, .., ``question_image``, ``question`` and ``answer``. All

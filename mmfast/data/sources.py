@@ -7,7 +7,8 @@ with ``compute.workers`` is a loader's process. Letters: B rows, T tokens, M pic
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,29 @@ from mmfast.data import chat, images
 from mmfast.data.formats import Record
 from mmfast.data.mixtures import Mixed
 from mmfast.data.records import Records, Stream, check
+from mmfast.data.regions import REGION
 from mmfast.spec import Fixed, View
 
 # Token ids that are kept after the check, over all records; beyond that a record is encoded each time it is drawn.
 KEEP_TOKENS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of an item's record, and what was answered there."""
+
+    item: int
+    record: Record
+    ids: list[int]  # all before the answer, earlier answers as the record has them
+    shown: list[int]  # the source's numbers of the pictures in it
+    text: str  # without its places of pictures; empty where a caption is asked for
+    answer: str  # a <region> for each place
+    boxes: list[list[tuple[float, ...]]]  # of these, in pixels of the upright picture
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What humans said, where there are several; else the one answer."""
+        return self.record.answers or (self.answer,)
 
 
 class _Checked:
@@ -79,19 +99,37 @@ class _Checked:
             loaded.append(shown[place].load(self.plan))
         return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.plan.size, self.plan.size, 3, dtype=torch.uint8)
 
-    def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
-        """The first items' last questions, with the token ids up to their answers and their pictures: what samples are made of."""
-        found = []
-        for at, number in self.items[:count]:
+    def questions(self, items: Iterable[int]) -> Iterator[Question]:
+        """All questions of some items' records, in order, up to where the encoder's ``max_length`` cuts them off; documents have none."""
+        for item in items:
+            at, number = self.items[item]
             if number < 0:  # a row of texts
                 continue
             record = self.parts[at].parse(number)
-            if record.turns:
-                turns = [*record.turns[:-1], (record.turns[-1][0], None)]
-                pictures = [picture.load(self.plan) for picture in record.pictures]
-                stacked = torch.from_numpy(np.stack(pictures)) if pictures else torch.empty(0)
-                found.append((turns[-1][0], self.encoder(turns, record.system)[0], stacked))
+            told, boxes, pictures = self.encoder.placed(record).turns, iter(record.boxes_in_pixels()), 0
+            for i, (question, answer) in enumerate((asked, said or "") for asked, said in record.turns):
+                pictures += question.count("<image>")
+                _, answered = ([next(boxes) for _ in range(text.count(REGION))] for text in (question, answer))
+                try:
+                    ids, _ = self.encoder([*told[:i], (told[i][0], None)], record.system)
+                except ValueError:  # all before the answer is too long: training does not see it either
+                    break
+                text = question.replace("<image>", "").strip()
+                yield Question(item, record, ids, self._pictures_of[item][:pictures], text, answer, answered)
+
+    def captions(self) -> list[int]:
+        """The items that are one picture and one answer to whatever is asked, without places."""
+        found = []
+        for item, (at, number) in enumerate(self.items):
+            record = self.parts[at].parse(number) if number >= 0 else None
+            if record is not None and len(record.turns) == len(record.pictures) == 1 and not record.boxes:
+                found.append(item)
         return found
+
+    def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
+        """The first items' last questions, with the token ids up to their answers and their pictures: what samples are made of."""
+        last = {question.item: question for question in self.questions(range(min(count, len(self))))}
+        return [(q.record.turns[-1][0], q.ids, self.load_pictures(torch.tensor(q.shown, dtype=torch.long))) for q in last.values()]
 
     def _encode_all(self, at: int, record: Record) -> tuple[list[int], list[int]]:
         """Every text of a record, kept; the one with fewest labels stands for all before the check."""
@@ -136,16 +174,20 @@ class _Checked:
         shown = [
             p for i, ids, _ in encoded for p in self._pictures_of[i][: ids.count(self.encoder.image_token) // self.encoder.image_tokens]
         ]
+        lengths, scored = torch.tensor([len(ids) for _, ids, _ in encoded]), (labels[:, 1:] != chat.IGNORE).sum(1)
+        laid = chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token)
+        return {**laid, **self.show(shown)}, scored
+
+    def show(self, shown: Sequence[int]) -> dict[str, Tensor]:
+        """What a batch holds of the pictures that its rows show, given by number and in order: each once, and which of them stands where."""
         pictures = list(dict.fromkeys(shown))
         place = {p: at for at, p in enumerate(pictures)}
-        lengths, scored = torch.tensor([len(ids) for _, ids, _ in encoded]), (labels[:, 1:] != chat.IGNORE).sum(1)
         picture_ids = torch.tensor(pictures, dtype=torch.long)
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
             "picture_ids": picture_ids,
             "image_rows": torch.tensor([place[p] for p in shown], dtype=torch.long),
             **({"pictures": self.load_pictures(picture_ids)} if self.with_pictures and pictures else {}),
-        }, scored
+        }
 
 
 def _unknown_token(tokenizer: Any) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mmfast.models.decoding import check_repetition, unrepeating
 from mmfast.models.tokenizer import plain_text
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def steps(
     temperature: float = 0.0,
     top_p: float = 1.0,
     no_repeat: int = 0,
+    repetition_penalty: float = 1.0,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     allowed: Callable[[int], Tensor] | None = None,
@@ -42,12 +44,12 @@ def steps(
         temperature: 0 takes the likeliest token, otherwise tokens are drawn with ``generator``.
         top_p: draw from the likeliest tokens that together have this probability (arXiv:1904.09751); 1: from all.
         no_repeat: no run of so many tokens comes a second time, the prompt's among them (transformers' ``no_repeat_ngram_size``); 0: any may.
+        repetition_penalty: makes all tokens rarer that came before, the prompt's among them (``decoding.penalised``); 1: none.
         allowed: which tokens may come, bool ``[V]``, after so many new ones. Tokens that only pictures are made of never come by default.
         rule: what is made of the logits ``[B, V]`` of those that may, after so many new ones (``mmfast.models.decoding``).
         images: pixel_values, image_states or image_embeds, image_rows, image_embeds_position_mask, as for the model's forward.
     """
-    if no_repeat < 0:
-        raise ValueError(f"generate: expected no_repeat >= 0, got {no_repeat}")
+    check_repetition(no_repeat, repetition_penalty)
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
     if max_new_tokens < 1:
@@ -56,8 +58,7 @@ def steps(
     told, done = reading.told, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for count in range(max_new_tokens):
         logits = reading.logits if allowed is None else reading.any_logits.masked_fill(~allowed(count), -torch.inf)
-        if no_repeat:
-            logits = unrepeated(logits, told, no_repeat)
+        logits = unrepeating(logits, told, no_repeat=no_repeat, repetition_penalty=repetition_penalty)
         logits = logits if rule is None else rule(count, logits)
         token = next_token(logits, temperature=temperature, top_p=top_p, generator=generator)
         if end is not None:
@@ -66,7 +67,7 @@ def steps(
         yield token
         if done.all() or count + 1 == max_new_tokens:
             break
-        told = torch.cat([told, token[:, None]], 1) if no_repeat else told
+        told = torch.cat([told, token[:, None]], 1)
         reading.say(token)
 
 
@@ -128,16 +129,6 @@ def next_token(logits: Tensor, *, temperature: float = 0.0, top_p: float = 1.0, 
     if temperature > 0:
         return torch.multinomial(nucleus((logits / temperature).softmax(-1), top_p), 1, generator=generator)[:, 0]
     return logits.argmax(-1)
-
-
-def unrepeated(logits: Tensor, told: Tensor, size: int) -> Tensor:
-    """``logits [B, V]`` without the tokens that would end a run of ``size`` tokens which ``told [B, T]`` holds already."""
-    if told.shape[1] < size:
-        return logits
-    runs = told.unfold(1, size, 1)  # [B, T - size + 1, size]
-    again = (runs[..., :-1] == told[:, None, told.shape[1] - size + 1 :]).all(-1) & (runs[..., -1] < logits.shape[-1])
-    row, at = again.nonzero(as_tuple=True)
-    return logits.index_put((row, runs[row, at, -1]), logits.new_tensor(-torch.inf))
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

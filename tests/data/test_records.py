@@ -134,6 +134,18 @@ FORMS = {
         {"question": "what?", "answer": "a cat", "image": "c.jpg"},
         Record(7, "#7", (("<image>\nwhat?", "a cat"),), pictures=shown("c.jpg")),
     ),
+    "several humans' answers, the most frequent learnt": (
+        {"question": "what?", "answers": ["cat", {"answer": "a dog", "answer_id": 2}, "a dog"], "image": "c.jpg"},
+        Record(7, "#7", (("<image>\nwhat?", "a dog"),), pictures=shown("c.jpg"), answers=("cat", "a dog", "a dog")),
+    ),
+    "several humans' answers, the first among equals learnt": (
+        {"question": "what?", "answers": ["dog", "cat", "cat", "dog"]},
+        Record(7, "#7", (("what?", "dog"),), answers=("dog", "cat", "cat", "dog")),
+    ),
+    "several humans' answers and the one that is learnt": (
+        {"question": "what?", "answers": ["dog", "dog"], "answer": "cat"},
+        Record(7, "#7", (("what?", "cat"),), answers=("dog", "dog")),
+    ),
     "alpaca": (
         {"instruction": "q", "input": "", "output": "a"},
         Record(7, "#7", (("q", "a"),)),
@@ -229,10 +241,11 @@ def test_documented_examples_are_records(tmp_path):
     examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
     animated(tmp_path / "clip.gif")
     records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
-    assert len(records) == 18
-    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 4, 0, *[1] * 4, 3, *[1] * 4, 8]
-    assert [len(r.boxes) for r in records] == [0] * 13 + [1, 1, 0, 0, 0]
-    assert [r.chosen for r in records] == [None] * 15 + ["A cat."] * 2 + [None]
+    assert len(records) == 19
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 5, 0, *[1] * 4, 3, *[1] * 4, 8]
+    assert [len(r.boxes) for r in records] == [0] * 14 + [1, 1, 0, 0, 0]
+    assert [len(r.answers) for r in records] == [0] * 5 + [3] + [0] * 13
+    assert [r.chosen for r in records] == [None] * 16 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():

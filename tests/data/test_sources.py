@@ -150,6 +150,29 @@ def test_a_source_travels_to_other_processes(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_questions_are_all_that_stands_before_an_answer(tmp_path):
+    """Of every turn, with the earlier answers and pictures; a document asks nothing, and one picture with one answer is a caption."""
+    talk = [("<image>what", "a"), ("and <image>?", "b"), ("so", "c")]
+    turns = {
+        "messages": [{"role": r, "content": t} for turn in talk for r, t in zip(("user", "assistant"), turn, strict=True)],
+        "images": ["3.png", "0.png"],
+    }
+    asked = {"image": "3.png", "question": "how", "answers": ["x", "y", "y"], "id": "h"}
+    source = Conversations([Records(data(tmp_path, [turns, RECORDS[3], asked, said("text", "yy")]))], encoder(), plan=4)
+    questions = list(source.questions(range(4)))
+    prompts = ["^@@what", "^@@whataand @@?", "^@@whataand @@?bso", "^@@\nhow", "^text"]
+    assert [text(q.ids) for q in questions] == prompts
+    assert [(q.item, q.record.id, q.text, q.answer, q.answers) for q in questions] == [
+        (0, "#0", "what", "a", ("a",)), (0, "#0", "and ?", "b", ("b",)), (0, "#0", "so", "c", ("c",)),
+        (2, "h", "how", "y", ("x", "y", "y")), (3, "#3", "text", "yy", ("yy",)),
+    ]  # fmt: skip
+    assert [shown(source.show(q.shown)) for q in questions] == [[3], [3, 0], [3, 0], [3], []]
+    assert [q for q, *_ in source.prompts(3)] == ["so", "<image>\nhow"]
+    assert source.captions() == [2]
+    short = Conversations([Records(data(tmp_path, [turns]))], encoder(max_length=16), plan=4)
+    assert [text(q.ids) for q in short.questions([0])] == prompts[:2], "what is cut off in training is not asked"
+
+
 def test_pairs(tmp_path):
     records = [
         {"image": "1.png", "prompt": "p", "chosen": "good", "rejected": "bad"},

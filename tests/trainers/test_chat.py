@@ -83,6 +83,25 @@ def test_sampling_repeats_with_its_seed(session, pictures):
     assert draw(1, top_p=1e-6) == chat(session, pictures[:1], "?", template="vicuna_v1", max_new_tokens=12)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(beams=3, length_penalty=-1.0),
+        dict(no_repeat=1),
+        dict(repetition_penalty=1.5),
+        dict(beams=2, no_repeat=2, repetition_penalty=1.2),
+    ],
+)
+def test_decoding_is_what_is_asked_for(session, pictures, asked):
+    plain = dict(template="vicuna_v1", max_new_tokens=12)
+    said = chat(session, pictures[:1], "What is this?", **plain, **asked)
+    ids, _ = session.encoder("vicuna_v1")([("<image>\nWhat is this?", None)])
+    pixels = session.pixels(torch.from_numpy(images.load(pictures[0], 28))[None])
+    out = session.model.generate(torch.tensor([ids]), pixel_values=pixels, end=session.tokenizer.eos_token_id, max_new_tokens=12, **asked)
+    assert said == plain_text(session.tokenizer, out[0].tolist())
+    assert said != chat(session, pictures[:1], "What is this?", **plain), "or it would not show that anything was asked"
+
+
 def test_the_mode_of_the_model_is_kept(session, pictures):
     session.model.train()
     chat(session, [], "Hello", template="vicuna_v1", max_new_tokens=2)
