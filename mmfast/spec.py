@@ -415,6 +415,8 @@ class Data:
     clean: bool = False  # answers as BLIP reads captions: lower case, .!"()*#:;~ left out, the first 50 words
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
+    instruct: float = 0.0  # the share of these captions of which one place is asked about instead, in Kosmos-2's six templates
+    min_side: int = 0  # a record with a picture of fewer pixels on a side is left out, and told (LAION's filter: 200)
     full: bool = False  # texts end to end in rows of max_length, cut where a row ends; records without pictures
     weight: float | None = None
     loss: float | None = None

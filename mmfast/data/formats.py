@@ -40,6 +40,15 @@ _MARK = re.compile("<image>|<video>")
 _TAGS = re.compile("</?phrase>|<region>|^<grounding> ")
 # GRIT's boxes below this score are left out (Kosmos-2, arXiv:2306.14824, section 2).
 GRIT_SCORE = 0.65
+# Its grounded instructions (appendix): what is asked of a place, or begun, and the answer. The tag in front is that of the released prompts.
+INSTRUCTIONS = (
+    (f"<image><grounding> What is <phrase>it</phrase>{REGION}?", "It is {expression}."),
+    (f"<image><grounding> What is <phrase>this</phrase>{REGION}?", "This is {expression}."),
+    (f"<image><grounding> Describe <phrase>this object</phrase>{REGION}.", "This object is {expression}."),
+    (f"<image><grounding><phrase>It</phrase>{REGION} is", "{expression}."),
+    (f"<image><grounding><phrase>This</phrase>{REGION} is", "{expression}."),
+    (f"<image><grounding><phrase>The object</phrase>{REGION} is", "{expression}."),
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ def cleaned(record: Record) -> Record:
 
 
 def parse(
-    row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, pages: Pages | None = None
+    row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, instruct: float = 0.0,
+    pages: Pages | None = None,
 ) -> Record:  # fmt: skip
     """The record of a row (a JSON object).
 
@@ -80,6 +90,7 @@ def parse(
         frames: pictures that a video is read as.
         columns: their names to ours, of the row and of its turns.
         boxes: the share of captions with places (GRIT) whose places are told; 0: none of any record's.
+        instruct: the share of captions with places that become a question, or the beginning of a sentence, about one of them.
         pages: how an interleaved document is read.
 
     Raises:
@@ -87,7 +98,7 @@ def parse(
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {_kind(row)}")
-    reader = _Reader(row, number, root, frames, columns or {}, pages or Pages())
+    reader = _Reader(row, number, root, frames, columns or {}, pages or Pages(), instruct if boxes else 0.0)
     return reader.grounded(reader.read(), boxes)
 
 
@@ -114,9 +125,9 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _draw(number: int) -> float:
+def _draw(number: int, what: str) -> float:
     """0 .. 1, the same for a record in every epoch."""
-    return int.from_bytes(hashlib.sha256(f"boxes {number}".encode()).digest()[:7], "big") / 2**56
+    return int.from_bytes(hashlib.sha256(f"{what} {number}".encode()).digest()[:7], "big") / 2**56
 
 
 def _null(value: Any) -> bool:
@@ -159,14 +170,16 @@ class _Said:
 
 
 class _Reader:
-    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages):
-        self.pages = pages
+    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages, instruct: float):
+        self.pages, self.instruct = pages, instruct
         self.row, self.number, self.root, self.frames, self.columns = _rename(row, columns), number, root, frames, columns
         self.characters = 0
 
     def read(self) -> Record:
+        self.id = name_of(self.row, self.number)
+        if "noun_chunks" in self.row or "ref_exps" in self.row:
+            self.row = self.grit()
         row, has = self.row, self.row.__contains__
-        self.id = name_of(row, self.number)
         if has("chosen") or has("rejected"):
             return self.preference()
         for name in ("conversations", "messages"):
@@ -193,8 +206,6 @@ class _Reader:
             return self.conversation(
                 [*self.said(asked, "instruction", "user"), *self.said(row["output"], "output", "assistant")], llava=False
             )
-        if has("noun_chunks") or has("ref_exps"):
-            self.row = row = {**row, **self.marked_caption()}
         if has("caption"):
             if not (self.listed("image") or self.listed("video")):
                 raise ValueError('has a "caption" but no "image"')
@@ -390,7 +401,7 @@ class _Reader:
         groups = tuple(self.boxes(group, f"{names[0]}[{i}]") for i, group in enumerate(self.sequence(self.row[names[0]], names[0])))
         if places != len(groups):
             raise ValueError(f"{places} {REGION} places but {len(groups)} {names[0]}")
-        told = _draw(self.number) < share if "caption" in self.row else share > 0
+        told = _draw(self.number, "boxes") < share if "caption" in self.row else share > 0
         if not told or not groups:
 
             def bare(text: str | None) -> str | None:
@@ -412,9 +423,10 @@ class _Reader:
                 raise ValueError(f"{what} is {list(box)}: its second corner is left of or above its first")
         return tuple(tuple(float(v) for v in box) for box in group)
 
-    def marked_caption(self) -> dict[str, Any]:
-        """GRIT: a caption, and spans of it with shares of the picture and a score, ``[start, end, x1, y1, x2, y2, score]``. Those of
-        ``ref_exps`` that no other one holds are marked (the released code's mode "expression"), or else of ``noun_chunks``."""
+    def grit(self) -> dict[str, Any]:
+        """GRIT as a caption with marks, or as a question with an answer: a caption, and spans of it with shares of the picture and a score,
+        ``[start, end, x1, y1, x2, y2, score]``. Those of ``ref_exps`` that no other one holds count (the released code's mode "expression"), or
+        else of ``noun_chunks``."""
         caption = self.plain(self.row.get("caption"), '"caption"')
         name = "ref_exps" if self.row.get("ref_exps") else "noun_chunks"
         spans: dict[tuple[int, int], list[list[float]]] = {}
@@ -426,14 +438,23 @@ class _Reader:
                 raise ValueError(f"{name}[{i}] is the span {start} .. {end} of a caption of {len(caption)} characters")
             if span[6] >= GRIT_SCORE:
                 spans.setdefault((start, end), []).append([float(v) for v in span[2:6]])
-        marked, boxes, last = "", [], 0
+        kept: list[tuple[int, int]] = []
         for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
-            if start < last:  # inside one that is marked, or across its end
-                continue
+            if not kept or start >= kept[-1][1]:  # else inside one that counts, or across its end
+                kept.append((start, end))
+        row = {name: value for name, value in self.row.items() if name not in ("caption", "noun_chunks", "ref_exps")}
+        if not kept:
+            return {**row, "caption": caption}
+        if _draw(self.number, "instruct") < self.instruct:
+            start, end = kept[int(_draw(self.number, "expression") * len(kept))]
+            asked, answer = INSTRUCTIONS[int(_draw(self.number, "template") * len(INSTRUCTIONS))]
+            answer = answer.format(expression=caption[start:end])
+            return {**row, "question": asked, "answer": answer, "box_shares": [spans[start, end]]}
+        marked, last = "", 0
+        for start, end in kept:
             marked += f"{caption[last:start]}<phrase>{caption[start:end]}</phrase>{REGION}"
-            boxes.append(spans[start, end])
             last = end
-        return {"caption": f"<grounding> {marked}{caption[last:]}", "box_shares": boxes} if boxes else {"caption": caption}
+        return {**row, "caption": f"<grounding> {marked}{caption[last:]}", "box_shares": [spans[span] for span in kept]}
 
     # -- messages
 

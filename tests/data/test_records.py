@@ -667,7 +667,7 @@ def test_a_table_of_captions(tmp_path):
     for number, why in ((1, "line 4 of train.tsv has 1 fields, the first line names 2"), (2, "line 5 of train.tsv is not UTF-8")):
         with pytest.raises(ValueError, match=why):
             records[number]
-    with pytest.raises(ValueError, match="tables of text are read whole; leave streaming off"):
+    with pytest.raises(ValueError, match="tables with names in their first line are read whole; leave streaming off"):
         Stream(Data("cc3m", path=str(tmp_path / "train.tsv"), streaming=True))
     (tmp_path / "train.tsv").write_text("caption\timage\n")
     with pytest.raises(ValueError, match="holds no record"):
