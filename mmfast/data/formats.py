@@ -31,8 +31,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 # The names that rows may have: what ``columns`` may map to.
 TURN_NAMES = ("from", "value", "role", "content")
 NAMES = (
-    "id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "caption",
-    "instruction", "input", "output", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
+    "id", "image_id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer",
+    "caption", "captions", "instruction", "input", "output", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
 )  # fmt: skip
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
 MAX_CHARACTERS = 1_000_000
@@ -65,6 +65,21 @@ class Record:
     shares: bool = False  # whether boxes are shares of the picture's sides, and not pixels of it
     chosen: str | None = None
     rejected: str | None = None
+    captions: tuple[str, ...] = ()  # several answers to the one question, told one at a time; turns hold the first
+    image_id: str = ""  # the same for two records of one picture; "": its file tells
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """For each picture what is the same where another record shows it."""
+        return (f"id {self.image_id}",) if self.image_id and len(self.pictures) == 1 else tuple(p.key for p in self.pictures)
+
+    @property
+    def tellings(self) -> int:
+        return max(len(self.captions), 1)
+
+    def telling(self, which: int) -> Record:
+        """The record with one of its captions."""
+        return replace(self, turns=((self.turns[0][0], self.captions[which]),)) if self.captions else self
 
 
 def cleaned(record: Record) -> Record:
@@ -76,7 +91,8 @@ def cleaned(record: Record) -> Record:
             raise ValueError("has an answer without words; leave clean off, or the record out")
         return " ".join(words)
 
-    return replace(record, turns=tuple((question, answer and clean(answer)) for question, answer in record.turns))
+    turns = tuple((question, answer and clean(answer)) for question, answer in record.turns)
+    return replace(record, turns=turns, captions=tuple(map(clean, record.captions)))
 
 
 def parse(
@@ -99,16 +115,19 @@ def parse(
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {_kind(row)}")
     reader = _Reader(row, number, root, frames, columns or {}, pages or Pages(), instruct if boxes else 0.0)
-    return reader.grounded(reader.read(), boxes)
+    record = reader.grounded(reader.read(), boxes)
+    return replace(record, image_id=_name(reader.row["image_id"], "image_id")) if "image_id" in reader.row else record
 
 
 def name_of(row: Any, number: int, columns: dict[str, str] | None = None) -> str:
     """A row's id, ``#number`` where it has none."""
     value = _rename(row, columns or {}).get("id") if isinstance(row, dict) else None
-    if value is None:
-        return f"#{number}"
+    return f"#{number}" if value is None else _name(value, "id")
+
+
+def _name(value: Any, what: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f'"id" is {_kind(value)}, expected text or a whole number')
+        raise ValueError(f'"{what}" is {_kind(value)}, expected text or a whole number')
     return str(value)
 
 
@@ -206,6 +225,8 @@ class _Reader:
             return self.conversation(
                 [*self.said(asked, "instruction", "user"), *self.said(row["output"], "output", "assistant")], llava=False
             )
+        if has("captions"):
+            return self.several()
         if has("caption"):
             if not (self.listed("image") or self.listed("video")):
                 raise ValueError('has a "caption" but no "image"')
@@ -227,6 +248,19 @@ class _Reader:
         if turns[-1][1] is None:
             raise ValueError("ends with a question that has no answer")
         return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
+
+    def several(self) -> Record:
+        """A picture with several captions (COCO's five, the best of BLIP's CapFilt)."""
+        if "caption" in self.row or not (self.listed("image") or self.listed("video")):
+            raise ValueError('has both "caption" and "captions"' if "caption" in self.row else 'has "captions" but no "image"')
+        captions = []
+        for i, text in enumerate(self.sequence(self.row["captions"], "captions")):
+            what = f"captions[{i}]"
+            captions.append(self.answer(_Said("assistant", self.unmarked(self.plain(text, what), what), []), what))
+        if not captions:
+            raise ValueError('"captions" is an empty list')
+        said = [_Said("user", "", []), _Said("assistant", captions[0], [])]
+        return replace(self.conversation(said, llava=False), captions=tuple(captions))
 
     def episode(self) -> Record:
         """A few-shot episode (Frozen's evaluation files): ``image_1``, ``caption_1``, .., ``question_image``, ``question`` and ``answer``. All

@@ -147,6 +147,10 @@ FORMS = {
         Record(7, "#7", (("q", "a"),), "s"),
     ),
     "caption": ({"image": "c.jpg", "caption": "a cat"}, Record(7, "#7", (("<image>", "a cat"),), pictures=shown("c.jpg"))),
+    "captions": (
+        {"image": "c.jpg", "captions": ["a cat", "it sits"], "image_id": 139},
+        Record(7, "#7", (("<image>", "a cat"),), pictures=shown("c.jpg"), captions=("a cat", "it sits"), image_id="139"),
+    ),
     "text": ({"text": "once"}, Record(7, "#7", document="once")),
     "text with places": (
         {"text": "a <image> b <image>", "images": ["a.png", "b.png"]},
@@ -525,6 +529,25 @@ def test_parts_of_a_stream_are_its_records_once(folder):
     assert [len(p) for p in parts] == [8, 8, 7]
 
 
+def test_a_stream_tells_one_of_several_captions(folder):
+    """By (seed, epoch, record): another one in another epoch, and the same wherever the stream is continued."""
+    pytest.importorskip("datasets")
+    rows = [{"image": "0.png", "captions": [f"{i}a", f"{i}b", f"{i}c"]} for i in range(30)] + [{"image": "0.png", "caption": "one"}]
+    data, epochs = Data("mine", write(folder / "a.jsonl", rows)), []
+    stream = Stream(data, seed=3, block=4)
+    for _ in range(2):
+        told = {record.number: record.turns for record in stream}
+        assert told.pop(30) == (("<image>", "one"),)
+        assert all(turns[0][1][:-1] == str(number) for number, turns in told.items())
+        epochs.append("".join(told[i][0][1][-1] for i in range(30)))
+    assert epochs[0] != epochs[1]
+    assert all(min(epoch.count(which) for which in "abc") >= 4 for epoch in epochs)
+    half, again = Stream(data, seed=3, block=4), Stream(data, seed=3, block=4)
+    first = [record for record, _ in zip(half, range(11), strict=False)][:10]
+    again.load_state_dict({**half.state_dict()})
+    assert {r.number: r.turns[0][1][-1] for r in [*first, *again] if r.number < 30}.items() <= dict(enumerate(epochs[0])).items()
+
+
 def test_a_stream_skips_and_counts(folder):
     pytest.importorskip("datasets")
     path = folder / "a.jsonl"
@@ -682,6 +705,9 @@ def test_answers_are_cleaned_as_captions_are(tmp_path):
     plain, clean = (Records(Data("mine", path=str(tmp_path / "a.json"), clean=clean)) for clean in (False, True))
     assert [r.parse(0).turns[-1][1].strip() for r in (plain, clean)] == ['A "Big" Dog;  (brown) runs!', "a big dog brown runs"]
     assert clean.parse(1).turns[-1][1] == " ".join(["word"] * 50)
+    (tmp_path / "c.json").write_text(json.dumps([{"image": "a.png", "captions": ["A cat!", "(It) sits."]}]))
+    record = Records(Data("mine", path=str(tmp_path / "c.json"), clean=True)).parse(0)
+    assert (record.turns, record.captions) == ((("<image>", "a cat"),), ("a cat", "it sits"))
     (tmp_path / "b.json").write_text(json.dumps([{"image": "a.png", "caption": "!.."}]))
     with pytest.raises(ValueError, match="has an answer without words"):
         Records(Data("mine", path=str(tmp_path / "b.json"), clean=True)).parse(0)
