@@ -227,9 +227,11 @@ def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
 
 
 def to_measure(recipe: System | Alignment, path: str, images: str | None) -> Data:
-    """Records to measure a recipe's model on. A file of conversations has the names that the recipe's own records have."""
+    """Records to measure a recipe's model on. A file of conversations has the names that the recipe's own records have; of ScienceQA's problems,
+    whose file holds every split, they are the test's."""
     own = next((data for data in reversed(data_of(recipe)) if data.path is not None and isinstance(data, Data)), Data("eval"))
-    return Data("eval", path=path, images=images, columns=own.columns, frames=own.frames)
+    split = "train" if path.startswith("hub:") else "test"
+    return Data("eval", path=path, images=images, split=split, columns=own.columns, frames=own.frames, choices=own.choices)
 
 
 def _check_records(recipe, session, eval_data: Data | None) -> None:

@@ -32,7 +32,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TURN_NAMES = ("from", "value", "role", "content")
 NAMES = (
     "id", "image_id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer",
-    "caption", "captions", "instruction", "input", "output", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
+    "caption", "captions", "instruction", "input", "output", "choices", "hint", "lecture", "solution", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
 )  # fmt: skip
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
 MAX_CHARACTERS = 1_000_000
@@ -49,6 +49,13 @@ INSTRUCTIONS = (
     (f"<image><grounding><phrase>This</phrase>{REGION} is", "{expression}."),
     (f"<image><grounding><phrase>The object</phrase>{REGION} is", "{expression}."),
 )
+
+# How a question with choices is put, and answered: as LLaVA's converter for ScienceQA writes it (arXiv:2304.08485, its mode LEA), and as
+# LLaMA-Adapter's figure shows it (arXiv:2303.16199).
+CHOICES = {
+    "llava": ("{question}\nContext: {context}\nOptions: {options}\n", "{reason} The answer is {letter}."),
+    "llama_adapter": ("Question: {question} Context: {context} Choices: {options} Answer:", "The answer is ({letter})"),
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def cleaned(record: Record) -> Record:
 
 def parse(
     row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, instruct: float = 0.0,
-    pages: Pages | None = None,
+    choices: str = "llava", pages: Pages | None = None,
 ) -> Record:  # fmt: skip
     """The record of a row (a JSON object).
 
@@ -107,6 +114,7 @@ def parse(
         columns: their names to ours, of the row and of its turns.
         boxes: the share of captions with places (GRIT) whose places are told; 0: none of any record's.
         instruct: the share of captions with places that become a question, or the beginning of a sentence, about one of them.
+        choices: how a question with choices is put, one of ``CHOICES``.
         pages: how an interleaved document is read.
 
     Raises:
@@ -114,7 +122,7 @@ def parse(
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {_kind(row)}")
-    reader = _Reader(row, number, root, frames, columns or {}, pages or Pages(), instruct if boxes else 0.0)
+    reader = _Reader(row, number, root, frames, columns or {}, pages or Pages(), instruct if boxes else 0.0, choices)
     record = reader.grounded(reader.read(), boxes)
     return replace(record, image_id=_name(reader.row["image_id"], "image_id")) if "image_id" in reader.row else record
 
@@ -189,8 +197,10 @@ class _Said:
 
 
 class _Reader:
-    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages, instruct: float):
-        self.pages, self.instruct = pages, instruct
+    def __init__(
+        self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages, instruct: float, choices: str
+    ):  # fmt: skip
+        self.pages, self.instruct, self.choices = pages, instruct, choices
         self.row, self.number, self.root, self.frames, self.columns = _rename(row, columns), number, root, frames, columns
         self.characters = 0
 
@@ -208,6 +218,8 @@ class _Reader:
             return self.document(*self.interleaved())
         if has("question_image") or has("image_1"):
             return self.episode()
+        if has("choices") and not isinstance(row.get("answer"), str):  # whose answer is a text is a question like others
+            return self.chosen_from()
         for question, answer in (("prompt", "completion"), ("question", "answer")):
             if has(question) or has(answer):
                 if not (has(question) and has(answer)):
@@ -248,6 +260,26 @@ class _Reader:
         if turns[-1][1] is None:
             raise ValueError("ends with a question that has no answer")
         return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
+
+    def chosen_from(self) -> Record:
+        """ScienceQA: a question, its choices and the number of the right one, with a hint, a lecture and a solution that may be empty."""
+        choices, answer = self.sequence(self.row["choices"], "choices"), self.row.get("answer")
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices) <= 26:
+            raise ValueError(
+                f'"answer" is {json.dumps(answer, default=repr)[:40]}, expected the number of one of {len(choices)} choices, from 0 on, 26 at most'
+            )
+        options = [f"({chr(65 + i)}) {self.unmarked(self.plain(text, what := f'choices[{i}]'), what)}" for i, text in enumerate(choices)]
+        said = {
+            name: self.unmarked(self.plain(self.row.get(name, ""), f'"{name}"'), f'"{name}"').strip()
+            for name in ("hint", "lecture", "solution")
+        }
+        question = self.unmarked(self.plain(self.row.get("question"), '"question"'), '"question"')
+        words = {
+            "question": question, "context": said["hint"] or "N/A", "options": " ".join(options), "letter": chr(65 + answer),
+            "reason": " ".join(filter(None, (said["lecture"], said["solution"]))),
+        }  # fmt: skip
+        asked, told = (form.format(**words).lstrip() for form in CHOICES[self.choices])
+        return self.conversation([_Said("user", asked, []), _Said("assistant", told, [])], llava=False)
 
     def several(self) -> Record:
         """A picture with several captions (COCO's five, the best of BLIP's CapFilt)."""

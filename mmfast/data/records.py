@@ -65,7 +65,7 @@ class Records:
         else:
             kind, files = _files(data)
             if kind in ("json", "tsv"):
-                lists = [_read_text(file) for file in files]
+                lists = [_read_text(file, data.split) for file in files]
                 self.rows = [row for rows, _ in lists for row in rows]
                 self._starts = [sum(len(rows) for rows, _ in lists[:i]) for i in range(len(lists))]
                 identity = [digest for _, digest in lists]
@@ -317,7 +317,7 @@ def _check_side(picture: Picture, least: int) -> None:
 def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
-    extra = {"boxes": data.boxes, "instruct": data.instruct, "pages": data.pages} if isinstance(data, Data) else {}
+    extra = {"boxes": data.boxes, "instruct": data.instruct, "choices": data.choices, "pages": data.pages} if isinstance(data, Data) else {}
     record = parse(row, number, root=root, frames=data.frames, columns=data.columns, **extra)
     if isinstance(data, Pairs) and record.chosen is None:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
@@ -375,9 +375,9 @@ def _one_folder(data: Data | Pairs, files: Sequence[Path]) -> None:
         raise ValueError(f"{data.path}: its files are in several folders; name the one that pictures are relative to with data.images")
 
 
-def _read_text(file: Path) -> tuple[list[Any], str]:
-    """Rows of a JSON array, a JSONL file or a table with names in its first line, and the hash of its bytes. A bad line is a row that says so; a
-    bad array is no data."""
+def _read_text(file: Path, split: str) -> tuple[list[Any], str]:
+    """Rows of a JSON array, a JSONL file, a table or ScienceQA's problems, and the hash of its bytes. A bad line is a row that says so; a bad array
+    is no data."""
     try:
         raw = file.read_bytes()
     except OSError as error:
@@ -395,14 +395,35 @@ def _read_text(file: Path) -> tuple[list[Any], str]:
         return rows, digest
     lines = [(at, line) for at, line in enumerate(raw.split(b"\n"), 1) if line.strip()]
     rows = [_line(line, f"line {at} of {file.name}") for at, line in lines]
-    if rows and all(isinstance(row, _Broken) for row in rows):
-        one = _whole(raw)  # an object over several lines is one record
-        if isinstance(one, _Broken):
+    if rows and isinstance(rows[0], _Broken):
+        one = _whole(raw)  # an object over several lines, of which some may be whole by themselves
+        if not isinstance(one, _Broken):
+            rows = [one]
+        elif all(isinstance(row, _Broken) for row in rows):
             raise ValueError(f"data file {file} is neither JSON nor JSONL: {rows[0].why}")
-        return [one], digest
+    if len(rows) == 1 and _is_problems(rows[0]):
+        return _problems(rows[0], split, file), digest
     if not rows:
         raise ValueError(f"data file {file} holds no record")
     return rows, digest
+
+
+def _is_problems(row: Any) -> bool:
+    """Whether what seems a record is an object of records by id, as ScienceQA's problems are. Of a record's own fields it has none."""
+    return isinstance(row, dict) and not row.keys() & set(NAMES) and all(isinstance(value, dict) for value in row.values())
+
+
+def _problems(told: dict[str, dict], split: str, file: Path) -> list[Any]:
+    """Records of one split; the picture of one is in a folder that is named by its id, as LLaVA's converter has it."""
+    rows = [
+        {"id": name, **row} | ({"image": f"{name}/{row['image']}"} if isinstance(row.get("image"), str) else {})
+        for name, row in told.items()
+        if row.get("split", split) == split
+    ]
+    if not rows:
+        splits = sorted({str(row["split"]) for row in told.values()})
+        raise ValueError(f"data file {file} has no record of split {split!r}{nearest(split, splits)}; they are of {', '.join(splits)}")
+    return rows
 
 
 def _table(raw: bytes, file: Path) -> list[Any]:

@@ -50,6 +50,10 @@ ask = {"role": "user", "content": "q"}
 say = lambda text: {"role": "assistant", "content": text}  # noqa: E731
 URL = "data:image/png;base64," + base64.b64encode(png()).decode()
 
+SCIENCE = {
+    "question": "Which is colder?", "choices": ["ice", "fire", "both"], "answer": 1, "hint": "Two pans.", "lecture": "Heat flows.",
+    "solution": "Ice melts.", "task": "closed choice",
+}  # fmt: skip
 # name: (row, what it says). The number is 7 and the id #7 wherever the row gives none.
 FORMS = {
     "llava": (
@@ -151,6 +155,28 @@ FORMS = {
         {"image": "c.jpg", "captions": ["a cat", "it sits"], "image_id": 139},
         Record(7, "#7", (("<image>", "a cat"),), pictures=shown("c.jpg"), captions=("a cat", "it sits"), image_id="139"),
     ),
+    "scienceqa": (
+        {**SCIENCE, "image": "c.jpg"},
+        Record(
+            7,
+            "#7",
+            (
+                (
+                    "<image>\nWhich is colder?\nContext: Two pans.\nOptions: (A) ice (B) fire (C) both\n",
+                    "Heat flows. Ice melts. The answer is B.",
+                ),
+            ),
+            pictures=shown("c.jpg"),
+        ),
+    ),
+    "scienceqa without a word more": (
+        {"question": "Which?", "choices": ["{x}", "y"], "answer": 0, "hint": "", "lecture": "", "image": None},
+        Record(7, "#7", (("Which?\nContext: N/A\nOptions: (A) {x} (B) y\n", "The answer is A."),)),
+    ),
+    "a question with choices that says its answer": (
+        {"question": "Which?", "choices": ["x", "y"], "answer": "y"},
+        Record(7, "#7", (("Which?", "y"),)),
+    ),
     "text": ({"text": "once"}, Record(7, "#7", document="once")),
     "text with places": (
         {"text": "a <image> b <image>", "images": ["a.png", "b.png"]},
@@ -233,10 +259,11 @@ def test_documented_examples_are_records(tmp_path):
     examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
     animated(tmp_path / "clip.gif")
     records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
-    assert len(records) == 18
-    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 4, 0, *[1] * 4, 3, *[1] * 4, 8]
-    assert [len(r.boxes) for r in records] == [0] * 13 + [1, 1, 0, 0, 0]
-    assert [r.chosen for r in records] == [None] * 15 + ["A cat."] * 2 + [None]
+    assert len(records) == 20
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 5, 0, *[1] * 5, 3, *[1] * 4, 8]
+    assert [len(r.boxes) for r in records] == [0] * 15 + [1, 1, 0, 0, 0]
+    assert [len(r.captions) for r in records] == [0] * 7 + [2] + [0] * 12
+    assert [r.chosen for r in records] == [None] * 17 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():
@@ -695,6 +722,27 @@ def test_a_table_of_captions(tmp_path):
     (tmp_path / "train.tsv").write_text("caption\timage\n")
     with pytest.raises(ValueError, match="holds no record"):
         Records(Data("cc3m", path=str(tmp_path / "train.tsv")))
+
+
+def test_problems_by_id(tmp_path):
+    """ScienceQA's file: an object of problems of all splits, whose pictures lie in folders of their ids."""
+    problems = {
+        "4": {**SCIENCE, "split": "train", "image": "image.png"},
+        "11": {**SCIENCE, "split": "test", "image": None},
+        "12": {**SCIENCE, "split": "train", "image": None, "answer": 0},
+    }
+    for indent in (None, 1):
+        (tmp_path / "problems.json").write_text(json.dumps(problems, indent=indent))
+        records = Records(Data("scienceqa", path=str(tmp_path / "problems.json"), choices="llama_adapter"))
+        assert [r.id for r in records] == ["4", "12"]
+        asked = "Question: Which is colder? Context: Two pans. Choices: (A) ice (B) fire (C) both Answer:"
+        assert [r.turns for r in records] == [((f"<image>\n{asked}", "The answer is (B)"),), ((asked, "The answer is (A)"),)]
+        assert records[0].pictures == (Picture(str(tmp_path / "4" / "image.png")),)
+    assert [r.id for r in Records(Data("scienceqa", path=str(tmp_path / "problems.json"), split="test"))] == ["11"]
+    with pytest.raises(ValueError, match=r"has no record of split 'tran' \(did you mean 'train'\?\); they are of test, train"):
+        Records(Data("scienceqa", path=str(tmp_path / "problems.json"), split="tran"))
+    (tmp_path / "pair.json").write_text(json.dumps({"prompt": ask, "chosen": say("a"), "rejected": say("b")}))
+    assert Records(Pairs("mine", path=str(tmp_path / "pair.json")))[0].rejected == "b"
 
 
 def test_answers_are_cleaned_as_captions_are(tmp_path):
