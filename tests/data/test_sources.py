@@ -275,6 +275,8 @@ def test_one_of_several_captions_is_drawn(tmp_path):
     assert counts[1] == 40
     assert all(6 <= counts[i] <= 21 for i in (0, 3, 6))  # thirteen of each expected
     assert torch.equal(sources[1].permutation(7), source.permutation(7))
+    alone = Conversations([Records(data(tmp_path, SEVERAL[:1]))], encoder(), plan=4)
+    assert {int(alone.permutation(epoch)) for epoch in range(20)} == {0, 1, 2}
     assert any(not torch.equal(sources[2].permutation(e), source.permutation(e)) for e in range(3))
     batch = source.batch(torch.tensor([6, 2]))
     assert shown(batch) == [0, 2]
@@ -284,18 +286,19 @@ def test_one_of_several_captions_is_drawn(tmp_path):
 def test_a_record_that_a_mixture_draws_twice_may_say_something_else(tmp_path):
     many = tmp_path / "many"
     many.mkdir()
-    parts = [Records(data(tmp_path, SEVERAL[:1], weight=3.0, loss=1.0)), Records(data(many, RECORDS * 10, weight=1.0, loss=1.0))]
+    one = [{"image": "0.png", "captions": ["a", "b" * 46]}]
+    parts = [Records(data(many, RECORDS * 10, weight=1.0, loss=1.0)), Records(data(tmp_path, one, weight=3.0, loss=1.0))]
     source = Conversations(parts, encoder(), plan=4)
     order = source.permutation(0)
-    of_first = order[order % len(source) == 0]
-    assert len(of_first) == 31  # three quarters of 41, to the nearest
-    assert set((of_first // len(source)).tolist()) == {0, 1, 2}
-    assert source.batch(of_first[:5])["groups"].tolist() == [0] * 5
-    by_tokens = Conversations(parts, encoder(), plan=4, by_tokens=True)
-    mean = (5 + 6 + 7) / 3, (6 + 8 + 8 + 9) / 4  # tokens of a record: with ^, $ and two places a picture
-    share = 41 * 3 / mean[0] / (3 / mean[0] + 1 / mean[1])
-    order = by_tokens.permutation(0)
-    assert abs(int((order % 41 == 0).sum()) - share) <= 1
+    of_last = order[order % 41 == 40]
+    assert len(of_last) == 31  # three quarters of 41, to the nearest
+    assert set((of_last // 41).tolist()) == {0, 1}
+    assert source.batch(torch.tensor([40 + 41, 3, 40]))["groups"].tolist() == [1, 0, 1]
+    # Tokens of a record, ^, $ and two places a picture among them: 27.5 in the mean of both captions, 8.5 of the others.
+    assert [len(source.encoded(i, "answer")[0]) for i in (40, 40 + 41, 0, 1, 2, 3)] == [5, 50, 10, 8, 8, 8]
+    share = 41 * (3 / 27.5) / (3 / 27.5 + 1 / 8.5)
+    order = Conversations(parts, encoder(), plan=4, by_tokens=True).permutation(0)
+    assert abs(int((order % 41 == 40).sum()) - share) <= 0.5
 
 
 def test_captions_beyond_what_is_kept_are_encoded_again(tmp_path, monkeypatch):
