@@ -399,7 +399,8 @@ class Pages:
 class Data:
     """What a stage reads. ``name`` is a built-in set (``BUILT_IN``), or a published one, whose records the user supplies.
 
-    ``path``: JSON, JSONL, parquet or webdataset tar files (a file, a folder or a pattern), or ``hub:NAME``. ``images``: the folder that
+    ``path``: JSON, JSONL, TSV, parquet or webdataset tar files (a file, a folder or a pattern), or ``hub:NAME``. ``split``: of a hub data set,
+    and of ScienceQA's problems. ``images``: the folder that
     picture names are relative to (default: beside the file). ``columns`` maps their names to ours, so nothing has to be converted.
     ``streaming`` reads through without an index; ``weight`` is the share of draws within a ``Mixture`` (None: as many as it has records), and
     ``loss`` the weight of its loss there, a mean over its own tokens in a step (None: tokens weigh alike, whichever set they are of).
@@ -415,6 +416,9 @@ class Data:
     clean: bool = False  # answers as BLIP reads captions: lower case, .!"()*#:;~ left out, the first 50 words
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
+    instruct: float = 0.0  # the share of these captions of which one place is asked about instead, in Kosmos-2's six templates
+    choices: Literal["llava", "llama_adapter"] = "llava"  # how a question with choices (ScienceQA) is put, and answered
+    min_side: int = 0  # a record with a picture of fewer pixels on a side is left out, and told (LAION's filter: 200)
     full: bool = False  # texts end to end in rows of max_length, cut where a row ends; records without pictures
     weight: float | None = None
     loss: float | None = None

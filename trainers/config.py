@@ -593,13 +593,14 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         its = rules.below(where)
         its.within(data, frames="[1, inf)")
         if isinstance(data, Data):
-            its.within(data, weight="(0, inf)", loss="(0, inf)", boxes="[0, 1]")
+            its.within(data, weight="(0, inf)", loss="(0, inf)", boxes="[0, 1]", instruct="[0, 1]", min_side="[0, inf)")
             its.below("pages").within(data.pages, pictures="[0, inf)", similarity="[0, 1]", following="[0, 1]")
             endless = data.streaming and job.optim.steps is None
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
             built_in = data.path is None and data.name in BUILT_IN
             its(not (data.streaming and data.full), "full", "a stream is read record by record; leave streaming off, or full")
-            its(not (data.clean and built_in), "clean", f"{data.name} is built in, and its captions are what they are; leave clean off")
+            for name in ("clean", "instruct", "min_side"):
+                its(not (getattr(data, name) and built_in), name, f"{data.name} is built in and read as it is; leave {name} off")
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
     if isinstance(job, Stage) and job.objective == "retrieval":
         rules(isinstance(system.fusion, Retrieval), "objective", f"retrieval compares pictures with texts, and {kind} does not; choose lm")

@@ -229,7 +229,8 @@ def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
 
 
 def to_measure(recipe: System | Alignment, path: str, images: str | None) -> Data:
-    """Records to measure a recipe's model on, read as the recipe's own records are: a file of conversations has the same names.
+    """Records to measure a recipe's model on, read as the recipe's own records are: a file of conversations has the same names; of
+    ScienceQA's problems, whose file holds every split, they are the test's.
 
     Raises:
         RunError: a model that answers nothing and finds nothing.
@@ -237,7 +238,10 @@ def to_measure(recipe: System | Alignment, path: str, images: str | None) -> Dat
     if isinstance(recipe, System) and recipe.stages[-1].objective == "tokenizer":
         raise RunError(f"{recipe.name}: its last stage trains an image tokenizer, which answers nothing; records cannot be measured")
     own = next((data for data in reversed(data_of(recipe)) if data.path is not None and isinstance(data, Data)), Data("eval"))
-    return Data("eval", path=path, images=images, columns=own.columns, frames=own.frames, clean=own.clean, boxes=own.boxes)
+    split = "train" if path.startswith("hub:") else "test"
+    return Data(
+        "eval", path=path, images=images, split=split, columns=own.columns, frames=own.frames, clean=own.clean, boxes=own.boxes, choices=own.choices
+    )  # fmt: skip
 
 
 def _check_records(recipe, session, eval_data: Data | None) -> None:

@@ -6,6 +6,7 @@ with ``compute.workers`` is a loader's process. Letters: B rows, T tokens, M pic
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,11 +56,11 @@ class _Checked:
         plan: Fixed | int,
     ):
         self.parts, self.texts, self.encoder, self.plan = parts, texts, encoder, images.fixed(plan)
-        self.items: list[tuple[int, int]] = []  # part and number
+        self.items: list[tuple[int, int]] = []  # part and number; item i with its caption k is asked for as i + k len(items)
         self.sizes: list[int] = []
         self.packing, self.pad_to, self.with_pictures = False, 1, True
         # Encodings end to end, and where each lies: a tensor apiece would cost a loader's processes a file handle apiece.
-        self._kept: dict[tuple[int, int, str], tuple[int, int]] = {}
+        self._kept: dict[tuple[int, int, str, int], tuple[int, int]] = {}
         self._ids, self._labels = array("i"), array("i")
         self._seen = self._unknown = 0  # tokens of the checked texts, and those that the tokenizer has no word for
         for at, records in enumerate(parts):
@@ -72,15 +73,22 @@ class _Checked:
                 f"tokenizer does not have and become {encoder.tokenizer.unk_token} (tiny models know the words of their built-in data alone)"
             )
         places: dict[str, int] = {}
+        named: dict[tuple[int, str], int] = {}  # by set and key, the first picture that has it
+        self.tellings: list[int] = []  # how many captions an item has
+        self._same: list[int] = []  # for each distinct picture the first that shows the same
         self._pictures: list[tuple[int, int, int]] = []  # where a picture is first seen: part, number, place in the record
         self._pictures_of: list[list[int]] = []
         for at, number in self.items:
-            ids = []
-            for place, picture in enumerate(parts[at].parse(number).pictures):
+            record, ids = parts[at].parse(number), []
+            for place, picture in enumerate(record.pictures):
                 if picture.key not in places:
                     places[picture.key] = len(self._pictures)
                     self._pictures.append((at, number, place))
+                    self._same.append(places[picture.key])
                 ids.append(places[picture.key])
+            for i, key in zip(ids, record.keys, strict=True):
+                self._same[i] = named.setdefault((at, key), self._same[i])
+            self.tellings.append(record.tellings)
             self._pictures_of.append(ids)
 
     def __len__(self) -> int:
@@ -133,20 +141,20 @@ class _Checked:
 
     def _encode_all(self, at: int, record: Record) -> tuple[list[int], list[int]]:
         """Every text of a record, kept; the one with fewest labels stands for all before the check."""
-        made = [self._encode(at, record, name) for name in self.texts]
+        made = [self._encode(at, record, name, which) for name in self.texts for which in range(record.tellings)]
         unknown = _unknown_token(self.encoder.tokenizer)
         for ids, _ in made:
             self._seen += len(ids) - ids.count(self.encoder.image_token)
             self._unknown += 0 if unknown is None else ids.count(unknown)
         return min(made, key=lambda pair: sum(label != chat.IGNORE for label in pair[1]))
 
-    def _encode(self, at: int, record: Record, name: str) -> tuple[list[int], list[int]]:
-        ids, labels = self.texts[name](record)
+    def _encode(self, at: int, record: Record, name: str, which: int) -> tuple[list[int], list[int]]:
+        ids, labels = self.texts[name](record.telling(which))
         if len(self._ids) < KEEP_TOKENS:
-            self._keep((at, record.number, name), ids, labels)
+            self._keep((at, record.number, name, which), ids, labels)
         return ids, labels
 
-    def _keep(self, key: tuple[int, int, str], ids: list[int], labels: list[int]) -> None:
+    def _keep(self, key: tuple[int, int, str, int], ids: list[int], labels: list[int]) -> None:
         self._kept[key] = len(self._ids), len(self._ids) + len(ids)
         self._ids.extend(ids)
         self._labels.extend(labels)
@@ -158,17 +166,15 @@ class _Checked:
 
     def encoded(self, item: int, name: str) -> tuple[list[int], list[int]]:
         """Token ids and labels of an item's text."""
+        which, item = divmod(item, len(self))
         at, number = self.items[item]
-        kept = self._kept.get((at, number, name))
-        return (
-            (self._ids[slice(*kept)].tolist(), self._labels[slice(*kept)].tolist())
-            if kept
-            else self.texts[name](self.parts[at].parse(number))
-        )
+        if kept := self._kept.get((at, number, name, which)):
+            return self._ids[slice(*kept)].tolist(), self._labels[slice(*kept)].tolist()
+        return self.texts[name](self.parts[at].parse(number).telling(which))
 
     def lay_out(self, index: Tensor, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
         """The batch of these items' texts, text after text, and the scored tokens of each row."""
-        encoded = [(i, *self.encoded(i, name)) for name in names for i in index.tolist()]
+        encoded = [(i % len(self), *self.encoded(i, name)) for name in names for i in index.tolist()]
         ids, labels = chat.pad([ids for _, ids, _ in encoded], self.encoder.pad_token), chat.pad([ls for _, _, ls in encoded], chat.IGNORE)
         # A text that was cut shows the pictures that are left of it.
         shown = [
@@ -197,7 +203,8 @@ def _unknown_token(tokenizer: Any) -> int | None:
 
 
 class Conversations(_Checked):
-    """Conversations and documents of one data set or a mixture. All were checked when this was made; see ``mmfast.data.records.check``.
+    """Conversations and documents of one data set or a mixture. All were checked when this was made; see ``mmfast.data.records.check``. Where
+    records have several captions, one is drawn each time that the order comes to the record.
 
     Args:
         encoder: from turns to token ids.
@@ -215,12 +222,22 @@ class Conversations(_Checked):
         if by_tokens:
             tokens = [0] * len(parts)
             for item, (at, _) in enumerate(self.items):
-                tokens[at] += len(self.encoded(item, "answer")[0])
+                told = [len(self.encoded(item + which * len(self), "answer")[0]) for which in range(self.tellings[item])]
+                tokens[at] += sum(told) / len(told)
             weights = [None if w is None else w * n / t for w, n, t in zip(weights, self.sizes, tokens, strict=True)]
-        self.mixed = Mixed(self.sizes, None if all(w is None for w in weights) else weights, seed) if len(parts) > 1 else None
-        self.permutation = self.mixed.order if self.mixed is not None else None
+        several = max(self.tellings) > 1
+        mixed = Mixed(self.sizes, None if all(w is None for w in weights) else weights, seed) if len(parts) > 1 or several else None
+        self.mixed, self.seed = mixed, seed
+        self.permutation = self._told if several else mixed.order if mixed is not None else None
         losses = [records.data.loss for records in parts]
         self.loss_weights = None if all(w is None for w in losses) else torch.tensor(losses)  # of the sets, each then a group
+
+    def _told(self, epoch: int) -> Tensor:
+        """An epoch's order, with one of its captions for each draw of an item: a function of (seed, epoch, place)."""
+        order, tellings = self.mixed.order(epoch), torch.tensor(self.tellings)
+        generator = torch.Generator().manual_seed(_number(f"{self.seed} captions {epoch}"))
+        drawn = torch.randint(1 << 62, order.shape, generator=generator)
+        return order + drawn % tellings[order] * len(self)
 
     def _fill(self, part: int) -> None:
         """A part's texts end to end in rows of ``max_length`` ("full sentences", as Kosmos-1's text is packed): what an item is, from here on."""
@@ -240,17 +257,23 @@ class Conversations(_Checked):
         first = next(i for i, (at, _) in enumerate(self.items) if at == part)
         kept = slice(first, first + self.sizes[part])
         self.items[kept], self._pictures_of[kept] = [(part, -1 - i) for i in range(len(rows))], [[] for _ in rows]
-        self.sizes[part] = len(rows)
+        self.sizes[part], self.tellings[kept] = len(rows), [1] * len(rows)
         for i, (ids, labels) in enumerate(rows):
-            self._keep((part, -1 - i, "answer"), ids, labels)
+            self._keep((part, -1 - i, "answer", 0), ids, labels)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         batch, scored = self.lay_out(index, ["answer"])
         if self.loss_weights is None:
             groups, count = torch.zeros(len(index), dtype=torch.long), 1
         else:
-            groups, count = torch.tensor([self.items[i][0] for i in index.tolist()], dtype=torch.long), len(self.parts)
-        return {**batch, "groups": groups, "counts": torch.zeros(count, dtype=torch.double).index_add(0, groups, scored.double())}
+            groups, count = torch.tensor([self.items[i % len(self)][0] for i in index.tolist()], dtype=torch.long), len(self.parts)
+        keys = torch.tensor(self._same, dtype=torch.long)[batch["picture_ids"]][batch["image_rows"]]
+        return {
+            **batch,
+            "keys": keys,
+            "groups": groups,
+            "counts": torch.zeros(count, dtype=torch.double).index_add(0, groups, scored.double()),
+        }
 
 
 class PreferencePairs(_Checked):
@@ -270,7 +293,7 @@ class PreferencePairs(_Checked):
         records = [self.parts[0].parse(number) for _, number in self.items]
         for i, other in enumerate(self._from):
             ids, labels = self.encoder.answer(records[i], records[other].rejected)
-            self._keep((0, records[i].number, "rejected"), ids, labels)
+            self._keep((0, records[i].number, "rejected", 0), ids, labels)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         batch, scored = self.lay_out(index, [view.text for view in self.views.values()])
@@ -286,6 +309,11 @@ class _Answer:
 
     def __call__(self, record: Record) -> tuple[list[int], list[int]]:
         return self.encoder.answer(record, getattr(record, self.name))
+
+
+def _number(text: str) -> int:
+    """The same for equal texts, on every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 class Streamed:
@@ -310,15 +338,17 @@ class Streamed:
         for at in range(rows):
             record = self._next()
             if at % processes == rank:
-                mine.append((*self._encoded, record.pictures))
+                mine.append((*self._encoded, record))
         ids, labels = chat.pad([i for i, _, _ in mine], self.encoder.pad_token), chat.pad([ls for _, ls, _ in mine], chat.IGNORE)
-        shown = [p for i, _, pictures in mine for p in pictures[: i.count(self.encoder.image_token) // self.encoder.image_tokens]]
+        left = [(record, i.count(self.encoder.image_token) // self.encoder.image_tokens) for i, _, record in mine]
+        shown, keys = [p for record, n in left for p in record.pictures[:n]], [key for record, n in left for key in record.keys[:n]]
         lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()
         pictures = {"pictures": torch.from_numpy(np.stack([p.load(self.plan) for p in shown]))} if shown else {}
         return {
             **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
             **pictures,
             "image_rows": torch.arange(len(shown)),
+            "keys": torch.tensor(list(map(_number, keys)), dtype=torch.long),
             "groups": torch.zeros(len(mine), dtype=torch.long),
             "counts": scored.double().view(1),
         }

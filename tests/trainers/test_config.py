@@ -307,7 +307,7 @@ RULES = [
     (
         "blip2",
         ["--stages.see.data.clean", "true"],
-        "stages.see.data.clean: shapes_captions is built in, and its captions are what they are",
+        "stages.see.data.clean: shapes_captions is built in and read as it is; leave clean off",
     ),
     ("blip2", ["--stages.see.max_length", "65"], "stages.see.max_length: 65 words are more than the Q-Former's 64 positions; at most 64"),
     ("blip2", ["--stages.see.optim.batch", "1"], "stages.see.optim.batch: a text is compared with other pictures of its micro-batch"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmfast.trainers import evaluate, preference, records, runs, supervised
+from mmfast.trainers import config, evaluate, preference, records, runs, supervised
 from mmfast.trainers.__main__ import main
 from mmfast.trainers.checkpoint import Run, RunError
 from mmfast.trainers.loop import Options
@@ -22,7 +22,7 @@ from mmfast.data.images import load
 from mmfast.models import tiny
 from mmfast.models.lora import lora_parameters
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import Lora, Pairs, to_dict
+from mmfast.spec import Data, Lora, Pairs, to_dict
 
 WORDS = (
     "<pad>",
@@ -577,3 +577,15 @@ def test_words_that_the_tokenizer_lacks_are_told(folder, tmp_path, capsys):
     code, out, err = call(capsys, *argv[:2], "--out", tmp_path / "b", "--steps", "1", "--quiet")
     assert code == 0, err
     assert "warning" not in out
+
+
+def test_problems_are_measured_on_their_test_split():
+    """A file of all splits (ScienceQA), put as the recipe puts them."""
+    recipe = config.load_recipe("llama_adapter")
+    stage = recipe.stages[-1]
+    trained = replace(recipe, stages=(replace(stage, data=replace(stage.data, path="problems.json")),))
+    assert stage.data.choices == "llama_adapter"
+    assert runs.to_measure(trained, "problems.json", "pictures") == Data(
+        "eval", "problems.json", "pictures", split="test", choices="llama_adapter"
+    )
+    assert runs.to_measure(trained, "hub:mine", None).split == "train"
