@@ -448,6 +448,7 @@ class Optim:
     floor: float = 0.0
     schedule: Literal["cosine", "linear", "exponential", "constant"] = "cosine"
     lr_of: dict[str, float] = field(default_factory=dict)  # parts that learn at another rate than ``lr``
+    layer_decay: float = 1.0  # factor of the rate from each layer of a vision transformer to the one below; 1: they learn alike
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0

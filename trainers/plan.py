@@ -78,6 +78,7 @@ class Plan:
     passing: int  # the frozen tower's forward, over before the activations are there
     activations: dict[bool, int] = field(default_factory=dict)  # without and with compute.checkpointing
     full_logits: int = 0  # what [B, T, V] in fp32 would take; none are made
+    tower_rates: tuple[float, float] | None = None  # peaks, of its embeddings and its last block, where optim.layer_decay sets them apart
 
     @property
     def total(self) -> int:
@@ -224,6 +225,7 @@ class Count:
     trained: dict[str, int]
     weights: int  # bytes
     tensors: int  # that are trained
+    tower_layers: int  # of which each may learn at a rate of its own
     block: int  # of a block of the language model
     blocks: int  # of all of these
     blocks_trained: int
@@ -256,6 +258,7 @@ def count(system: System, its: Setting) -> Count:
             trained={name: sum(p.numel() for p in group if id(p) in learnt) for name, group in groups.items()},
             weights=math.ceil(weights),
             tensors=sum(id(p) in learnt for group in groups.values() for p in group),
+            tower_layers=max((down for _, down in model.encoder.below()), default=0) if hasattr(model.encoder, "below") else 0,
             block=max(sum(p.numel() for p in block.parameters()) for block in stack),
             blocks=sum(p.numel() for p in stack.parameters()),
             blocks_trained=sum(p.numel() for p in stack.parameters() if id(p) in learnt),
@@ -521,7 +524,10 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     memory["logits"] = logits * (2 if isinstance(job, Alignment) and job.reference != "cached" else 1)
     full = 0 if words else 4 * rows * length * shape.language.vocab
     passing = _passing(job, shape, pictures, 2 if "encoder" in its.half or sharded else 4)
-    return Plan(job.name, rows, pictures, length, dict(counted.parts), trained, memory, passing, activations, full)
+    rates = None
+    if optim.layer_decay != 1:
+        rates = tuple(optim.lr_of.get("encoder", optim.lr) * optim.layer_decay**down for down in (counted.tower_layers, 1))
+    return Plan(job.name, rows, pictures, length, dict(counted.parts), trained, memory, passing, activations, full, rates)
 
 
 def head_bytes(rows: int, length: int, language: LanguageModel, size: int, *, copied: bool) -> int:
@@ -736,6 +742,8 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
 
     quantized = ", 4bit" if system.language.quantize == "4bit" else ""
     table = [row("stage", lambda p: p.stage), row("trained parameters", lambda p: f"{p.trainable:,}")]
+    if any(plan.tower_rates for plan in plans):
+        table.append(row("rates in the tower", lambda p: f"{p.tower_rates[0]:.2g} .. {p.tower_rates[1]:.2g}" if p.tower_rates else "-"))
     table.append(row("rows x positions", lambda p: f"{p.rows} x {p.length}" if p.full_logits else f"{p.pictures} pictures"))
     table += [held(name) for name in plans[0].memory if any(plan.memory[name] for plan in plans)]
     table.append(row("tower, before the rest", lambda p: gib(p.passing) if p.passing else "-"))

@@ -75,6 +75,13 @@ class Tower(nn.Module):
         """The last block that is read, and the norm behind it where that is."""
         return nn.ModuleList([*self.blocks[: self.read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
 
+    def below(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """What stands before the state that is read, and how many layers down: 1 in the last block, one more in each before it, and one more in
+        the embeddings."""
+        first = [getattr(self._inner, name) for name in ("embeddings", "pre_layrnorm") if hasattr(self._inner, name)]
+        for down, part in enumerate([*reversed(self.blocks[: self.read]), nn.ModuleList(first)], 1):
+            yield from ((p, down) for p in part.parameters())
+
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = self._inner
