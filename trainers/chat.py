@@ -67,9 +67,10 @@ def chat(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     was_training = model.training
     model.eval()
-    seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device))} if shown else {}
+    row = torch.tensor([ids], device=device)
+    seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device)), **session.beside(row)} if shown else {}
     tokens = model.steps(
-        torch.tensor([ids], device=device), end=last_token(tokenizer, template), max_new_tokens=min(max_new_tokens, context - len(ids)),
+        row, end=last_token(tokenizer, template), max_new_tokens=min(max_new_tokens, context - len(ids)),
         temperature=temperature, top_p=top_p, generator=generator, **seen,
     )  # fmt: skip
     said = []

@@ -24,12 +24,13 @@ from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
 from mmfast.models.fusions import ByRow, MediaByRow, blocks
-from mmfast.models.pretrained import locate
+from mmfast.models.pretrained import locate, taken
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import BUILT_IN as SETS
 from mmfast.spec import (
     PARTS,
+    QUESTION,
     AdapterPrompts,
     Alignment,
     Compute,
@@ -116,9 +117,13 @@ def at_hand(system: System) -> tuple[System, list[str]]:
 
     if system.weights and is_run(system.weights):
         own, said = at_hand(system_of(read_recipe(Path(system.weights))[0]))
+        asked = taken(system, own, image=own.image)
+        own = replace(own, encoder=asked.encoder, connector=asked.connector, image=asked.image)
         return replace(own, stages=system.stages or own.stages), said
     if system.weights:
-        return replace(system, weights=found(system.weights, "weights", system)), said
+        system = replace(system, weights=found(system.weights, "weights", system))
+        if system.weights:
+            return system, said
     encoder = replace(system.encoder, weights=found(system.encoder.weights, "encoder.weights", system.encoder))
     language = replace(system.language, weights=found(system.language.weights, "language.weights", system.language))
     connector = system.connector
@@ -131,6 +136,8 @@ def sized(system: System) -> System:
     """The system without weights, at the sizes of those of its weights that are at hand, else at the sizes that it declares."""
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
+    if side := getattr(encoder, "interpolate", 0):
+        encoder = replace(encoder, size=side, interpolate=0)
     language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
     connector = replace(found.connector, weights=None) if isinstance(found.connector, QFormer) else found.connector
     return replace(
@@ -414,8 +421,14 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
             if head is not None and getattr(system.connector, "pool", "") == "class":
                 states = states[:, :1]
             seen = None
+            instructed = getattr(system.connector, "instructed", False)
             if "queries" not in its.train and (head is None or head.project is None):
-                seen = model.connector(states)
+                beside = ()
+                if instructed:  # read once a row, beside a question as long as it may be
+                    states = states[torch.zeros(rows, dtype=torch.long)]
+                    question = max(2, min(QUESTION, system.connector.positions, length - system.image_places))
+                    beside = torch.zeros(rows, question, dtype=torch.long), torch.ones(rows, question)
+                seen = model.connector(states, *beside)
             if "queries" in its.train:
                 ids, one = torch.zeros(rows, length, dtype=torch.long), torch.ones(())
                 image = model.connector.normed(states)
@@ -436,7 +449,7 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
                     nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros(logits.shape))
             else:
                 ids = torch.zeros(rows, length, dtype=torch.long)
-                seen = seen[torch.zeros(rows, dtype=torch.long)]
+                seen = seen if instructed else seen[torch.zeros(rows, dtype=torch.long)]
                 if isinstance(system.fusion, AdapterPrompts):
                     model.fusion(model.language, ids, ByRow(seen), 0, use_cache=False)
                 elif isinstance(system.fusion, GatedCrossAttention):

@@ -138,7 +138,9 @@ def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes
         exam = exam or Exam(session, scenes=scenes)
         measured, details = exam(session, template=template)
     elif any(data.name == "easy_vqa" and data.path is None for data in data_of(recipe)):
-        measured = measure_answers(session, EasyVQA(encode, encode.pad_token, train=False))
+        test = EasyVQA(encode, encode.pad_token, train=False)
+        test.questions = session.questions
+        measured = measure_answers(session, test)
     if eval_data is not None:
         measured |= measure_answers(session, session.source(eval_data, template, encode.max_length))
     return measured, details, exam

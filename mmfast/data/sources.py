@@ -38,6 +38,7 @@ class _Checked:
         self.items: list[tuple[int, int]] = []  # part and number
         self.sizes: list[int] = []
         self.packing, self.pad_to, self.with_pictures = False, 1, True
+        self.questions: chat.Questions | None = None
         # Encodings end to end, and where each lies: a tensor apiece would cost a loader's processes a file handle apiece.
         self._kept: dict[tuple[int, int, str], tuple[int, int]] = {}
         self._ids, self._labels = array("i"), array("i")
@@ -141,7 +142,9 @@ class _Checked:
         lengths, scored = torch.tensor([len(ids) for _, ids, _ in encoded]), (labels[:, 1:] != chat.IGNORE).sum(1)
         picture_ids = torch.tensor(pictures, dtype=torch.long)
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
+            **chat.lay_out(
+                ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.questions
+            ),
             "picture_ids": picture_ids,
             "image_rows": torch.tensor([place[p] for p in shown], dtype=torch.long),
             **({"pictures": self.load_pictures(picture_ids)} if self.with_pictures and pictures else {}),
@@ -252,6 +255,7 @@ class Streamed:
 
     def __init__(self, stream: Stream, encoder: chat.Encoder, *, plan: Fixed | int):
         self.stream, self.encoder, self.plan, self.packing, self.pad_to = stream, encoder, images.fixed(plan), False, 1
+        self.questions: chat.Questions | None = None
         self._encoded: tuple[list[int], list[int]] = ([], [])
         stream.check = self._encode
         self._records = iter(stream)
@@ -274,7 +278,9 @@ class Streamed:
         lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()
         pictures = {"pictures": torch.from_numpy(np.stack([p.load(self.plan) for p in shown]))} if shown else {}
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
+            **chat.lay_out(
+                ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.questions
+            ),
             **pictures,
             "image_rows": torch.arange(len(shown)),
             "groups": torch.zeros(len(mine), dtype=torch.long),
