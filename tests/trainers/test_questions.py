@@ -155,7 +155,7 @@ def test_own_words_are_the_text_told_anew_and_its_end_is_kept():
     assert spoken.decode([i for i in ids[0].tolist() if i != image]).startswith("<s>Question: What colour IS the circle? Answer: red")
     side = chat.TextSide(own, 2, 3, -1, 0, max_length=spec.QUESTION)
     got = chat.Questions(side, spoken, 3, image)(ids, labels)
-    expected = [own.get_vocab()[w] for w in "question : what colour is the circle ? answer :".split()]
+    expected = [own.get_vocab()[w] for w in ["question", ":", "what", "colour", "is", "the", "circle", "?", "answer", ":"]]
     assert got["qformer_input_ids"].tolist() == [[2, *expected, 3]]
     assert got["qformer_attention_mask"].tolist() == [[1] * (len(expected) + 2)]
     for most in (2, 5, len(expected) + 1):
@@ -235,8 +235,9 @@ def test_weights_that_cannot_be_asked():
 
 
 def test_a_published_instructblip_brings_both_tokenizers(tmp_path):
-    from tests.models.test_instructblip import stock
     from transformers import BertTokenizerFast
+
+    from tests.models.test_instructblip import stock
 
     folder, spoken = tmp_path / "stock", made_tokenizer("prepend")
     spoken.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
@@ -286,3 +287,67 @@ def test_a_plan_counts_the_question():
     real, told = sum(s.nbytes() for s in seen.values()), saved.outside + sum(sum(sizes) for sizes in saved.blocks.values())
     assert hidden.requires_grad
     assert told == pytest.approx(real, rel=0.05)
+
+
+# -------------------------------------------------------------------------------------------- the published fine-tunings
+
+# The paper's numbers (section 4 and appendix) and what learns: side of pictures, places of one, batch, rate, rate of the ViT's embeddings, words.
+PUBLISHED = {
+    "coco": (364, 677, 256, 1e-5, 1e-5, "a photo of", {"encoder.vision", "connector.qformer", "connector.projection"}, 107_133_696),
+    "vqa": (490, 1226, 128, 1e-5, 1e-5 * 0.95**40, "Question: ", {"encoder.vision", "connector.qformer", "connector.projection"}, 182_932_224),
+    "retrieval": (364, 677, 224, 1e-5, 1e-5, "", {"encoder.vision", "connector.qformer", "connector.itm_head", "connector.temp"}, 186_705_470),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_fine_tunings_in_the_documents(name, tmp_path, monkeypatch, capsys):
+    """Each file on the page as a user would give it, on a run of the recipe, at full size and on no memory."""
+    import re
+    from pathlib import Path
+
+    from mmfast.trainers import loop
+    from mmfast.trainers.__main__ import main
+
+    from mmfast.data.chat import TEMPLATES
+
+    side, places, batch, rate, lowest, words, learns, connector = PUBLISHED[name]
+    page = (Path(__file__).resolve().parents[2] / "docs" / "blip2.md").read_text()
+    file = next(text for text in re.findall(r"```yaml\n(.*?)```", page, re.S) if text.startswith(f"# {name}.yaml"))
+    (tmp_path / f"{name}.yaml").write_text(file)
+    monkeypatch.chdir(tmp_path)
+    first = config.load_recipe("blip2")
+    for run, stages in (("runs/blip2", first.stages), ("runs/see", first.stages[:1])):
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "recipe.json").write_text(json.dumps(spec.to_dict(replace(first, stages=stages)) | {"seed": 0}))
+    command = re.match(r"# .*?: mmfast train (\S+ --config \S+) --data", file)[1].split()
+    for what in ("show", *(("plan",) if name == "vqa" else ())):
+        with pytest.raises(SystemExit) as end:
+            main([what, *command])
+        out, err = capsys.readouterr()
+        assert (end.value.code, err) == (0, "")
+        assert re.search(rf"^encoder\.interpolate += {side} +# was 0$" if what == "show" else r"^encoder +98\d,\d{3},\d{3} ", out, re.M)
+        if what == "plan":
+            assert f"{lowest:.2g} .. {rate * 0.95:.2g}" in out
+    recipe, problems = config.layered("blip2", files=[f"{name}.yaml"], rest=())
+    assert not config.resolved(recipe, problems).stages[1:]
+    (stage,), shape = recipe.stages, plan.sized(recipe)
+    assert (shape.encoder.tokens, stage.optim.batch, stage.optim.lr, stage.optim.epochs, stage.optim.warmup) == (
+        places,
+        batch,
+        rate,
+        5,
+        1000,
+    )
+    assert shape.connector.instructed == (name == "vqa")
+    assert TEMPLATES[stage.template].before == words
+    with torch.device("meta"):
+        model = build(replace(shape, stages=()))
+    named = {id(p): n for n, p in model.named_parameters()}
+    trained = {named[id(p)] for p in model.train_only(stage.train)}
+    assert {next((part for part in learns if n.startswith(part)), "other") for n in trained} >= learns
+    assert not any(n.startswith("language") for n in trained)
+    assert sum(p.numel() for n, p in model.named_parameters() if n in trained and n.startswith("connector")) == connector
+    rates = {named[id(p)]: group["peak"] for group in loop._groups(loop.Objective(None, model), stage.optim) for p in group["params"]}
+    assert rates["encoder.vision.embeddings.position_embedding"] == pytest.approx(lowest)
+    assert rates["encoder.vision.encoder.layers.38.mlp.fc2.weight"] == pytest.approx(rate * (0.95 if name == "vqa" else 1))
+    assert rates["connector.query_tokens"] == rate
