@@ -216,19 +216,19 @@ def test_a_run_goes_on_with_larger_pictures_and_the_question(few, tmp_path):
     assert third.model.connector.instructed
     assert third.system.encoder.size == third.system.image.size == 128
     assert sum(plan.predict(given, given.stages[0]).parameters.values()) == sum(p.numel() for p in trained.model.parameters())
-    with pytest.raises(ValueError, match="encoder.interpolate: 100 is not a multiple of encoder.patch 16"):
+    with pytest.raises(ValueError, match=r"encoder\.interpolate: 100 is not a multiple of encoder.patch 16"):
         Session(replace(given, encoder=replace(given.encoder, interpolate=100)), seed=0)
 
 
 def test_weights_that_cannot_be_asked():
     given, own = replace(asking(), weights="some/folder"), asking()
     wordless = replace(own, connector=replace(own.connector, text=False, instructed=False))
-    with pytest.raises(ValueError, match="connector.instructed: weights some/folder have no Q-Former with words to read a question in"):
+    with pytest.raises(ValueError, match=r"connector\.instructed: weights some/folder have no Q-Former with words to read a question in"):
         taken(given, wordless, image=own.image)
-    with pytest.raises(ValueError, match="connector.instructed: weights some/folder have no Q-Former"):
+    with pytest.raises(ValueError, match=r"connector\.instructed: weights some/folder have no Q-Former"):
         taken(given, replace(own, connector=spec.Linear()), image=own.image)
     wide = replace(given, encoder=replace(given.encoder, interpolate=128))
-    with pytest.raises(ValueError, match="encoder.interpolate: weights some/folder have a Vqgan, which is not stretched; set it to 0"):
+    with pytest.raises(ValueError, match=r"encoder\.interpolate: weights some/folder have a Vqgan, which is not stretched; set it to 0"):
         taken(wide, replace(own, encoder=spec.Vqgan()), image=own.image)
     kept = taken(replace(given, connector=spec.Linear()), replace(own, connector=replace(own.connector, instructed=True)), image=own.image)
     assert kept.connector.instructed
