@@ -48,7 +48,7 @@ def likelihood(session: Any, template: str, texts: list[str], states: Tensor, ba
     for index in torch.arange(len(texts)).split(batch):
         ids, labels, _ = (part.to(session.place.device) for part in rows.batch(index))
         scored = int((labels[:, 1:] != chat.IGNORE).sum())
-        total -= model(ids, labels=labels, image_states=states[index]).loss.item() * scored
+        total -= model(ids, labels=labels, image_states=states[index], **session.beside(ids, labels)).loss.item() * scored
         tokens += scored
     return total / max(tokens, 1)
 

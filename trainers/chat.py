@@ -72,8 +72,9 @@ def chat(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     was_training = model.training
     model.eval()
-    seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device))} if shown else {}
-    prompt, options = torch.tensor([ids], device=device), dict(
+    prompt = torch.tensor([ids], device=device)
+    seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device)), **session.beside(prompt)} if shown else {}
+    options = dict(
         end=last_token(tokenizer, template), max_new_tokens=min(max_new_tokens, context - len(ids)), no_repeat=no_repeat,
         repetition_penalty=repetition_penalty, **seen,
     )  # fmt: skip

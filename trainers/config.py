@@ -529,7 +529,7 @@ def _check_compute(compute: Any, rules: _Rules) -> None:
 
 def _check_optim(optim: Optim, trained: set[str], rules: _Rules, processes: int) -> None:
     rules.within(
-        optim, lr="(0, inf)", steps="[1, inf)", epochs="(0, inf)", batch="[1, inf)", accumulate="[1, inf)", warmup="[0, inf)",
+        optim, lr="(0, inf)", layer_decay="(0, 1]", steps="[1, inf)", epochs="(0, inf)", batch="[1, inf)", accumulate="[1, inf)", warmup="[0, inf)",
         hold="[0, 1]", floor="(0, 1]" if optim.schedule == "exponential" else "[0, 1]", eps="(0, inf)", betas="[0, 1)", weight_decay="[0, inf)", clip="[0, inf)", ema="[0, 1)",
     )  # fmt: skip
     rules(optim.steps is not None or optim.epochs is not None, "steps", "a stage needs steps or epochs, and has neither")
@@ -566,6 +566,10 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     rules(bool(trained), "train", f"nothing trains; name some of {', '.join(PARTS)}, or set lora")
     rules(len(set(job.train)) == len(job.train), "train", "a part is named twice")
     _check_optim(job.optim, trained, rules.below("optim"), processes)
+    if job.optim.layer_decay != 1:
+        layered, its = not isinstance(system.encoder, Vqgan | NfResnet), rules.below("optim")
+        its(layered, "layer_decay", f"goes by a vision transformer's layers, and encoder is {type(system.encoder).__name__}; set it to 1")
+        its(not layered or "encoder" in trained, "layer_decay", "is of the encoder's layers, and these do not train there; set it to 1")
     level = not job.optim.level_new or "new_tokens" in job.train
     rules(level, "optim.level_new", "gives rows of new_tokens their norm, and these do not train; take it out")
     known = job.template in chat.TEMPLATES

@@ -58,7 +58,8 @@ class Exam:
         said = [False] * len(self.questions)
         for numbers, ids in alike([encode([(f"<image> {q.text}", None)])[0] for q in self.questions], batch):
             pictures = torch.tensor([self.questions[i].image for i in numbers], device=states.device)
-            hidden = session.model.hidden(ids.to(session.place.device), image_states=states[pictures])
+            ids = ids.to(session.place.device)
+            hidden = session.model.hidden(ids, image_states=states[pictures], **session.beside(ids))
             logits = session.model.language.get_output_embeddings()(hidden[:, -1])
             for i, value in zip(numbers, (logits[:, yes] > logits[:, no]).tolist(), strict=True):
                 said[i] = value
@@ -81,9 +82,8 @@ def caption_all(session: Session, states: Tensor, template: str = "bare", batch:
     encode = session.encoder(template)
     (ids, _), end, texts, ended = encode([(f"<image> {PROMPT}", None)]), encode.end_token, [], 0
     for part in states.split(batch):
-        out = session.model.generate(
-            torch.tensor([ids] * len(part), device=session.place.device), image_states=part, end=end, max_new_tokens=64
-        )
+        prompts = torch.tensor([ids] * len(part), device=session.place.device)
+        out = session.model.generate(prompts, image_states=part, end=end, max_new_tokens=64, **session.beside(prompts))
         said, over = [plain_text(session.tokenizer, row) for row in out.tolist()], (out == end).any(1).tolist()
         ended += sum(over) if not encode.stop else sum(encode.stop in text for text in said)
         texts += [until(text, encode.stop) for text in said]
@@ -195,8 +195,8 @@ def answer(
     said = []
     session.model.eval()
     for _, ids, pictures in asked:
-        seen = {"pixel_values": session.pixels(pictures)} if len(pictures) else {}
         prompt = torch.tensor([ids], device=session.place.device)
+        seen = {"pixel_values": session.pixels(pictures), **session.beside(prompt)} if len(pictures) else {}
         out = session.model.generate(
             prompt, end=session.tokenizer.eos_token_id if end is None else end, max_new_tokens=max_new_tokens, **seen
         )

@@ -11,6 +11,7 @@ from mmfast.data import regions
 from mmfast.data.chat import TEMPLATES
 from mmfast.data.sources import Question
 from mmfast.eval import grounding, vqa
+from mmfast.models.generate import until
 from mmfast.models.matching import rank
 from mmfast.models.tokenizer import plain_text, tagged_text
 from mmfast.spec import Alignment, Data, Retrieval, System
@@ -112,9 +113,9 @@ def generated(
         for numbers, ids in alike([question.ids for question in questions], max(batch // beams, 1)):
             shown = session.place.to(source.show([picture for i in numbers for picture in questions[i].shown]))
             most = min(max_new_tokens, context - ids.shape[1])
-            rows = model.generate(
-                ids.to(session.place.device), end=end, max_new_tokens=most, beams=beams, **options, **see(session, shown, states)
-            )
+            ids = ids.to(session.place.device)
+            seen = see(session, shown | session.beside(ids), states)
+            rows = model.generate(ids, end=end, max_new_tokens=most, beams=beams, **options, **seen)
             for i, row in zip(numbers, rows.tolist(), strict=True):
                 said[i] = row[: row.index(end)] if end in row else row
     return said
@@ -134,7 +135,7 @@ def answered(session: Any, source: Any, **decoding: Any) -> tuple[dict[str, floa
     rows, boxes, targets = [], [], []
     for question, ids in zip(questions, generated(session, source, questions, **decoding), strict=True):
         placed = bool(question.boxes)
-        text = (tagged_text if placed else plain_text)(session.tokenizer, ids).strip()
+        text = until((tagged_text if placed else plain_text)(session.tokenizer, ids), source.encoder.stop).strip()
         row = {"id": question.record.id, "question": question.text, "answers": list(question.answers), "said": text}
         if asks and question.text and not placed:
             row["vqa_accuracy"] = vqa.accuracy(text, question.answers)

@@ -142,7 +142,9 @@ def measure(session, recipe, *, exam=None, scenes: int = 500) -> tuple[dict[str,
         measured, details = exam(session, template=template)
     elif any(data.name == "easy_vqa" and data.path is None for data in data_of(recipe)):
         encode = session.encoder(template, recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
-        measured = measure_answers(session, EasyVQA(encode, encode.pad_token, train=False))
+        test = EasyVQA(encode, encode.pad_token, train=False)
+        test.questions = session.questions
+        measured = measure_answers(session, test)
     return measured, details, exam
 
 

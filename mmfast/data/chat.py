@@ -93,8 +93,10 @@ TEMPLATES = {
     "fromage": Template(end_each=False, keep_question=False, end="[RET]", picture_first=True),
     # BLIP-2 with OPT: the picture, then a text from its beginning token, which is learnt, to the line's end.
     "blip2": Template(end_each=False, keep_question=False, end="\n", picture_first=True, learn_begin=True),
-    # ... and its fine-tuning with a prompt, which is not learnt (nor is the token before it).
+    # ... and its fine-tuning with a prompt, which is not learnt (nor is the token before it): the record's, that of captions, that of questions.
     "blip2_prompt": Template(end_each=False, end="\n", picture_first=True),
+    "blip2_caption": Template(before="a photo of", end_each=False, keep_question=False, end="\n", picture_first=True),
+    "blip2_vqa": Template(before="Question: ", between=" Answer:", end_each=False, end="\n", picture_first=True),
     # Vicuna v1, LLaVA's instruction stage; the same with the first release's sentence, and with a picture between tags.
     "vicuna_v1": _V1,
     "llava_v1": replace(_V1, system=_HUMAN + _POLITE.format("human")),
@@ -205,7 +207,7 @@ def encode(
             if len(line) > max_length:
                 raise ValueError(f"the prompt has {len(line)} tokens with its pictures, more than max_length={max_length}")
             break
-        if form.picture_first and question:
+        if form.picture_first and asked:
             answer = " " + answer.lstrip()  # the prompt and what follows are one sentence, whose words begin with their spaces
         line.add(answer + form.after, supervised=learnt)
         if i == len(turns) - 1:
@@ -446,6 +448,37 @@ class TextSide:
         return pad(rows, self.pad_token), pad([[1] * len(row) for row in rows], 0)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a Q-Former reads beside the pictures of rows that are laid out for a language model: of each row all words before the first that is
+    supervised (of a prompt all), told anew in its own words. Special tokens are left out, and so is what is more than ``side.max_length``
+    tokens, from the front.
+
+    Called with rows [B, T] and their labels (None: prompts), it gives ``qformer_input_ids`` and ``qformer_attention_mask`` [R, S], a question for
+    every picture as it is shown.
+    """
+
+    side: TextSide
+    tokenizer: Any  # of the rows
+    image_tokens: int
+    image_token: int
+
+    def __call__(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        left_out, asked = {*self.tokenizer.all_special_ids, self.image_token}, []
+        for i, row in enumerate(ids.tolist()):
+            learnt = [] if labels is None else (labels[i] != IGNORE).nonzero()[:1, 0].tolist()
+            words = [token for token in row[: learnt[0] if learnt else None] if token not in left_out]
+            asked += [self._told(words)] * (row.count(self.image_token) // self.image_tokens)
+        mask = [[1] * len(question) for question in asked]
+        rows = {"qformer_input_ids": pad(asked, self.side.pad_token), "qformer_attention_mask": pad(mask, 0)}
+        return {name: value.to(ids.device) for name, value in rows.items()}
+
+    def _told(self, words: list[int]) -> list[int]:
+        if self.side.tokenizer is not self.tokenizer:
+            words = self.side.tokenizer(self.tokenizer.decode(words), add_special_tokens=False)["input_ids"]
+        return [self.side.first, *words[max(len(words) - self.side.max_length + 2, 0) :], self.side.last]
+
+
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of different lengths as ``[B, T]``, padded on the right."""
     out = torch.full((len(rows), max(map(len, rows), default=0)), value, dtype=torch.long)
@@ -493,19 +526,21 @@ def stack(parts: Sequence[tuple[Tensor, Tensor, Tensor]], pad_token: int) -> tup
 
 
 def lay_out(
-    ids: Tensor, labels: Tensor, lengths: Tensor, *, packing: bool = False, pad_to: int = 1, pad_token: int = 0
-) -> dict[str, Tensor]:
+    ids: Tensor, labels: Tensor, lengths: Tensor, *, packing: bool = False, pad_to: int = 1, pad_token: int = 0,
+    questions: Questions | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """``input_ids``, ``labels`` and ``rows`` (which row a token belongs to) of a batch: padded ``[B, T]``, or with ``packing`` end to end
     ``[1, sum of lengths]`` with ``position_ids`` that start anew at each row, from which transformers' attention keeps rows apart.
 
-    ``pad_to``: widths are made multiples of it with ``pad_token``."""
+    ``pad_to``: widths are made multiples of it with ``pad_token``. ``questions``: their columns stand beside."""
+    beside = {} if questions is None else questions(ids, labels)
     if not packing and (more := -ids.shape[1] % pad_to):
         ids, labels = torch.nn.functional.pad(ids, (0, more), value=pad_token), torch.nn.functional.pad(labels, (0, more), value=IGNORE)
     rows = torch.arange(len(ids)).unsqueeze(1).expand(ids.shape)
     if not packing:
-        return {"input_ids": ids, "labels": labels, "rows": rows}
+        return {"input_ids": ids, "labels": labels, "rows": rows, **beside}
     places = torch.arange(ids.shape[1])
     keep = places < lengths.unsqueeze(1)
     labels = labels.where(places > 0, IGNORE)  # a row's first token follows nothing, least of all the row before it
     laid = {"input_ids": ids, "labels": labels, "rows": rows, "position_ids": places.expand(ids.shape)}
-    return {name: value[keep].unsqueeze(0) for name, value in laid.items()}
+    return {name: value[keep].unsqueeze(0) for name, value in laid.items()} | beside

@@ -59,6 +59,7 @@ class _Checked:
         self.items: list[tuple[int, int]] = []  # part and number; item i with its caption k is asked for as i + k len(items)
         self.sizes: list[int] = []
         self.packing, self.pad_to, self.with_pictures = False, 1, True
+        self.questions: chat.Questions | None = None
         # Encodings end to end, and where each lies: a tensor apiece would cost a loader's processes a file handle apiece.
         self._kept: dict[tuple[int, int, str, int], tuple[int, int]] = {}
         self._ids, self._labels = array("i"), array("i")
@@ -181,7 +182,9 @@ class _Checked:
             p for i, ids, _ in encoded for p in self._pictures_of[i][: ids.count(self.encoder.image_token) // self.encoder.image_tokens]
         ]
         lengths, scored = torch.tensor([len(ids) for _, ids, _ in encoded]), (labels[:, 1:] != chat.IGNORE).sum(1)
-        laid = chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token)
+        laid = chat.lay_out(
+            ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.questions
+        )
         return {**laid, **self.show(shown)}, scored
 
     def show(self, shown: Sequence[int]) -> dict[str, Tensor]:
@@ -322,6 +325,7 @@ class Streamed:
 
     def __init__(self, stream: Stream, encoder: chat.Encoder, *, plan: Fixed | int):
         self.stream, self.encoder, self.plan, self.packing, self.pad_to = stream, encoder, images.fixed(plan), False, 1
+        self.questions: chat.Questions | None = None
         self._encoded: tuple[list[int], list[int]] = ([], [])
         stream.check = self._encode
         self._records = iter(stream)
@@ -345,7 +349,9 @@ class Streamed:
         lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()
         pictures = {"pictures": torch.from_numpy(np.stack([p.load(self.plan) for p in shown]))} if shown else {}
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
+            **chat.lay_out(
+                ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.questions
+            ),
             **pictures,
             "image_rows": torch.arange(len(shown)),
             "keys": torch.tensor(list(map(_number, keys)), dtype=torch.long),

@@ -276,6 +276,17 @@ RULES = [
     ("llava", ["--stages.align.optim.lr_of.conector", "1"], "there is no part 'conector' (did you mean 'connector'?)"),
     ("llava", ["--stages.align.optim.lr_of.language", "1"], "stages.align.optim.lr_of.language: language does not train there"),
     ("llava", ["--stages.instruct.optim.lr_of.language", "0"], "stages.instruct.optim.lr_of.language: expected more than 0, got 0.0"),
+    ("llava", ["--stages.align.optim.layer_decay", "0"], "stages.align.optim.layer_decay: expected more than 0 and at most 1, got 0.0"),
+    (
+        "blip2",
+        ["--stages.speak.optim.layer_decay", "0.9"],
+        "stages.speak.optim.layer_decay: is of the encoder's layers, and these do not train",
+    ),
+    (
+        "frozen",
+        ["--stages.captions.optim.layer_decay", "0.9"],
+        "layer_decay: goes by a vision transformer's layers, and encoder is NfResnet",
+    ),
     ("llava", ["--stages.align.train", "[]"], "stages.align.train: nothing trains"),
     ("llava", ["--stages.align.train", "connector,connector"], "stages.align.train: a part is named twice"),
     ("llava", ["--stages.align.template", "vicuna"], "stages.align.template: unknown template 'vicuna' (did you mean 'vicuna_v1'?)"),
