@@ -143,7 +143,7 @@ def measure(session, recipe, *, exam=None, scenes: int = 500) -> tuple[dict[str,
     elif any(data.name == "easy_vqa" and data.path is None for data in data_of(recipe)):
         encode = session.encoder(template, recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
         test = EasyVQA(encode, encode.pad_token, train=False)
-        test.questions = session.questions
+        test.asked = session.questions
         measured = measure_answers(session, test)
     return measured, details, exam
 

@@ -183,7 +183,7 @@ class Session:
         key = repr((data, None if compared else template, max_length))
         if key not in self._sources:
             self._sources[key] = self._make_source(data, self.text_side(max_length) if compared else self.encoder(template, max_length))
-            self._sources[key].questions = None if compared else self.questions
+            self._sources[key].asked = None if compared else self.questions
         return self._sources[key]
 
     def _make_source(self, data: Data | Mixture, encode: chat.Encoder | chat.TextSide):

@@ -59,7 +59,7 @@ class _Checked:
         self.items: list[tuple[int, int]] = []  # part and number; item i with its caption k is asked for as i + k len(items)
         self.sizes: list[int] = []
         self.packing, self.pad_to, self.with_pictures = False, 1, True
-        self.questions: chat.Questions | None = None
+        self.asked: chat.Questions | None = None
         # Encodings end to end, and where each lies: a tensor apiece would cost a loader's processes a file handle apiece.
         self._kept: dict[tuple[int, int, str, int], tuple[int, int]] = {}
         self._ids, self._labels = array("i"), array("i")
@@ -183,7 +183,7 @@ class _Checked:
         ]
         lengths, scored = torch.tensor([len(ids) for _, ids, _ in encoded]), (labels[:, 1:] != chat.IGNORE).sum(1)
         laid = chat.lay_out(
-            ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.questions
+            ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.asked
         )
         return {**laid, **self.show(shown)}, scored
 
@@ -325,7 +325,7 @@ class Streamed:
 
     def __init__(self, stream: Stream, encoder: chat.Encoder, *, plan: Fixed | int):
         self.stream, self.encoder, self.plan, self.packing, self.pad_to = stream, encoder, images.fixed(plan), False, 1
-        self.questions: chat.Questions | None = None
+        self.asked: chat.Questions | None = None
         self._encoded: tuple[list[int], list[int]] = ([], [])
         stream.check = self._encode
         self._records = iter(stream)
@@ -350,7 +350,7 @@ class Streamed:
         pictures = {"pictures": torch.from_numpy(np.stack([p.load(self.plan) for p in shown]))} if shown else {}
         return {
             **chat.lay_out(
-                ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.questions
+                ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.asked
             ),
             **pictures,
             "image_rows": torch.arange(len(shown)),

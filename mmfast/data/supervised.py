@@ -38,7 +38,7 @@ class Source:
         self.columns, self.pad_token = columns, pad_token
         self.shown = [[i] for i in range(len(self.pictures))] if shown is None else shown
         self.packing, self.pad_to, self.with_pictures = False, 1, True
-        self.questions: chat.Questions | None = None  # that a Q-Former reads beside the pictures
+        self.asked: chat.Questions | None = None  # that a Q-Former reads beside the pictures
 
     def __len__(self) -> int:
         return len(self.shown)
@@ -69,7 +69,7 @@ class Source:
         pictures, rows = shown.unique(return_inverse=True)  # one that several rows show is read once
         return {
             **chat.lay_out(
-                ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.pad_token, questions=self.questions
+                ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.pad_token, questions=self.asked
             ),
             "picture_ids": pictures,
             "image_rows": rows.repeat(len(columns)),
