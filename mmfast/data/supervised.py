@@ -222,15 +222,15 @@ def mixture(sources: Sequence[Source], weights: Sequence[float | None], seed: in
 
 
 def shapes_crowded(world: World, encode: chat.Encoder, count: int = 3000) -> Documents:
-    """Pictures of up to twelve classes, without words: what an image tokenizer learns from in few steps."""
-    scenes = world.scenes("train", count, classes=(1, 12))
+    """Centred pictures of up to twelve classes, without words: what an image tokenizer of few codes learns from in few steps."""
+    scenes = world.centred(world.scenes("train", count, classes=(1, 12)))
     return Documents(world.render(scenes), ["<image>"] * len(scenes), [[i] for i in range(len(scenes))], encode)
 
 
 def shapes_drawing(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
-    """Scenes of one class, a quarter of them of two, with their clean captions: half of them the caption first, half the picture."""
+    """Centred scenes of one class, a quarter of them of two, with their clean captions: half of them the caption first, half the picture."""
     one = count * 3 // 4
-    scenes = [*world.scenes("train", one, classes=(1, 1)), *world.scenes("train", count - one, one, classes=(2, 2))]
+    scenes = world.centred([*world.scenes("train", one, classes=(1, 1)), *world.scenes("train", count - one, one, classes=(2, 2))])
     captions = [drawing_caption(world, scene) for scene in scenes]
     texts = [f"{caption}<image>" if i % 2 else f"<image>{caption}" for i, caption in enumerate(captions)]
     return Documents(world.render(scenes), texts, [[i] for i in range(len(scenes))], encode)
