@@ -42,8 +42,8 @@ class QueryConnector(nn.Module):
 
     def __init__(
         self, width_in: int, width_out: int, *, tokens: int = 32, width: int = 768, depth: int = 12, heads: int = 12, ffn: int = 3072,
-        every: int = 2, vocab: int | None = None, compares: bool = True, instructed: bool = False, positions: int = 512, shared: int = 256, dropout: float = 0.1, norm_eps: float = 1e-6,
-        init: float = 0.02,
+        every: int = 2, vocab: int | None = None, compares: bool = True, instructed: bool = False, positions: int = 512, shared: int = 256,
+        dropout: float = 0.1, norm_eps: float = 1e-6, init: float = 0.02,
     ):  # fmt: skip
         super().__init__()
         self.compares, self.instructed = compares and vocab is not None, instructed
