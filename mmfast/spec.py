@@ -236,8 +236,9 @@ class AttentionPool:
 class QFormer:
     """BLIP-2's querying transformer (arXiv:2301.12597) with the norm before it and, in ``fusion``'s width, the projection behind it.
 
-    ``vocab``: words of its own text side, 0: the language model's tokenizer; ``text``: whether it has one. ``shared``: width of the space in
-    which pictures and texts are compared."""
+    ``text``: whether it has what compares pictures with texts (its first stage), in a space of ``shared`` dimensions. ``instructed``: whether
+    queries read a row's question beside its picture, up to ``QUESTION`` tokens (InstructBLIP, arXiv:2305.06500; BLIP-2 where it is fine-tuned
+    on questions). ``vocab``: words that it reads either with, 0: the language model's."""
 
     tokens: int = 32
     width: int = 768
@@ -246,6 +247,7 @@ class QFormer:
     ffn: int = 3072
     every: int = 2  # layers with cross-attention
     text: bool = True
+    instructed: bool = False
     vocab: int = 30523
     positions: int = 512
     shared: int = 256
@@ -254,8 +256,14 @@ class QFormer:
     init: float = 0.02  # standard deviation of what starts from nothing
     weights: str | None = None  # a BERT whose layers, words and tokenizer it starts from
 
+    @property
+    def reads(self) -> bool:
+        """Whether it has words."""
+        return self.text or self.instructed
+
 
 DECODE = "[DEC]"  # the Q-Former's first token where it writes text
+QUESTION = 128  # the most tokens of a question that the Q-Former reads; a longer one loses its beginning
 
 
 @dataclass(frozen=True)
@@ -420,7 +428,8 @@ class Shots:
 class Data:
     """What a stage reads. ``name`` is a built-in set (``BUILT_IN``), or a published one, whose records the user supplies.
 
-    ``path``: JSON, JSONL, parquet or webdataset tar files (a file, a folder or a pattern), or ``hub:NAME``. ``images``: the folder that
+    ``path``: JSON, JSONL, TSV, parquet or webdataset tar files (a file, a folder or a pattern), or ``hub:NAME``. ``split``: of a hub data set,
+    and of ScienceQA's problems. ``images``: the folder that
     picture names are relative to (default: beside the file). ``columns`` maps their names to ours, so nothing has to be converted.
     ``streaming`` reads through without an index; ``weight`` is the share of draws within a ``Mixture`` (None: as many as it has records), and
     ``loss`` the weight of its loss there, a mean over its own tokens in a step (None: tokens weigh alike, whichever set they are of).
@@ -436,8 +445,11 @@ class Data:
     clean: bool = False  # answers as BLIP reads captions: lower case, .!"()*#:;~ left out, the first 50 words
     frames: int = 8  # pictures that a video is read as
     boxes: float = 0.5  # the share of captions with places (GRIT) that tell them; other records always do, and with 0 none does
+    instruct: float = 0.0  # the share of these captions of which one place is asked about instead, in Kosmos-2's six templates
     # Of pictures with a caption, read as documents: the share whose caption comes first, drawn once a record; None: they are questions.
     captions_first: float | None = None
+    choices: Literal["llava", "llama_adapter"] = "llava"  # how a question with choices (ScienceQA) is put, and answered
+    min_side: int = 0  # a record with a picture of fewer pixels on a side is left out, and told (LAION's filter: 200)
     full: bool = False  # texts end to end in rows of max_length, cut where a row ends; records without pictures
     weight: float | None = None
     loss: float | None = None
@@ -472,6 +484,7 @@ class Optim:
     floor: float = 0.0
     schedule: Literal["cosine", "linear", "exponential", "constant"] = "cosine"
     lr_of: dict[str, float] = field(default_factory=dict)  # parts that learn at another rate than ``lr``
+    layer_decay: float = 1.0  # factor of the rate from each layer of a vision transformer to the one below; 1: they learn alike
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -709,10 +722,8 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         multiple("encoder.size", encoder.size, "encoder.patch", encoder.patch)
         if isinstance(encoder, Dino):
             multiple("encoder.ffn", encoder.ffn, "encoder.width", encoder.width)
-    if tower and encoder.interpolate and not encoder.weights:
+    if tower and encoder.interpolate and not (system.weights or encoder.weights):
         out.append("encoder.interpolate: stretches what encoder.weights bring, and there are none; set encoder.size in its place")
-    if tower and encoder.interpolate and system.weights:
-        out.append("encoder.interpolate: weights bring a whole model with the size of its pictures; leave it 0")
     if tower and encoder.interpolate and read:
         multiple("encoder.interpolate", encoder.interpolate, "encoder.patch", encoder.patch)
     if isinstance(encoder, NfResnet) and encoder.blocks:

@@ -119,6 +119,9 @@ class Session:
             borders=tuple(self.tokenizer.convert_tokens_to_ids(list(self.system.borders))),
         )  # fmt: skip
 
+    def beside(self, ids, labels=None):
+        return {}
+
     def pixels(self, pictures):
         return images.normalise(pictures, self.system.image)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmfast.spec import nearest, to_dict
 
-from .checkpoint import RunError
+from .checkpoint import RunError, write_atomically
 
 
 class UsageError(RunError):
@@ -22,6 +22,36 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UsageError(message)
+
+
+def add_decoding(sub: argparse.ArgumentParser, most: int) -> None:
+    """The options of an answer that is decoded, None where they are not given."""
+    sub.add_argument("--max-new-tokens", type=int, metavar="N", help=f"of an answer (default {most})")
+    sub.add_argument("--beams", type=int, metavar="N", help="texts that are followed side by side (default 1)")
+    sub.add_argument("--length-penalty", type=float, metavar="X", help="of beams: more favours longer answers (default 1)")
+    sub.add_argument(
+        "--no-repeat-ngram-size", type=int, dest="no_repeat", metavar="N", help="no run of N tokens comes twice (default 0: any may)"
+    )
+    sub.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 what was said becomes rarer (default 1)")
+
+
+DECODING = {
+    "max_new_tokens": "max-new-tokens", "beams": "beams", "length_penalty": "length-penalty", "no_repeat": "no-repeat-ngram-size",
+    "repetition_penalty": "repetition-penalty",
+}  # fmt: skip
+
+
+def decoding(args: argparse.Namespace) -> dict:
+    """The options of decoding that are given, by their names in ``mmfast.models.generate``."""
+    given = {name: value for name in DECODING if (value := getattr(args, name)) is not None}
+    for name, least in (("max_new_tokens", 1), ("beams", 1), ("no_repeat", 0)):
+        if given.get(name, least) < least:
+            raise UsageError(f"--{DECODING[name]} {given[name]}: expected at least {least}")
+    if not 0 < given.get("repetition_penalty", 1) < float("inf"):
+        raise UsageError(f"--repetition-penalty {given['repetition_penalty']}: expected a number above 0")
+    if "length_penalty" in given and given.get("beams", 1) == 1:
+        raise UsageError("--length-penalty is about beams; add --beams N")
+    return given
 
 
 def parser() -> Parser:
@@ -75,17 +105,19 @@ def parser() -> Parser:
     sub = add("eval", "measure a trained run: on held-out scenes of the shapes world, on easy-vqa's test part, or on records")
     sub.add_argument("run", type=Path)
     sub.add_argument("--scenes", type=int, default=500)
-    sub.add_argument("--data", metavar="FILE", help="records to measure loss and right answers on")
+    sub.add_argument("--data", metavar="FILE", help="records to measure loss, right answers and found pictures on")
     sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
     sub.add_argument(
         "--shots", metavar="YAML", help="how few-shot episodes are asked, as in '{prompt: flamingo, shots: 4, induction: true}'"
     )
+    sub.add_argument("--generate", action="store_true", help="decode the records' answers: VQA accuracy, places, RUN/predictions.jsonl")
+    add_decoding(sub, 64)
     sub.add_argument("--device", choices=("auto", "cpu", "cuda"))
     sub = add("chat", "talk with a trained run about pictures; without --prompt, in a conversation")
     sub.add_argument("run", type=Path)
     sub.add_argument("--image", type=Path, action="append", default=[], metavar="FILE", help="a picture; may be repeated")
     sub.add_argument("--prompt", help="one question, answered and done")
-    sub.add_argument("--max-new-tokens", type=int, default=256)
+    add_decoding(sub, 256)
     sub.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest word each time")
     sub.add_argument("--top-p", type=float, default=1.0)
     sub.add_argument("--seed", type=int)
@@ -199,17 +231,35 @@ def opened(folder: Path, device: str | None):
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    from . import records
     from .checkpoint import Run
     from .runs import measure, to_measure
 
-    session, recipe = opened(args.run, args.device)
+    options = decoding(args)
+    if args.generate and args.data is None:
+        raise UsageError("--generate is about records, and none are given; add --data FILE")
+    if options and not args.generate:
+        raise UsageError(f"--{DECODING[next(iter(options))]} is about answers that are decoded; add --generate")
     if args.shots is not None and args.data is None:
         raise UsageError("--shots is about records, and none are given; add --data FILE")
-    given = None if args.data is None else to_measure(recipe, args.data, args.images, args.shots)
-    measured, _, _ = measure(session, recipe, eval_data=given, scenes=args.scenes)
+    session, recipe = opened(args.run, args.device)
+    if args.generate and records.compares(recipe):
+        raise UsageError(f"{args.run}: its last stage compares pictures with texts and answers nothing; leave --generate out")
+    try:
+        given = None if args.data is None else to_measure(recipe, args.data, args.images, args.shots)
+    except RunError as error:
+        raise UsageError(str(error)) from error
+    measured, _, _ = measure(session, recipe, scenes=args.scenes)
+    run = Run(args.run, resume=True)
+    if given is not None:
+        told, said = records.measure(session, recipe, given, decoding=options if args.generate else None)
+        measured |= told
+        if args.generate:
+            write_atomically(run.folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in said).encode())
+            print(f"answers in {run.folder / 'predictions.jsonl'}", file=sys.stderr)
     if not measured:
         raise UsageError(f"{args.run} was trained on data of your own: give records to measure on with --data FILE")
-    Run(args.run, resume=True).write_json("eval.json", measured)
+    run.write_json("eval.json", measured)
     print(json.dumps(measured, indent=2))
 
 
@@ -217,10 +267,11 @@ def talk(args: argparse.Namespace) -> None:
     from . import chat
     from .runs import template_of
 
+    given = decoding(args)
+    if given.get("beams", 1) > 1 and args.temperature:
+        raise UsageError("--beams follows the likeliest texts, and --temperature draws others; leave one of them out")
     session, recipe = opened(args.run, args.device)
-    options = dict(
-        template=template_of(recipe), max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
-    )
+    options = dict(template=template_of(recipe), temperature=args.temperature, top_p=args.top_p, seed=args.seed, **given)
 
     def write(piece: str) -> None:
         print(piece, end="", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from mmfast.eval import chair
 from mmfast.spec import Retrieval, System
 
 from . import queries
-from .evaluate import caption_all
+from .evaluate import alike, caption_all
 
 
 def captions_exam(session: Any, system: System, *, scenes: int = 500) -> dict[str, float]:
@@ -33,7 +34,8 @@ def captions_exam(session: Any, system: System, *, scenes: int = 500) -> dict[st
     own, other = (likelihood(session, template, texts, seen) for seen in (states, states.roll(scenes // 2, 0)))
     measured["caption/gain"] = own - other
     if isinstance(system.fusion, Retrieval):
-        measured |= recall(scores(session, template, texts, states))
+        encode = session.encoder(template)
+        measured |= recall(scores(session, [encode([("", text)])[0] for text in texts], states))
     return measured
 
 
@@ -46,24 +48,36 @@ def likelihood(session: Any, template: str, texts: list[str], states: Tensor, ba
     for index in torch.arange(len(texts)).split(batch):
         ids, labels, _ = (part.to(session.place.device) for part in rows.batch(index))
         scored = int((labels[:, 1:] != chat.IGNORE).sum())
-        total -= model(ids, labels=labels, image_states=states[index]).loss.item() * scored
+        total -= model(ids, labels=labels, image_states=states[index], **session.beside(ids, labels)).loss.item() * scored
         tokens += scored
     return total / max(tokens, 1)
 
 
 @torch.no_grad()
-def scores(session: Any, template: str, texts: list[str], states: Tensor) -> Tensor:
-    """Cosines ``[texts, pictures]`` of FROMAGe's space."""
-    model, encode, found = session.model.eval(), session.encoder(template), []
-    for text in texts:
-        ids, _ = encode([("", text)])
-        found.append(model.hidden(torch.tensor([ids], device=session.place.device))[:, -1])
-    return model.fusion.texts(torch.cat(found)) @ model.fusion.pictures(model.connector.pooled(states)).T
+def scores(session: Any, texts: Sequence[Sequence[int]], states: Tensor) -> Tensor:
+    """Cosines ``[texts, pictures]`` of FROMAGe's space; texts by their token ids up to [RET]."""
+    model = session.model.eval()
+    rets: list[Tensor] = [states.new_empty(0)] * len(texts)
+    for numbers, ids in alike(texts):
+        for number, hidden in zip(numbers, model.hidden(ids.to(session.place.device))[:, -1], strict=True):
+            rets[number] = hidden
+    return model.fusion.texts(torch.stack(rets)) @ model.fusion.pictures(model.connector.pooled(states)).T
 
 
-def recall(scores: Tensor, name: str = "retrieval", at: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """Share of texts whose own picture is among the first k of all, ``scores`` [N, N]; of equal ones each is as likely to come first."""
-    own = scores.diagonal()[:, None]
-    before, equal = (scores > own).sum(1), (scores == own).sum(1)
-    measured = {f"{name}/recall@{k}": ((k - before) / equal).clamp(0, 1).mean().item() for k in at}
-    return measured | {f"{name}/chance@1": 1 / len(scores)}
+def recall(scores: Tensor, name: str = "retrieval", at: tuple[int, ...] = (1, 5, 10), own: Tensor | None = None) -> dict[str, float]:
+    """Share of texts that have a picture of their own among the first k of all, and that share by chance for k = 1.
+
+    Args:
+        scores: ``[texts, pictures]``, or the other way round; of equal ones each is as likely to come first.
+        own: which belong together, bool; by default the same numbers.
+    """
+    own = torch.eye(len(scores), dtype=torch.bool, device=scores.device) if own is None else own
+    best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    before, equal = (scores > best).sum(1), scores == best
+    wrong, tied = (equal & ~own).sum(1), equal.sum(1)
+    missed, found = torch.ones(len(scores), dtype=torch.double, device=scores.device), {}
+    for k in range(1, max(at) + 1):  # place k holds one of the tied that are left, if there is any
+        drawn = (k - 1 - before).clamp_min(0)
+        missed *= torch.where(k > before, (wrong - drawn).clamp_min(0) / (tied - drawn).clamp_min(1), 1)
+        found[k] = 1 - missed.mean().item()
+    return {f"{name}/recall@{k}": found[k] for k in at} | {f"{name}/chance@1": own.double().mean().item()}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmfast.data import images as pictures
-from mmfast.data.chat import last_token
+from mmfast.data.chat import TEMPLATES, last_token
 from mmfast.models.generate import text_pieces
 from mmfast.spec import BUILT_IN, System, nearest
 
@@ -41,6 +41,10 @@ def chat(
     history: Sequence[tuple[str, str]] = (),
     earlier: Sequence[str | Path] = (),
     max_new_tokens: int = 256,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    no_repeat: int = 0,
+    repetition_penalty: float = 1.0,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
@@ -51,7 +55,8 @@ def chat(
     Args:
         images: files shown with this prompt.
         history: turns before it, questions as ``question`` made them; ``earlier``: the files these showed, in order.
-        stream: called with each piece of text as soon as it is final.
+        beams, length_penalty, no_repeat, repetition_penalty, temperature, top_p: as for ``mmfast.models.generate``; with beams none is drawn.
+        stream: called with each piece of text as soon as it is final; of beams all comes at the end.
 
     Raises:
         RunError, ValueError: an unreadable picture, or a prompt longer than the model's context.
@@ -67,14 +72,19 @@ def chat(
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     was_training = model.training
     model.eval()
-    seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device))} if shown else {}
-    tokens = model.steps(
-        torch.tensor([ids], device=device), end=last_token(tokenizer, template), max_new_tokens=min(max_new_tokens, context - len(ids)),
-        temperature=temperature, top_p=top_p, generator=generator, **seen,
+    prompt = torch.tensor([ids], device=device)
+    seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device)), **session.beside(prompt)} if shown else {}
+    options = dict(
+        end=last_token(tokenizer, template), max_new_tokens=min(max_new_tokens, context - len(ids)), no_repeat=no_repeat,
+        repetition_penalty=repetition_penalty, **seen,
     )  # fmt: skip
+    if beams > 1:
+        tokens = model.generate(prompt, beams=beams, length_penalty=length_penalty, **options).unbind(1)
+    else:
+        tokens = model.steps(prompt, temperature=temperature, top_p=top_p, generator=generator, **options)
     said = []
     try:
-        for (piece,) in text_pieces(tokenizer, tokens):
+        for (piece,) in text_pieces(tokenizer, tokens, TEMPLATES[template].stop):
             if piece:
                 said.append(piece)
                 if stream is not None:

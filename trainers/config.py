@@ -540,7 +540,7 @@ def _check_compute(compute: Any, rules: _Rules) -> None:
 
 def _check_optim(optim: Optim, trained: set[str], rules: _Rules, processes: int) -> None:
     rules.within(
-        optim, lr="(0, inf)", steps="[1, inf)", epochs="(0, inf)", batch="[1, inf)", accumulate="[1, inf)", warmup="[0, inf)",
+        optim, lr="(0, inf)", layer_decay="(0, 1]", steps="[1, inf)", epochs="(0, inf)", batch="[1, inf)", accumulate="[1, inf)", warmup="[0, inf)",
         hold="[0, 1]", floor="(0, 1]" if optim.schedule == "exponential" else "[0, 1]", eps="(0, inf)", betas="[0, 1)", weight_decay="[0, inf)", clip="[0, inf)", ema="[0, 1)",
     )  # fmt: skip
     rules(optim.steps is not None or optim.epochs is not None, "steps", "a stage needs steps or epochs, and has neither")
@@ -577,6 +577,10 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
     rules(bool(trained), "train", f"nothing trains; name some of {', '.join(PARTS)}, or set lora")
     rules(len(set(job.train)) == len(job.train), "train", "a part is named twice")
     _check_optim(job.optim, trained, rules.below("optim"), processes)
+    if job.optim.layer_decay != 1:
+        layered, its = not isinstance(system.encoder, Vqgan | NfResnet), rules.below("optim")
+        its(layered, "layer_decay", f"goes by a vision transformer's layers, and encoder is {type(system.encoder).__name__}; set it to 1")
+        its(not layered or "encoder" in trained, "layer_decay", "is of the encoder's layers, and these do not train there; set it to 1")
     level = not job.optim.level_new or "new_tokens" in job.train
     rules(level, "optim.level_new", "gives rows of new_tokens their norm, and these do not train; take it out")
     known = job.template in chat.TEMPLATES
@@ -604,18 +608,19 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         its = rules.below(where)
         its.within(data, frames="[1, inf)")
         if isinstance(data, Data):
-            its.within(data, weight="(0, inf)", loss="(0, inf)", boxes="[0, 1]", captions_first="[0, 1]")
+            its.within(data, weight="(0, inf)", loss="(0, inf)", boxes="[0, 1]", instruct="[0, 1]", captions_first="[0, 1]")
+            its.within(data, min_side="[0, inf)")
             its.below("pages").within(data.pages, pictures="[0, inf)", similarity="[0, 1]", following="[0, 1]")
             _check_shots(data.shots, its.below("shots"))
             endless = data.streaming and job.optim.steps is None
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")
             built_in = data.path is None and data.name in BUILT_IN
             its(not (data.streaming and data.full), "full", "a stream is read record by record; leave streaming off, or full")
-            its(not (data.clean and built_in), "clean", f"{data.name} is built in, and its captions are what they are; leave clean off")
-            asked = data.shots != Shots() and built_in
-            its(not asked, "shots", f"{data.name} is built in, and its episodes are what they are; leave shots as it is")
-            ordered = data.captions_first is not None and built_in
-            its(not ordered, "captions_first", f"{data.name} is built in, and its order is what it is; leave captions_first null")
+            for name in ("clean", "instruct", "min_side"):
+                its(not (getattr(data, name) and built_in), name, f"{data.name} is built in and read as it is; leave {name} off")
+            for name, own in (("shots", Shots()), ("captions_first", None)):
+                changed = built_in and getattr(data, name) != own
+                its(not changed, name, f"{data.name} is built in and read as it is; leave {name} as it is")
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
     if isinstance(job, Stage) and job.objective == "retrieval":
         rules(isinstance(system.fusion, Retrieval), "objective", f"retrieval compares pictures with texts, and {kind} does not; choose lm")

@@ -21,7 +21,7 @@ ASKED = 300
 
 
 def drawing_exam(session: Any, system: System, *, count: int = ASKED) -> dict[str, float]:
-    """Held-out scenes of one object, at the published sampling (temperature 0.7, top-p 0.9, guidance 1.2 and 3.0).
+    """Held-out scenes of one object, centred as those of training, at the published sampling (temperature 0.7, top-p 0.9, guidance 1.2 and 3.0).
 
     ``drawn/asked``: the share of drawn pictures that show the colour and shape of their caption, as ``eval.drawn.Reader`` finds them;
     ``drawn/ceiling``: the same of pictures that only went through the tokenizer; ``drawn/placed``: in the place it names as well; ``drawn/alone``: and nothing else. ``drawn/chance``: the first by other captions than
@@ -29,9 +29,9 @@ def drawing_exam(session: Any, system: System, *, count: int = ASKED) -> dict[st
     the scene's, ``caption/chance`` of other scenes.
     """
     world = session.world
-    scenes = [s for s in world.scenes("eval", 2 * count, classes=(1, 1)) if len(s.objects) == 1][:count]
+    scenes = world.centred([s for s in world.scenes("eval", 2 * count, classes=(1, 1)) if len(s.objects) == 1][:count])
     true = torch.from_numpy(world.render(scenes))
-    measured = measure_tokenizer(session, torch.from_numpy(world.render(world.scenes("eval", count))))
+    measured = measure_tokenizer(session, torch.from_numpy(world.render(world.centred(world.scenes("eval", count)))))
     session.model.eval()
     encode, read = session.encoder("bare"), Reader(world)
     drawn = torch.empty_like(true)

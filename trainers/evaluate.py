@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mmfast.data.synthetic import PROMPT, Scene, parse
 from mmfast.eval import chair, pope
+from mmfast.models.generate import until
 from mmfast.models.tokenizer import plain_text
 
 from .checkpoint import Run
@@ -56,7 +58,8 @@ class Exam:
         said = [False] * len(self.questions)
         for numbers, ids in alike([encode([(f"<image> {q.text}", None)])[0] for q in self.questions], batch):
             pictures = torch.tensor([self.questions[i].image for i in numbers], device=states.device)
-            hidden = session.model.hidden(ids.to(session.place.device), image_states=states[pictures])
+            ids = ids.to(session.place.device)
+            hidden = session.model.hidden(ids, image_states=states[pictures], **session.beside(ids))
             logits = session.model.language.get_output_embeddings()(hidden[:, -1])
             for i, value in zip(numbers, (logits[:, yes] > logits[:, no]).tolist(), strict=True):
                 said[i] = value
@@ -79,11 +82,11 @@ def caption_all(session: Session, states: Tensor, template: str = "bare", batch:
     encode = session.encoder(template)
     (ids, _), end, texts, ended = encode([(f"<image> {PROMPT}", None)]), encode.end_token, [], 0
     for part in states.split(batch):
-        out = session.model.generate(
-            torch.tensor([ids] * len(part), device=session.place.device), image_states=part, end=end, max_new_tokens=64
-        )
-        ended += int((out == end).any(1).sum())
-        texts += [plain_text(session.tokenizer, row) for row in out.tolist()]
+        prompts = torch.tensor([ids] * len(part), device=session.place.device)
+        out = session.model.generate(prompts, image_states=part, end=end, max_new_tokens=64, **session.beside(prompts))
+        said, over = [plain_text(session.tokenizer, row) for row in out.tolist()], (out == end).any(1).tolist()
+        ended += sum(over) if not encode.stop else sum(encode.stop in text for text in said)
+        texts += [until(text, encode.stop) for text in said]
     return texts, ended / max(len(texts), 1)
 
 
@@ -97,32 +100,44 @@ def claims(session: Session, scenes: list[Scene], texts: list[str]) -> tuple[np.
 # --------------------------------------------------------------------------------------------------------- any records
 
 
+@contextmanager
+def looking(session: Session, source: Any) -> Iterator[Tensor | None]:
+    """While a source is measured it lays out rows one by one, and opens no picture where the tower's states of all are at hand, which are given."""
+    from .supervised import cached_states
+
+    states, before = cached_states(session, source), (source.packing, source.with_pictures)
+    source.packing, source.with_pictures = False, states is None
+    try:
+        yield states
+    finally:
+        source.packing, source.with_pictures = before
+
+
 @torch.no_grad()
 def measure_answers(session: Session, source: Any, *, batch: int = 64, limit: int | None = None) -> dict[str, float]:
     """``loss`` a token, and ``answer_accuracy``: the share of answers all of whose tokens are the likeliest given those before them, which is
     to say the answers that greedy decoding gives word for word. Over the first ``limit`` items of a source."""
-    from .supervised import cached_states, see
+    from .supervised import see
 
     model = session.model.eval()
-    head, states = model.language.get_output_embeddings(), cached_states(session, source)
-    packing, pictures, source.packing, source.with_pictures = source.packing, source.with_pictures, False, states is None
+    head = model.language.get_output_embeddings()
     loss, tokens, right, answers = 0.0, 0, 0, 0
-    for index in torch.arange(min(len(source), limit or len(source))).split(batch):
-        rows = session.place.to(source.batch(index))
-        images = see(session, rows, states)
-        hidden = model.hidden(rows["input_ids"], **images)[:, :-1]
-        labels = model.targets(rows["labels"], rows["input_ids"], **images)[:, 1:]
-        scored = labels != -100
-        logits = head(hidden[scored].to(head.weight.dtype)).float()
-        loss += torch.nn.functional.cross_entropy(logits, labels[scored], reduction="sum").item()
-        tokens += int(scored.sum())
-        # An answer is a run of scored tokens in a row of the batch.
-        begins = scored & ~torch.nn.functional.pad(scored, (1, 0))[:, :-1]
-        number = (begins.flatten().cumsum(0) - 1)[scored.flatten()]
-        missed = torch.zeros(int(begins.sum()), dtype=torch.long, device=number.device)
-        missed.index_add_(0, number, (logits.argmax(-1) != labels[scored]).long())
-        right, answers = right + int((missed == 0).sum()), answers + len(missed)
-    source.packing, source.with_pictures = packing, pictures
+    with looking(session, source) as states:
+        for index in torch.arange(min(len(source), limit or len(source))).split(batch):
+            rows = session.place.to(source.batch(index))
+            images = see(session, rows, states)
+            hidden = model.hidden(rows["input_ids"], **images)[:, :-1]
+            labels = model.targets(rows["labels"], rows["input_ids"], **images)[:, 1:]
+            scored = labels != -100
+            logits = head(hidden[scored].to(head.weight.dtype)).float()
+            loss += torch.nn.functional.cross_entropy(logits, labels[scored], reduction="sum").item()
+            tokens += int(scored.sum())
+            # An answer is a run of scored tokens in a row of the batch.
+            begins = scored & ~torch.nn.functional.pad(scored, (1, 0))[:, :-1]
+            number = (begins.flatten().cumsum(0) - 1)[scored.flatten()]
+            missed = torch.zeros(int(begins.sum()), dtype=torch.long, device=number.device)
+            missed.index_add_(0, number, (logits.argmax(-1) != labels[scored]).long())
+            right, answers = right + int((missed == 0).sum()), answers + len(missed)
     return {"loss": loss / max(tokens, 1), "answer_accuracy": right / max(answers, 1), "answers": answers}
 
 
@@ -164,24 +179,28 @@ def make_probe(
     names = _keep_pictures(run, [pictures for *_, pictures in asked])
 
     def samples(step: int) -> dict[str, float]:
-        said = zip(asked, answer(session, asked, end=session.encoder(template).end_token), names, strict=True)
+        encode = session.encoder(template)
+        said = zip(asked, answer(session, asked, end=encode.end_token, stop=encode.stop), names, strict=True)
         _note(run, step, [{"asked": question, "said": words, "images": n} for (question, *_), words, n in said])
         return {}
 
     return samples
 
 
-def answer(session: Session, asked: list[tuple[str, list[int], Tensor]], *, end: int | None = None, max_new_tokens: int = 64) -> list[str]:
-    """Greedy answers, up to the token ``end`` (default: the tokenizer's end token), to (question, token ids, pictures uint8 [M, H, W, 3])."""
+def answer(
+    session: Session, asked: list[tuple[str, list[int], Tensor]], *, end: int | None = None, stop: str = "", max_new_tokens: int = 64
+) -> list[str]:
+    """Greedy answers, up to the token ``end`` (default: the tokenizer's end token) or the text ``stop``, to (question, token ids, pictures uint8
+    [M, H, W, 3])."""
     said = []
     session.model.eval()
     for _, ids, pictures in asked:
-        seen = {"pixel_values": session.pixels(pictures)} if len(pictures) else {}
         prompt = torch.tensor([ids], device=session.place.device)
+        seen = {"pixel_values": session.pixels(pictures), **session.beside(prompt)} if len(pictures) else {}
         out = session.model.generate(
             prompt, end=session.tokenizer.eos_token_id if end is None else end, max_new_tokens=max_new_tokens, **seen
         )
-        said.append(plain_text(session.tokenizer, out[0].tolist()))
+        said.append(until(plain_text(session.tokenizer, out[0].tolist()), stop))
     return said
 
 

@@ -83,7 +83,7 @@ def in_context(session: Any, system: System, *, episodes: int = 300) -> dict[str
         """[episodes, options]; all prompts have one length, as every answer is one word."""
         ids = torch.tensor([encode([(say.prompt(e), None)])[0] for e in episodes], device=session.place.device)
         shown = torch.tensor([p for e in episodes for p in e.pictures], device=states.device)
-        return option_logps(session.model.eval(), ids, options, image_states=states, image_rows=shown)
+        return option_logps(session.model.eval(), ids, options, image_states=states, image_rows=shown, **session.beside(ids))
 
     def right(logps: torch.Tensor) -> float:
         best = logps.argmax(-1).tolist()
@@ -128,7 +128,8 @@ def answers(
     said: list[str | None] = [None] * len(asked)
     for numbers, ids in alike([encode([(text, None)])[0] for text, _ in asked]):
         shown = torch.tensor([p for i in numbers for p in asked[i][1]], dtype=torch.long, device=states.device)
-        out = model.generate(ids.to(place.device), image_states=states, image_rows=shown, max_new_tokens=max_new_tokens)
+        ids = ids.to(place.device)
+        out = model.generate(ids, image_states=states, image_rows=shown, max_new_tokens=max_new_tokens, **session.beside(ids))
         for i, row in zip(numbers, out.tolist(), strict=True):
             at = next((at for at, token in enumerate(row) if token in ends), None)
             said[i] = None if at is None else plain_text(tokenizer, row[:at]).strip()

@@ -53,7 +53,7 @@ def export(
         partial.mkdir(parents=True)
         save_pretrained(model, partial)
         processor.save_pretrained(partial)
-        _finish_configs(session, partial)
+        _finish_configs(session, template, partial)
         (partial / "README.md").write_text(model_card(session, recipe, metrics or {}, push_to or out.name))
         os.replace(partial, out)
     except OSError as error:
@@ -78,12 +78,12 @@ def push(folder: Path, name: str) -> None:
         raise RunError(f"{folder} is complete, but could not be uploaded to {name}: {first}") from error
 
 
-def _finish_configs(session, folder: Path) -> None:
+def _finish_configs(session, template: str, folder: Path) -> None:
     from transformers import GenerationConfig
 
     t = session.tokenizer
     GenerationConfig(
-        bos_token_id=t.bos_token_id, eos_token_id=t.eos_token_id, pad_token_id=t.pad_token_id, do_sample=False
+        bos_token_id=t.bos_token_id, eos_token_id=chat.last_token(t, template), pad_token_id=t.pad_token_id, do_sample=False
     ).save_pretrained(folder)
     # Where parts are held in unlike precisions the config says fp32, in which nothing is lost.
     kinds = {p.dtype for p in session.model.parameters()}
@@ -149,7 +149,9 @@ def idefics_processor(session, template: str):
 def prompt_of(template: str, question: str, picture: Any = None) -> list[Any]:
     """A question with the template's words as Idefics' processor takes it; a black picture, or this one, at each ``<image>``."""
     form = chat.TEMPLATES[template]
-    texts = (form.system + form.before + question + form.between).split("<image>")
+    said, words = question.replace("<image>", form.picture), form.words("")
+    asked = form.before + words + said if form.system_asked else words + form.mark + form.before + said
+    texts = (asked + form.between + form.role).split("<image>")
     shown = picture or Image.new("RGB", (8, 8))
     return [item for i, text in enumerate(texts) for item in ((shown,) if i else ()) + ((text.strip(" "),) if text.strip(" ") else ())]
 
@@ -197,15 +199,17 @@ def chat_template(name: str, join: str) -> str:
         return json.dumps(text)  # Jinja reads the same escapes
 
     end_each, keep, tight, whole = ("true" if flag else "false" for flag in (form.end_each, form.keep_question, form.tight, form.whole))
-    opening = form.between.rstrip(" ") if form.whole else form.between
+    words, between = form.words(""), form.between + form.role
+    opening = between.rstrip(" ") if form.whole else between
+    first, before = ("", form.before + words) if form.system_asked else (words, form.before)
     return (
         "{%- macro border(piece, text) -%}{{ " + q(BORDER) + " if not " + whole + " and piece and text and not piece.startswith('<image>') else '' }}{%- endmacro -%}"
         "{%- macro asked(text) -%}{%- for part in text.split('<image>') -%}"
         "{%- set part = part if loop.first or not " + tight + " else part.lstrip(' ') -%}{{- '' if loop.first else '<image>' -}}"
         "{{- part if loop.last or not " + tight + " else part.rstrip(' ') -}}{%- endfor -%}{%- endmacro -%}"
-        "{{- bos_token or '' -}}{{- " + q(form.system) + " -}}"
+        + ("{{- bos_token or '' -}}" if form.begin else "") + "{{- " + q(first) + " -}}"
         # `open`: a question whose end still lacks what stands between it and the answer. `text`: the text so far ends in words.
-        "{%- set ns = namespace(text=" + ("true" if form.system else "false") + ", open=none, said='') -%}"
+        "{%- set ns = namespace(text=" + ("true" if first else "false") + ", open=none, said='') -%}"
         "{%- for message in messages -%}"
         "{%- set ns.said = '' -%}"
         "{%- if message.content is string -%}{%- set ns.said = message.content -%}"
@@ -216,13 +220,14 @@ def chat_template(name: str, join: str) -> str:
         "{%- endfor -%}{%- endif -%}"
         "{%- if message.role == 'user' and ns.open is none -%}"
         "{%- if not " + keep + " -%}{%- set ns.said = '<image>' * (ns.said.split('<image>')|length - 1) -%}{%- endif -%}"
-        "{%- set ns.open = " + q(form.before) + " + ns.said -%}"
+        + ("{{- '' if loop.first else bos_token or '' -}}" if form.begin_each else "")
+        + "{%- set ns.open = " + q(form.mark) + " + (" + q(before) + " if loop.first else " + q(form.before) + ") + ns.said.replace('<image>', " + q(form.picture) + ") -%}"
         "{%- if loop.last -%}{%- set piece = asked(ns.open + (" + q(opening) + " if add_generation_prompt else '')) -%}"
         "{{- border(piece, ns.text) -}}{{- piece -}}{%- endif -%}"
         "{%- elif message.role == 'assistant' and ns.open is not none -%}"
-        "{%- set piece = asked(ns.open + " + q(form.between) + ") -%}{{- border(piece, ns.text) -}}{{- piece -}}"
+        "{%- set piece = asked(ns.open + " + q(between) + ") -%}{{- border(piece, ns.text) -}}{{- piece -}}"
         "{%- set ns.text = piece and not piece.endswith('<image>') or not piece and ns.text -%}"
-        "{%- set piece = ns.said + " + q(form.after) + " -%}{{- border(piece, ns.text) -}}{{- piece -}}"
+        "{%- set piece = ns.said + " + q(form.after) + " + (" + q(form.mark) + " if loop.last else '') -%}{{- border(piece, ns.text) -}}{{- piece -}}"
         "{%- set ns.text = piece and true or ns.text -%}{%- set ns.open = none -%}"
         "{%- if " + end_each + " or loop.last and " + ("false" if form.after else "true") + " -%}{{- eos_token -}}{%- set ns.text = false -%}{%- endif -%}"
         "{%- else -%}{{- raise_exception('messages must alternate user, assistant; the system text is the template\\'s own') -}}{%- endif -%}"

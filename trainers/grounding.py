@@ -62,7 +62,8 @@ def generated(session: Any, prompts: Sequence[str], states: Tensor, max_new_toke
     for numbers, ids in alike([encode([(f"<image>{prompt}", None)])[0] for prompt in prompts]):
         seen = states[torch.tensor(numbers, device=states.device)]
         end = session.tokenizer.eos_token_id
-        out = model.generate(ids.to(session.place.device), image_states=seen, end=end, max_new_tokens=max_new_tokens)
+        ids = ids.to(session.place.device)
+        out = model.generate(ids, image_states=seen, end=end, max_new_tokens=max_new_tokens, **session.beside(ids))
         for i, row in zip(numbers, out.tolist(), strict=True):
             said[i] = tagged_text(session.tokenizer, row)
     return said

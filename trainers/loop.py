@@ -411,7 +411,8 @@ def _average_into(parameters: list[nn.Parameter], ema: list[Tensor]) -> None:
 
 
 def _groups(objective: Objective, optim: Optim) -> list[dict[str, Any]]:
-    """Parameters by learning rate and weight decay: a part's own where the recipe gives one, the narrowest part first."""
+    """Parameters by learning rate and weight decay: a part's own where the recipe gives one, the narrowest part first; in the tower times
+    ``layer_decay`` for each layer down (BEiT, arXiv:2106.08254)."""
 
     def by_part(values: dict[str, float]) -> dict[int, float]:
         own: dict[int, float] = {}
@@ -423,10 +424,11 @@ def _groups(objective: Objective, optim: Optim) -> list[dict[str, Any]]:
     rates, decays = by_part(optim.lr_of), by_part(optim.weight_decay_of)
     partly = getattr(objective.model, "partly_trained", list)()
     decays |= {id(p): 0.0 for p in partly}  # what is frozen in them must not shrink
+    down = {id(p): layers for p, layers in objective.model.encoder.below()} if optim.layer_decay != 1 else {}
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for p in objective.parameters():
         if p.requires_grad:
-            peak = rates.get(id(p), optim.lr)
+            peak = rates.get(id(p), optim.lr) * optim.layer_decay ** down.get(id(p), 0)
             decay = decays.get(id(p), optim.weight_decay) if p.ndim > 1 or optim.decay_vectors else 0.0
             groups.setdefault((peak, decay), {"params": [], "peak": peak, "weight_decay": decay})["params"].append(p)
     return list(groups.values())

@@ -24,12 +24,13 @@ from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
 from mmfast.models.fusions import ByRow, MediaByRow, blocks
-from mmfast.models.pretrained import locate
+from mmfast.models.pretrained import locate, taken
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import BUILT_IN as SETS
 from mmfast.spec import (
     PARTS,
+    QUESTION,
     AdapterPrompts,
     Alignment,
     Compute,
@@ -78,6 +79,7 @@ class Plan:
     passing: int  # the frozen tower's forward, over before the activations are there
     activations: dict[bool, int] = field(default_factory=dict)  # without and with compute.checkpointing
     full_logits: int = 0  # what [B, T, V] in fp32 would take; none are made
+    tower_rates: tuple[float, float] | None = None  # peaks, of its embeddings and its last block, where optim.layer_decay sets them apart
 
     @property
     def total(self) -> int:
@@ -115,9 +117,13 @@ def at_hand(system: System) -> tuple[System, list[str]]:
 
     if system.weights and is_run(system.weights):
         own, said = at_hand(system_of(read_recipe(Path(system.weights))[0]))
+        asked = taken(system, own, image=own.image)
+        own = replace(own, encoder=asked.encoder, connector=asked.connector, image=asked.image)
         return replace(own, stages=system.stages or own.stages), said
     if system.weights:
-        return replace(system, weights=found(system.weights, "weights", system)), said
+        system = replace(system, weights=found(system.weights, "weights", system))
+        if system.weights:
+            return system, said
     encoder = replace(system.encoder, weights=found(system.encoder.weights, "encoder.weights", system.encoder))
     language = replace(system.language, weights=found(system.language.weights, "language.weights", system.language))
     connector = system.connector
@@ -130,6 +136,8 @@ def sized(system: System) -> System:
     """The system without weights, at the sizes of those of its weights that are at hand, else at the sizes that it declares."""
     found = resolved(at_hand(system)[0])
     encoder = replace(found.encoder, weights=None)
+    if side := getattr(encoder, "interpolate", 0):
+        encoder = replace(encoder, size=side, interpolate=0)
     language = replace(found.language, weights=None, quantize="none", vocab=found.language.vocab or _vocabulary(system))
     connector = replace(found.connector, weights=None) if isinstance(found.connector, QFormer) else found.connector
     return replace(
@@ -224,6 +232,7 @@ class Count:
     trained: dict[str, int]
     weights: int  # bytes
     tensors: int  # that are trained
+    tower_layers: int  # of which each may learn at a rate of its own
     block: int  # of a block of the language model
     blocks: int  # of all of these
     blocks_trained: int
@@ -256,6 +265,7 @@ def count(system: System, its: Setting) -> Count:
             trained={name: sum(p.numel() for p in group if id(p) in learnt) for name, group in groups.items()},
             weights=math.ceil(weights),
             tensors=sum(id(p) in learnt for group in groups.values() for p in group),
+            tower_layers=max((down for _, down in model.encoder.below()), default=0) if hasattr(model.encoder, "below") else 0,
             block=max(sum(p.numel() for p in block.parameters()) for block in stack),
             blocks=sum(p.numel() for p in stack.parameters()),
             blocks_trained=sum(p.numel() for p in stack.parameters() if id(p) in learnt),
@@ -411,8 +421,14 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
             if head is not None and getattr(system.connector, "pool", "") == "class":
                 states = states[:, :1]
             seen = None
+            instructed = getattr(system.connector, "instructed", False)
             if "queries" not in its.train and (head is None or head.project is None):
-                seen = model.connector(states)
+                beside = ()
+                if instructed:  # read once a row, beside a question as long as it may be
+                    states = states[torch.zeros(rows, dtype=torch.long)]
+                    question = max(2, min(QUESTION, system.connector.positions, length - system.image_places))
+                    beside = torch.zeros(rows, question, dtype=torch.long), torch.ones(rows, question)
+                seen = model.connector(states, *beside)
             if "queries" in its.train:
                 ids, one = torch.zeros(rows, length, dtype=torch.long), torch.ones(())
                 image = model.connector.normed(states)
@@ -433,7 +449,7 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
                     nn.functional.binary_cross_entropy_with_logits(logits, torch.zeros(logits.shape))
             else:
                 ids = torch.zeros(rows, length, dtype=torch.long)
-                seen = seen[torch.zeros(rows, dtype=torch.long)]
+                seen = seen if instructed else seen[torch.zeros(rows, dtype=torch.long)]
                 if isinstance(system.fusion, AdapterPrompts):
                     model.fusion(model.language, ids, ByRow(seen), 0, use_cache=False)
                 elif isinstance(system.fusion, GatedCrossAttention):
@@ -521,7 +537,10 @@ def predict(recipe: System | Alignment, job: Stage | Alignment, *, processes: in
     memory["logits"] = logits * (2 if isinstance(job, Alignment) and job.reference != "cached" else 1)
     full = 0 if words else 4 * rows * length * shape.language.vocab
     passing = _passing(job, shape, pictures, 2 if "encoder" in its.half or sharded else 4)
-    return Plan(job.name, rows, pictures, length, dict(counted.parts), trained, memory, passing, activations, full)
+    rates = None
+    if optim.layer_decay != 1:
+        rates = tuple(optim.lr_of.get("encoder", optim.lr) * optim.layer_decay**down for down in (counted.tower_layers, 1))
+    return Plan(job.name, rows, pictures, length, dict(counted.parts), trained, memory, passing, activations, full, rates)
 
 
 def head_bytes(rows: int, length: int, language: LanguageModel, size: int, *, copied: bool) -> int:
@@ -736,6 +755,8 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
 
     quantized = ", 4bit" if system.language.quantize == "4bit" else ""
     table = [row("stage", lambda p: p.stage), row("trained parameters", lambda p: f"{p.trainable:,}")]
+    if any(plan.tower_rates for plan in plans):
+        table.append(row("rates in the tower", lambda p: f"{p.tower_rates[0]:.2g} .. {p.tower_rates[1]:.2g}" if p.tower_rates else "-"))
     table.append(row("rows x positions", lambda p: f"{p.rows} x {p.length}" if p.full_logits else f"{p.pictures} pictures"))
     table += [held(name) for name in plans[0].memory if any(plan.memory[name] for plan in plans)]
     table.append(row("tower, before the rest", lambda p: gib(p.passing) if p.passing else "-"))

@@ -68,6 +68,7 @@ def make_source(session: Session, alignment: Alignment) -> PairSource | Preferen
         source = _own_source(session, alignment, encode)
     else:
         raise RunError(f"pairs {data.name!r} are not built in; give records with --data FILE (images, prompt, chosen, rejected)")
+    source.asked = session.questions
     if len(source) < 2:
         raise RunError(f"only {len(source)} preference pairs" + (": the policy made too few false claims" if data.path is None else ""))
     return source

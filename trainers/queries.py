@@ -36,15 +36,14 @@ class Texts:
         if name == "source":  # not there yet: a loader's process is making its copy
             raise AttributeError(name)
         found = getattr(self.source, name)
-        return (lambda *where: self._texts(found(*where), *where)) if name in ("batch", "take") else found
+        return (lambda *where: self._texts(found(*where))) if name in ("batch", "take") else found
 
-    def _texts(self, batch: dict[str, Tensor], *where: Any) -> dict[str, Tensor]:
+    def _texts(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         shown, rows = batch["image_rows"], len(batch["input_ids"])
         if len(shown) != rows or (batch["labels"][:, :1] != chat.IGNORE).any() or (batch["labels"][:, 1:2] == chat.IGNORE).any():
             raise ValueError("objective queries compares pictures with texts, a text and a picture each; another record is among them")
         mask = (batch["labels"][:, 1:] != chat.IGNORE).long()
-        # A stream does not know which pictures are the same; its rows are shared out one by one.
-        keys = batch["picture_ids"][shown] if "picture_ids" in batch else torch.arange(rows) * where[2] + where[1]
+        keys = batch["keys"] if "keys" in batch else batch["picture_ids"][shown]
         return {
             **{name: batch[name] for name in ("pictures", "picture_ids") if name in batch},
             "ids": batch["input_ids"][:, 1:], "mask": mask, "keys": keys, "shown": shown,

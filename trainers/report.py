@@ -30,6 +30,8 @@ MEASURES = (
     ("yes_ratio_adversarial", "Yes ratio, adversarial", None, "0.5 is balanced"),
     ("loss", "Loss", False, "nats a token of the answers"),
     ("answer_accuracy", "Right answers", True, "answers that greedy decoding gives word for word"),
+    ("vqa_accuracy", "VQA accuracy", True, "decoded answers against what humans said"),
+    ("grounding_accuracy", "Grounding", True, "decoded boxes that overlap the right one by more than half"),
 )
 CURVES = (
     ("loss", "Loss"),

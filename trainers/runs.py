@@ -94,10 +94,13 @@ def finish(recipe, session, run: Run, exam=None, before: dict | None = None, eva
     """Measures, samples and the page of a trained model; one process does it."""
     from . import report
     from .demo import pick_samples, write_samples
+    from .records import measure as measure_records
 
     if not run.main:
         return
-    measured, details, exam = measure(session, recipe, eval_data=eval_data, exam=exam)
+    measured, details, exam = measure(session, recipe, exam=exam)
+    if eval_data is not None:
+        measured |= measure_records(session, recipe, eval_data)[0]
     run.write_json("eval.json", measured)
     if details is not None:
         captions = {"before": before["captions"], "after": details["captions"]} if before else {"model": details["captions"]}
@@ -116,9 +119,10 @@ def finish(recipe, session, run: Run, exam=None, before: dict | None = None, eva
     print(f"open {run.folder / 'report.html'}")
 
 
-def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes: int = 500) -> tuple[dict[str, float], dict | None, Any]:
-    """What can be measured of a model: the exams of its built-in data, else the shapes world's where it speaks its words; loss and right answers on ``eval_data``, or on the
-    test part of easy-vqa where it was trained on that. Returns the measures, the exam's details and the exam, where there was one."""
+def measure(session, recipe, *, exam=None, scenes: int = 500) -> tuple[dict[str, float], dict | None, Any]:
+    """What can be measured of a model without more data: the exams of its built-in data, else the shapes world's where it speaks its words, or
+    loss and right answers on the test part of easy-vqa where it was trained on that. Returns the measures, the exam's details and the exam,
+    where there was one."""
     from mmfast.data.supervised import EasyVQA
 
     from .evaluate import Exam, measure_answers
@@ -129,7 +133,6 @@ def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes
 
         return measure_all(session, recipe.stages[-1], scenes), None, exam
     template, details, measured = template_of(recipe), None, {}
-    encode = session.encoder(template, recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
     own = [EXAMS[data.name] for data in data_of(system_of(recipe)) if data.path is None and data.name in EXAMS]
     if own:
         for take in dict.fromkeys(own):  # sets may share one
@@ -138,9 +141,10 @@ def measure(session, recipe, *, eval_data: Data | None = None, exam=None, scenes
         exam = exam or Exam(session, scenes=scenes)
         measured, details = exam(session, template=template)
     elif any(data.name == "easy_vqa" and data.path is None for data in data_of(recipe)):
-        measured = measure_answers(session, EasyVQA(encode, encode.pad_token, train=False))
-    if eval_data is not None:
-        measured |= measure_answers(session, session.source(eval_data, template, encode.max_length))
+        encode = session.encoder(template, recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
+        test = EasyVQA(encode, encode.pad_token, train=False)
+        test.asked = session.questions
+        measured = measure_answers(session, test)
     return measured, details, exam
 
 
@@ -227,11 +231,22 @@ def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
 
 
 def to_measure(recipe: System | Alignment, path: str, images: str | None, shots: str | None = None) -> Data:
-    """Records to measure a recipe's model on. A file of conversations has the names that the recipe's own records have, and episodes are asked as
-    these are, with the fields of ``shots`` (YAML) changed."""
+    """Records to measure a recipe's model on, read as the recipe's own records are: a file of conversations has the same names, and episodes are
+    asked alike but for the fields of ``shots`` (YAML); of ScienceQA's problems, whose file holds every split, they are the test's.
+
+    Raises:
+        RunError: a model that answers nothing and finds nothing.
+        ConfigError: wrong ``shots``.
+    """
+    if isinstance(recipe, System) and recipe.stages[-1].objective == "tokenizer":
+        raise RunError(f"{recipe.name}: its last stage trains an image tokenizer, which answers nothing; records cannot be measured")
     own = next((data for data in reversed(data_of(recipe)) if data.path is not None and isinstance(data, Data)), Data("eval"))
+    split = "train" if path.startswith("hub:") else "test"
     asked = own.shots if shots is None else config.read_shots(own.shots, shots)
-    return Data("eval", path=path, images=images, columns=own.columns, frames=own.frames, shots=asked)
+    return Data(
+        "eval", path=path, images=images, split=split, columns=own.columns, frames=own.frames, clean=own.clean, boxes=own.boxes,
+        choices=own.choices, shots=asked,
+    )  # fmt: skip
 
 
 def _check_records(recipe, session, eval_data: Data | None) -> None:
@@ -246,7 +261,9 @@ def _check_records(recipe, session, eval_data: Data | None) -> None:
             if any(data.path is not None for data in data_of(replace(recipe, stages=(stage,)))):
                 session.source_of(stage)
     if eval_data is not None:
-        session.source(eval_data, template_of(recipe), recipe.max_length if isinstance(recipe, Alignment) else recipe.stages[-1].max_length)
+        from .records import source_of
+
+        source_of(session, recipe, eval_data)
 
 
 def _where_it_lies(recipe: System | Alignment) -> System | Alignment:

@@ -16,10 +16,11 @@ from mmfast.data.regions import format_of
 from mmfast.data.sources import Conversations, Streamed
 from mmfast.data.synthetic import Scene, World, WorldConfig
 from mmfast.models import build
+from mmfast.models.build import refit
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
-from mmfast.models.pretrained import placeholder, resolved, text_side, tokenizer_for
+from mmfast.models.pretrained import placeholder, resolved, taken, text_side, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import BUILT_IN, Data, Lora, Mixture, SharedTokens, Stage, System
+from mmfast.spec import BUILT_IN, QUESTION, Data, Lora, Mixture, SharedTokens, Stage, System
 
 from .checkpoint import RunError
 from .place import Place
@@ -48,6 +49,7 @@ class Session:
         self.origin = Path(system.weights) if system.weights and is_run(system.weights) else None
         origin = self._open_origin()
         self.system = origin.adopted(system) if origin else system
+        self._first = (origin._first or origin.system) if origin else None  # whose weights came with a tokenizer of the Q-Former
         self.tokenizer = origin.tokenizer if origin else self._tokenizer()
         self.image_token = placeholder(self.system, self.tokenizer)
         if with_model:
@@ -62,12 +64,8 @@ class Session:
         return open_run(self.origin, place=self.place)[0] if self.origin else None
 
     def adopted(self, system: System) -> System:
-        """``system`` with this session's model in place of its own choices."""
-        own = self.system
-        return replace(
-            system, encoder=own.encoder, connector=own.connector, fusion=own.fusion, language=own.language, image=own.image,
-            regions=own.regions,
-        )  # fmt: skip
+        """``system`` with this session's model in place of its own choices, as far as it asks for nothing else."""
+        return replace(taken(system, self.system, image=self.system.image), regions=self.system.regions)
 
     def _tokenizer(self):
         if self.system.weights or self.system.language.weights or self.system.language.words:
@@ -95,8 +93,7 @@ class Session:
         self._kept = None
         torch.manual_seed(self.seed)
         if self.origin:
-            self.model = merge_lora((origin or self._open_origin()).model)
-            self.model.train_only(())
+            self.model = refit(merge_lora((origin or self._open_origin()).model), self.system)
         else:
             self.model = build(self.system, tokenizer=self.tokenizer, dtype=self.dtype).to(self.place.device)
             self.system = self.model.system
@@ -159,10 +156,23 @@ class Session:
         )  # fmt: skip
 
     def text_side(self, max_length: int = 32) -> chat.TextSide:
-        """``encode(turns)`` for a Q-Former that compares pictures with texts."""
+        """How texts come to a Q-Former; for one that compares pictures with texts, its ``encode(turns)``."""
         if self._text_side is None:
-            self._text_side = text_side(self.system, self.tokenizer)
+            self._text_side = text_side(self._first or self.system, self.tokenizer)
         return replace(self._text_side, max_length=max_length)
+
+    @property
+    def questions(self) -> chat.Questions | None:
+        """What the Q-Former reads of a row beside its pictures; None where it does not."""
+        choice = self.system.connector
+        if not getattr(choice, "instructed", False):
+            return None
+        side = self.text_side(min(QUESTION, choice.positions))
+        return chat.Questions(side, self.tokenizer, self.system.image_places, self.image_token)
+
+    def beside(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The columns that these give rows ``[B, T]``, or none."""
+        return {} if (questions := self.questions) is None else questions(ids, labels)
 
     def source_of(self, stage: Stage):
         """What a stage draws from."""
@@ -173,6 +183,7 @@ class Session:
         key = repr((data, None if compared else template, max_length))
         if key not in self._sources:
             self._sources[key] = self._make_source(data, self.text_side(max_length) if compared else self.encoder(template, max_length))
+            self._sources[key].asked = None if compared else self.questions
         return self._sources[key]
 
     def _make_source(self, data: Data | Mixture, encode: chat.Encoder | chat.TextSide):

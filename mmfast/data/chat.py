@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.data.regions import REGION, placed, write
+from mmfast.data.regions import REGION, Placement, placed, write
 from mmfast.spec import Fixed, nearest
 
 IGNORE = -100
@@ -20,17 +20,24 @@ INPUT = "\n\n### Input:\n"
 
 @dataclass(frozen=True)
 class Template:
-    """The words around turns. Only answers, and the end token where it follows one, are supervised."""
+    """The words around turns. Only answers, and the end token where it follows one, are supervised (but for ``mark`` and ``role``)."""
 
     system: str = ""
     system_with_input: str = ""  # in its place where the first question has an input
-    after_system: str = ""  # behind a record's own system message
+    before_system: str = ""  # the system's words or a record's own system message, where there are any
+    after_system: str = ""
+    system_asked: bool = False  # all that stands in the first question, behind ``before``
     before: str = ""  # a question
+    picture: str = "<image>"  # how a picture is written in a question
     between: str = ""  # question and answer
     after: str = ""  # an answer
+    mark: str = ""  # stands before every question and behind the last answer, learnt: an answer that is generated ends with it
+    role: str = ""  # stands before an answer, learnt
+    begin: bool = True  # the beginning token first
+    begin_each: bool = False  # ... and before every question
     end_each: bool = True  # the end token after every answer, or after the last alone
     keep_question: bool = True
-    end: str = ""  # in place of the tokenizer's end token; a text that is cut ends with it all the same
+    end: str = ""  # in place of the tokenizer's end token; where ``after`` does not spell it, a text that is cut ends with it all the same
     picture_first: bool = False  # the first question's pictures stand before the beginning token
     chunk: str = ""  # in a document, before every picture but the first and at the end: what was said of the one before is over
     only_seen: bool = False  # of a document only what follows a picture is supervised, up to the end of its chunk
@@ -38,6 +45,40 @@ class Template:
     tight: bool = False  # no spaces beside a picture in a question
     whole: bool = False  # all between two pictures or ends is tokenised as one text, else questions and answers each by themselves
 
+    def words(self, question: str, system: str | None = None) -> str:
+        """The system's words before a first question, or those of ``system`` in their place."""
+        own = self.system_with_input if self.system_with_input and INPUT in question else self.system
+        told = own if system is None else system
+        return self.before_system + told + self.after_system if told else ""
+
+    @property
+    def stop(self) -> str:
+        """A text that ends an answer that is generated, for templates without a token that does."""
+        return self.after + self.mark.strip() if self.mark else ""
+
+
+# LLaVA's words. Its first release calls who asks a human, and in its demo's form with tags a sentence is joined without a space.
+_USER = "A chat between a curious user and an artificial intelligence assistant. "
+_HUMAN = _USER.replace("user", "human")
+_POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
+_SEES = "able to understand the visual content that the user provides, and assist the user with a variety of tasks using natural language."
+_TAGS = {
+    "system": f"{_USER}The assistant is {_SEES}The visual content will be provided with the following format: <Image>visual content</Image>.",
+    "picture": "<Image><image></Image>",
+}
+# Turns between ###, which is learnt as an answer's end; so are the words that announce an answer.
+_V0 = Template(
+    system=_HUMAN + _POLITE.format("human"),
+    after_system="\n\n",
+    mark="### ",
+    before="Human: ",
+    between="\n",
+    role="### Assistant: ",
+    after="\n",
+    end_each=False,
+    whole=True,
+)
+_V1 = Template(system=_USER + _POLITE.format("user"), after_system=" ", before="USER: ", between=" ASSISTANT: ", whole=True)
 
 TEMPLATES = {
     # Nothing but the words: the tiny models.
@@ -52,15 +93,40 @@ TEMPLATES = {
     "fromage": Template(end_each=False, keep_question=False, end="[RET]", picture_first=True),
     # BLIP-2 with OPT: the picture, then a text from its beginning token, which is learnt, to the line's end.
     "blip2": Template(end_each=False, keep_question=False, end="\n", picture_first=True, learn_begin=True),
-    # ... and its fine-tuning with a prompt, which is not learnt (nor is the token before it).
+    # ... and its fine-tuning with a prompt, which is not learnt (nor is the token before it): the record's, that of captions, that of questions.
     "blip2_prompt": Template(end_each=False, end="\n", picture_first=True),
-    # Vicuna v1, LLaVA's instruction stage.
-    "vicuna_v1": Template(
-        system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
-        after_system=" ",
-        before="USER: ",
-        between=" ASSISTANT: ",
+    "blip2_caption": Template(before="a photo of", end_each=False, keep_question=False, end="\n", picture_first=True),
+    "blip2_vqa": Template(before="Question: ", between=" Answer:", end_each=False, end="\n", picture_first=True),
+    # Vicuna v1, LLaVA's instruction stage; the same with the first release's sentence, and with a picture between tags.
+    "vicuna_v1": _V1,
+    "llava_v1": replace(_V1, system=_HUMAN + _POLITE.format("human")),
+    "llava_v1_mmtag": replace(_V1, **_TAGS),
+    # LLaVA's first release, as its training writes it.
+    "llava_v0": _V0,
+    "llava_v0_mmtag": replace(_V0, **_TAGS),
+    # LLaVA over LLaMA-2's chat models: the system's words are part of the first question.
+    "llava_llama_2": Template(
+        system=f"You are a helpful language and vision assistant. You are {_SEES}",
+        before_system="<<SYS>>\n",
+        after_system="\n<</SYS>>\n\n",
+        system_asked=True,
+        before="[INST] ",
+        between=" [/INST] ",
+        after=" ",
+        begin_each=True,
+        whole=True,
+    ),
+    # LLaVA over MPT's chat model.
+    "mpt": Template(
+        system="A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers.",
+        before_system="<|im_start|>system\n",
+        after_system="<|im_end|>",
+        before="<|im_start|>user\n",
+        between="<|im_end|><|im_start|>assistant\n",
+        after="<|im_end|>",
+        begin=False,
+        end_each=False,
+        end="<|im_end|>",
         whole=True,
     ),
     # Stanford Alpaca, and LLaMA-Adapter after it: the answer follows the colon at once.
@@ -109,30 +175,46 @@ def encode(
     check_template(template)
     form = TEMPLATES[template]
     line = _Line(
-        tokenizer, image_tokens, image_token, borders, learn_pictures, end=form.end, begin=not form.picture_first, whole=form.whole
+        tokenizer,
+        image_tokens,
+        image_token,
+        borders,
+        learn_pictures,
+        end=form.end if form.end_each or not form.after else "",
+        begin=form.begin and not form.picture_first,
+        whole=form.whole,
     )
-    own = form.system_with_input if form.system_with_input and turns and INPUT in turns[0][0] else form.system
-    line.add(own if system is None else system + form.after_system)
+    words = form.words(turns[0][0] if turns else "", system)
+    if not form.system_asked:
+        line.add(words)
     for i, (question, answer) in enumerate(turns):
+        first, learnt = i == 0, i == len(turns) - 1 or not last_alone
         if not form.keep_question:
             question = "<image>" * question.count("<image>")
-        if form.picture_first and i == 0:
+        if form.picture_first and first:
             line.add("<image>" * question.count("<image>"))
             question = question.replace("<image>", "").strip()
             line.begin(learnt=form.learn_begin)
-        # What a whole text goes on with brings the space before it.
-        between = form.between.rstrip(" ") if form.whole and answer is None else form.between
-        asked, learnt = form.before + question + between, i == len(turns) - 1 or not last_alone
+        if form.begin_each and not first:
+            line.begin()
+        between, role = form.between, form.role
+        if form.whole and answer is None:  # what a whole text goes on with brings the space before it
+            between, role = between.rstrip(" "), role.rstrip(" ")
+        asked = form.before + (words if form.system_asked and first else "") + question.replace("<image>", form.picture) + between
+        line.add(form.mark, supervised=not last_alone)
         line.add(re.sub(" *<image> *", "<image>", asked) if form.tight else asked)
+        line.add(role, supervised=not last_alone and answer is not None)
         if answer is None:
             if len(line) > max_length:
                 raise ValueError(f"the prompt has {len(line)} tokens with its pictures, more than max_length={max_length}")
             break
         if "<image>" in answer and not learn_pictures:
             raise ValueError(f"answer {i} holds <image>, and this system does not draw; only questions may")
-        if form.picture_first and question:
+        if form.picture_first and asked:
             answer = " " + answer.lstrip()  # the prompt and what follows are one sentence, whose words begin with their spaces
         line.add(answer + form.after, supervised=learnt)
+        if i == len(turns) - 1:
+            line.add(form.mark, supervised=True)
         if form.end_each or (i == len(turns) - 1 and not form.after):
             line.end(supervised=learnt)
     return line.cut(max_length)
@@ -146,7 +228,7 @@ def encode_document(
     ``learn_pictures`` its pictures are. Without, the first of ``borders`` is where something comes before it: that a picture follows is said
     by the text (Kosmos-1). As in ``encode`` otherwise."""
     form = TEMPLATES[template]
-    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures)
+    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures, begin=form.begin)
     if form.chunk:
         line.add_chunks(text, form.chunk, form.only_seen)
     else:
@@ -212,6 +294,7 @@ class _Line:
         return len(self.ids)
 
     def begin(self, learnt: bool = False) -> None:
+        self._tokenise()
         first = self.tokenizer.bos_token_id
         if first is not None:
             self.ids.append(first)
@@ -300,26 +383,29 @@ class Encoder:
         """What an answer ends with."""
         return last_token(self.tokenizer, self.template)
 
+    @property
+    def stop(self) -> str:
+        """What it ends with where that is no token (``Template.stop``)."""
+        return TEMPLATES[self.template].stop
+
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
-        if record.boxes:
-            record = self._with_places(record)
+        record = self.placed(record)
         return self(record.turns, record.system) if record.document is None else self.document(record.document)
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of an interleaved document, all of it supervised."""
         return encode_document(self.tokenizer, text, template=self.template, **self._sizes())
 
-    def _with_places(self, record: Any) -> Any:
-        """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out."""
+    def placed(self, record: Any) -> Any:
+        """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out. One
+        without boxes is as it was."""
+        if not record.boxes:
+            return record
         if self.regions is None:
             raise ValueError("speaks of places in its picture, and this system does not; set regions, or data.boxes to 0")
-        size = record.pictures[0].size()
-        placement, whole = placed(size, record.plans(self.plan)[0]), (size if record.shares else (1, 1))
-        moved = [
-            [kept for box in group if (kept := placement.keep([v * whole[i % 2] for i, v in enumerate(box)])) is not None]
-            for group in record.boxes
-        ]
+        placement = self.placement(record)
+        moved = [[kept for box in group if (kept := placement.keep(box)) is not None] for group in record.boxes_in_pixels()]
         texts = [record.document] if record.document is not None else [text for turn in record.turns for text in turn]
         told = []
         for text in texts:
@@ -329,6 +415,10 @@ class Encoder:
         if record.document is not None:
             return replace(record, document=told[0], boxes=())
         return replace(record, turns=tuple(zip(told[::2], told[1::2], strict=True)), boxes=())
+
+    def placement(self, record: Any) -> Placement:
+        """Where the record's one picture comes to lie as the system sees it."""
+        return placed(record.pictures[0].size(), record.plans(self.plan)[0])
 
     def answer(self, record: Any, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of a preference record's conversation with this answer at its end; earlier answers are part of the prompt."""
@@ -384,6 +474,37 @@ class TextSide:
         return pad(rows, self.pad_token), pad([[1] * len(row) for row in rows], 0)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What a Q-Former reads beside the pictures of rows that are laid out for a language model: of each row all words before the first that is
+    supervised (of a prompt all), told anew in its own words. Special tokens are left out, and so is what is more than ``side.max_length``
+    tokens, from the front.
+
+    Called with rows [B, T] and their labels (None: prompts), it gives ``qformer_input_ids`` and ``qformer_attention_mask`` [R, S], a question for
+    every picture as it is shown.
+    """
+
+    side: TextSide
+    tokenizer: Any  # of the rows
+    image_tokens: int
+    image_token: int
+
+    def __call__(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        left_out, asked = {*self.tokenizer.all_special_ids, self.image_token}, []
+        for i, row in enumerate(ids.tolist()):
+            learnt = [] if labels is None else (labels[i] != IGNORE).nonzero()[:1, 0].tolist()
+            words = [token for token in row[: learnt[0] if learnt else None] if token not in left_out]
+            asked += [self._told(words)] * (row.count(self.image_token) // self.image_tokens)
+        mask = [[1] * len(question) for question in asked]
+        rows = {"qformer_input_ids": pad(asked, self.side.pad_token), "qformer_attention_mask": pad(mask, 0)}
+        return {name: value.to(ids.device) for name, value in rows.items()}
+
+    def _told(self, words: list[int]) -> list[int]:
+        if self.side.tokenizer is not self.tokenizer:
+            words = self.side.tokenizer(self.tokenizer.decode(words), add_special_tokens=False)["input_ids"]
+        return [self.side.first, *words[max(len(words) - self.side.max_length + 2, 0) :], self.side.last]
+
+
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of different lengths as ``[B, T]``, padded on the right."""
     out = torch.full((len(rows), max(map(len, rows), default=0)), value, dtype=torch.long)
@@ -431,19 +552,21 @@ def stack(parts: Sequence[tuple[Tensor, Tensor, Tensor]], pad_token: int) -> tup
 
 
 def lay_out(
-    ids: Tensor, labels: Tensor, lengths: Tensor, *, packing: bool = False, pad_to: int = 1, pad_token: int = 0
-) -> dict[str, Tensor]:
+    ids: Tensor, labels: Tensor, lengths: Tensor, *, packing: bool = False, pad_to: int = 1, pad_token: int = 0,
+    questions: Questions | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """``input_ids``, ``labels`` and ``rows`` (which row a token belongs to) of a batch: padded ``[B, T]``, or with ``packing`` end to end
     ``[1, sum of lengths]`` with ``position_ids`` that start anew at each row, from which transformers' attention keeps rows apart.
 
-    ``pad_to``: widths are made multiples of it with ``pad_token``."""
+    ``pad_to``: widths are made multiples of it with ``pad_token``. ``questions``: their columns stand beside."""
+    beside = {} if questions is None else questions(ids, labels)
     if not packing and (more := -ids.shape[1] % pad_to):
         ids, labels = torch.nn.functional.pad(ids, (0, more), value=pad_token), torch.nn.functional.pad(labels, (0, more), value=IGNORE)
     rows = torch.arange(len(ids)).unsqueeze(1).expand(ids.shape)
     if not packing:
-        return {"input_ids": ids, "labels": labels, "rows": rows}
+        return {"input_ids": ids, "labels": labels, "rows": rows, **beside}
     places = torch.arange(ids.shape[1])
     keep = places < lengths.unsqueeze(1)
     labels = labels.where(places > 0, IGNORE)  # a row's first token follows nothing, least of all the row before it
     laid = {"input_ids": ids, "labels": labels, "rows": rows, "position_ids": places.expand(ids.shape)}
-    return {name: value[keep].unsqueeze(0) for name, value in laid.items()}
+    return {name: value[keep].unsqueeze(0) for name, value in laid.items()} | beside

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -32,8 +33,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 # The names that rows may have: what ``columns`` may map to.
 TURN_NAMES = ("from", "value", "role", "content")
 NAMES = (
-    "id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "caption",
-    "instruction", "input", "output", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
+    "id", "image_id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "answers",
+    "caption", "captions", "instruction", "input", "output", "choices", "hint", "lecture", "solution", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
 )  # fmt: skip
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
 MAX_CHARACTERS = 1_000_000
@@ -42,6 +43,22 @@ _EXAMPLE = re.compile(r"(?:image|caption|question|answer)_(\d+)")
 _TAGS = re.compile("</?phrase>|<region>|^<grounding> ")
 # GRIT's boxes below this score are left out (Kosmos-2, arXiv:2306.14824, section 2).
 GRIT_SCORE = 0.65
+# Its grounded instructions (appendix): what is asked of a place, or begun, and the answer. The tag in front is that of the released prompts.
+INSTRUCTIONS = (
+    (f"<image><grounding> What is <phrase>it</phrase>{REGION}?", "It is {expression}."),
+    (f"<image><grounding> What is <phrase>this</phrase>{REGION}?", "This is {expression}."),
+    (f"<image><grounding> Describe <phrase>this object</phrase>{REGION}.", "This object is {expression}."),
+    (f"<image><grounding><phrase>It</phrase>{REGION} is", "{expression}."),
+    (f"<image><grounding><phrase>This</phrase>{REGION} is", "{expression}."),
+    (f"<image><grounding><phrase>The object</phrase>{REGION} is", "{expression}."),
+)
+
+# How a question with choices is put, and answered: as LLaVA's converter for ScienceQA writes it (arXiv:2304.08485, its mode LEA), and as
+# LLaMA-Adapter's figure shows it (arXiv:2303.16199).
+CHOICES = {
+    "llava": ("{question}\nContext: {context}\nOptions: {options}\n", "{reason} The answer is {letter}."),
+    "llama_adapter": ("Question: {question} Context: {context} Choices: {options} Answer:", "The answer is ({letter})"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,8 +74,32 @@ class Record:
     document: str | None = None  # an interleaved document, all of it supervised
     boxes: tuple[tuple[tuple[float, ...], ...], ...] = ()  # of each <region> in turns or document, in reading order
     shares: bool = False  # whether boxes are shares of the picture's sides, and not pixels of it
+    answers: tuple[str, ...] = ()  # what humans said to the one question, where there are several; the turn has the one that is learnt
     chosen: str | None = None
     rejected: str | None = None
+    captions: tuple[str, ...] = ()  # several answers, or documents, told one at a time; turns or document hold the first
+    image_id: str = ""  # the same for two records of one picture; "": its file tells
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """For each picture what is the same where another record shows it."""
+        return (f"id {self.image_id}",) if self.image_id and len(self.pictures) == 1 else tuple(p.key for p in self.pictures)
+
+    @property
+    def tellings(self) -> int:
+        return max(len(self.captions), 1)
+
+    def telling(self, which: int) -> Record:
+        """The record with one of its captions."""
+        if not self.captions:
+            return self
+        told = self.captions[which]
+        return replace(self, turns=((self.turns[0][0], told),)) if self.document is None else replace(self, document=told)
+
+    def boxes_in_pixels(self) -> list[list[tuple[float, ...]]]:
+        """``boxes`` in pixels of the upright picture."""
+        size = self.pictures[0].size() if self.shares else (1, 1)
+        return [[tuple(v * size[i % 2] for i, v in enumerate(box)) for box in group] for group in self.boxes]
 
     def plans(self, plan: Fixed) -> list[Fixed]:
         """What becomes of each picture: those in questions may be made squares otherwise than others."""
@@ -77,9 +118,9 @@ def paired(record: Record, captions_first: float | None) -> Record:
     places = "<image>" * len(record.pictures)
     if captions_first is None or not places or len(record.turns) != 1 or record.turns[0][0].strip() != places or record.system:
         return record
-    caption = record.turns[0][1]
-    first = _draw(record.number, "captions_first") < captions_first
-    return replace(record, turns=(), document=caption + places if first else places + caption)
+    before, behind = ("", places) if _draw(record.number, "captions_first") < captions_first else (places, "")
+    told = [before + caption + behind for caption in record.captions or (record.turns[0][1],)]
+    return replace(record, turns=(), document=told[0], captions=tuple(told) if record.captions else ())
 
 
 def cleaned(record: Record) -> Record:
@@ -93,12 +134,13 @@ def cleaned(record: Record) -> Record:
             raise ValueError("has an answer without words; leave clean off, or the record out")
         return " ".join(words)
 
-    return replace(record, turns=tuple((question, answer and clean(answer)) for question, answer in record.turns))
+    turns = tuple((question, answer and clean(answer)) for question, answer in record.turns)
+    return replace(record, turns=turns, captions=tuple(map(clean, record.captions)))
 
 
 def parse(
-    row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, pages: Pages | None = None,
-    shots: Shots | None = None,
+    row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, instruct: float = 0.0,
+    choices: str = "llava", pages: Pages | None = None, shots: Shots | None = None,
 ) -> Record:  # fmt: skip
     """The record of a row (a JSON object).
 
@@ -107,6 +149,8 @@ def parse(
         frames: pictures that a video is read as.
         columns: their names to ours, of the row and of its turns.
         boxes: the share of captions with places (GRIT) whose places are told; 0: none of any record's.
+        instruct: the share of captions with places that become a question, or the beginning of a sentence, about one of them.
+        choices: how a question with choices is put, one of ``CHOICES``.
         pages: how an interleaved document is read.
         shots: how a few-shot episode is asked.
 
@@ -115,17 +159,22 @@ def parse(
     """
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {_kind(row)}")
-    reader = _Reader(row, number, root, frames, columns or {}, pages or Pages(), shots or Shots())
-    return reader.grounded(reader.read(), boxes)
+    reader = _Reader(
+        row, number, root, frames, columns or {}, pages or Pages(), shots or Shots(), instruct if boxes else 0.0, choices
+    )  # fmt: skip
+    record = reader.grounded(reader.read(), boxes)
+    return replace(record, image_id=_name(reader.row["image_id"], "image_id")) if "image_id" in reader.row else record
 
 
 def name_of(row: Any, number: int, columns: dict[str, str] | None = None) -> str:
     """A row's id, ``#number`` where it has none."""
     value = _rename(row, columns or {}).get("id") if isinstance(row, dict) else None
-    if value is None:
-        return f"#{number}"
+    return f"#{number}" if value is None else _name(value, "id")
+
+
+def _name(value: Any, what: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise ValueError(f'"id" is {_kind(value)}, expected text or a whole number')
+        raise ValueError(f'"{what}" is {_kind(value)}, expected text or a whole number')
     return str(value)
 
 
@@ -142,7 +191,7 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _draw(number: int, what: str = "boxes") -> float:
+def _draw(number: int, what: str) -> float:
     """0 .. 1, the same for a record in every epoch."""
     return int.from_bytes(hashlib.sha256(f"{what} {number}".encode()).digest()[:7], "big") / 2**56
 
@@ -187,14 +236,18 @@ class _Said:
 
 
 class _Reader:
-    def __init__(self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages, shots: Shots):
-        self.pages, self.shots = pages, shots
+    def __init__(
+        self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages, shots: Shots, instruct: float, choices: str
+    ):  # fmt: skip
+        self.pages, self.shots, self.instruct, self.choices = pages, shots, instruct, choices
         self.row, self.number, self.root, self.frames, self.columns = _rename(row, columns), number, root, frames, columns
         self.characters = 0
 
     def read(self) -> Record:
+        self.id = name_of(self.row, self.number)
+        if "noun_chunks" in self.row or "ref_exps" in self.row:
+            self.row = self.grit()
         row, has = self.row, self.row.__contains__
-        self.id = name_of(row, self.number)
         if has("chosen") or has("rejected"):
             return self.preference()
         for name in ("conversations", "messages"):
@@ -204,6 +257,10 @@ class _Reader:
             return self.document(*self.interleaved())
         if has("question_image") or has("image_1"):
             return self.episode()
+        if has("question") and has("answers"):
+            return self.answered()
+        if has("choices") and not isinstance(row.get("answer"), str):  # whose answer is a text is a question like others
+            return self.chosen_from()
         for question, answer in (("prompt", "completion"), ("question", "answer")):
             if has(question) or has(answer):
                 if not (has(question) and has(answer)):
@@ -221,8 +278,8 @@ class _Reader:
             return self.conversation(
                 [*self.said(asked, "instruction", "user"), *self.said(row["output"], "output", "assistant")], llava=False
             )
-        if has("noun_chunks") or has("ref_exps"):
-            self.row = row = {**row, **self.marked_caption()}
+        if has("captions"):
+            return self.several()
         if has("caption"):
             if not (self.listed("image") or self.listed("video")):
                 raise ValueError('has a "caption" but no "image"')
@@ -244,6 +301,54 @@ class _Reader:
         if turns[-1][1] is None:
             raise ValueError("ends with a question that has no answer")
         return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
+
+    def answered(self) -> Record:
+        """A question and several humans' answers to it, texts or objects with ``answer`` (VQAv2). ``answer`` is learnt, else the most frequent
+        of them, the first among equals."""
+        row, answers = self.row, []
+        for i, given in enumerate(self.sequence(row["answers"], "answers")):
+            text = self.plain(given.get("answer") if isinstance(given, dict) else given, f"answers[{i}]")
+            answers.append(self.unmarked(text, f"answers[{i}]"))
+        if not answers:
+            raise ValueError('"answers" is an empty list')
+        learnt = row.get("answer", Counter(answers).most_common(1)[0][0])
+        record = self.conversation(
+            [*self.said(row["question"], "question", "user"), *self.said(learnt, "answer", "assistant")], llava=False
+        )
+        return replace(record, answers=tuple(answers))
+
+    def chosen_from(self) -> Record:
+        """ScienceQA: a question, its choices and the number of the right one, with a hint, a lecture and a solution that may be empty."""
+        choices, answer = self.sequence(self.row["choices"], "choices"), self.row.get("answer")
+        if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < len(choices) <= 26:
+            raise ValueError(
+                f'"answer" is {json.dumps(answer, default=repr)[:40]}, expected the number of one of {len(choices)} choices, from 0 on, 26 at most'
+            )
+        options = [f"({chr(65 + i)}) {self.unmarked(self.plain(text, what := f'choices[{i}]'), what)}" for i, text in enumerate(choices)]
+        said = {
+            name: self.unmarked(self.plain(self.row.get(name, ""), f'"{name}"'), f'"{name}"').strip()
+            for name in ("hint", "lecture", "solution")
+        }
+        question = self.unmarked(self.plain(self.row.get("question"), '"question"'), '"question"')
+        words = {
+            "question": question, "context": said["hint"] or "N/A", "options": " ".join(options), "letter": chr(65 + answer),
+            "reason": " ".join(filter(None, (said["lecture"], said["solution"]))),
+        }  # fmt: skip
+        asked, told = (form.format(**words).lstrip() for form in CHOICES[self.choices])
+        return self.conversation([_Said("user", asked, []), _Said("assistant", told, [])], llava=False)
+
+    def several(self) -> Record:
+        """A picture with several captions (COCO's five, the best of BLIP's CapFilt)."""
+        if "caption" in self.row or not (self.listed("image") or self.listed("video")):
+            raise ValueError('has both "caption" and "captions"' if "caption" in self.row else 'has "captions" but no "image"')
+        captions = []
+        for i, text in enumerate(self.sequence(self.row["captions"], "captions")):
+            what = f"captions[{i}]"
+            captions.append(self.answer(_Said("assistant", self.unmarked(self.plain(text, what), what), []), what))
+        if not captions:
+            raise ValueError('"captions" is an empty list')
+        said = [_Said("user", "", []), _Said("assistant", captions[0], [])]
+        return replace(self.conversation(said, llava=False), captions=tuple(captions))
 
     def episode(self) -> Record:
         """A few-shot episode: ``image_1`` with ``caption_1`` (Frozen's evaluation files) or ``answer_1`` and perhaps ``question_1``, ..,
@@ -426,7 +531,7 @@ class _Reader:
         groups = tuple(self.boxes(group, f"{names[0]}[{i}]") for i, group in enumerate(self.sequence(self.row[names[0]], names[0])))
         if places != len(groups):
             raise ValueError(f"{places} {REGION} places but {len(groups)} {names[0]}")
-        told = _draw(self.number) < share if "caption" in self.row else share > 0
+        told = _draw(self.number, "boxes") < share if "caption" in self.row else share > 0
         if not told or not groups:
 
             def bare(text: str | None) -> str | None:
@@ -448,9 +553,10 @@ class _Reader:
                 raise ValueError(f"{what} is {list(box)}: its second corner is left of or above its first")
         return tuple(tuple(float(v) for v in box) for box in group)
 
-    def marked_caption(self) -> dict[str, Any]:
-        """GRIT: a caption, and spans of it with shares of the picture and a score, ``[start, end, x1, y1, x2, y2, score]``. Those of
-        ``ref_exps`` that no other one holds are marked (the released code's mode "expression"), or else of ``noun_chunks``."""
+    def grit(self) -> dict[str, Any]:
+        """GRIT as a caption with marks, or as a question with an answer: a caption, and spans of it with shares of the picture and a score,
+        ``[start, end, x1, y1, x2, y2, score]``. Those of ``ref_exps`` that no other one holds count (the released code's mode "expression"), or
+        else of ``noun_chunks``."""
         caption = self.plain(self.row.get("caption"), '"caption"')
         name = "ref_exps" if self.row.get("ref_exps") else "noun_chunks"
         spans: dict[tuple[int, int], list[list[float]]] = {}
@@ -462,14 +568,23 @@ class _Reader:
                 raise ValueError(f"{name}[{i}] is the span {start} .. {end} of a caption of {len(caption)} characters")
             if span[6] >= GRIT_SCORE:
                 spans.setdefault((start, end), []).append([float(v) for v in span[2:6]])
-        marked, boxes, last = "", [], 0
+        kept: list[tuple[int, int]] = []
         for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
-            if start < last:  # inside one that is marked, or across its end
-                continue
+            if not kept or start >= kept[-1][1]:  # else inside one that counts, or across its end
+                kept.append((start, end))
+        row = {name: value for name, value in self.row.items() if name not in ("caption", "noun_chunks", "ref_exps")}
+        if not kept:
+            return {**row, "caption": caption}
+        if _draw(self.number, "instruct") < self.instruct:
+            start, end = kept[int(_draw(self.number, "expression") * len(kept))]
+            asked, answer = INSTRUCTIONS[int(_draw(self.number, "template") * len(INSTRUCTIONS))]
+            answer = answer.format(expression=caption[start:end])
+            return {**row, "question": asked, "answer": answer, "box_shares": [spans[start, end]]}
+        marked, last = "", 0
+        for start, end in kept:
             marked += f"{caption[last:start]}<phrase>{caption[start:end]}</phrase>{REGION}"
-            boxes.append(spans[start, end])
             last = end
-        return {"caption": f"<grounding> {marked}{caption[last:]}", "box_shares": boxes} if boxes else {"caption": caption}
+        return {**row, "caption": f"<grounding> {marked}{caption[last:]}", "box_shares": [spans[span] for span in kept]}
 
     # -- messages
 

@@ -5,7 +5,9 @@ Rows stay as they are read (JSON objects, or a memory-mapped ``datasets.Dataset`
 
 from __future__ import annotations
 
+import ast
 import bisect
+import functools
 import glob
 import hashlib
 import itertools
@@ -38,6 +40,10 @@ class _Broken:
     why: str
 
 
+class _LeftOut(ValueError):
+    """What a setting leaves out, which is no fault."""
+
+
 class Records:
     """The records of a data set, by number; a list to its users. What a row lacks is told when the row is asked for.
 
@@ -59,7 +65,7 @@ class Records:
         else:
             kind, files = _files(data)
             if kind in ("json", "tsv"):
-                lists = [_read_text(file) for file in files]
+                lists = [_read_text(file, data.split) for file in files]
                 self.rows = [row for rows, _ in lists for row in rows]
                 self._starts = [sum(len(rows) for rows, _ in lists[:i]) for i in range(len(lists))]
                 identity = [digest for _, digest in lists]
@@ -138,8 +144,10 @@ class Stream:
             self._kind, self._files = _files(data)
             _one_folder(data, self._files)
             self._root = data.images or str(self._files[0].parent)
-            if self._kind == "tsv":
-                raise ValueError(f"{self._files[0]}: tables of text are read whole; leave streaming off")
+            for file in self._files if self._kind == "tsv" else ():
+                with open(file, "rb") as opened:
+                    if not _is_grit(opened.readline()):
+                        raise ValueError(f"{file}: tables with names in their first line are read whole; leave streaming off")
             for file in self._files if self._kind == "json" else ():
                 with open(file, "rb") as opened:
                     if opened.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
@@ -186,15 +194,15 @@ class Stream:
         if self._kind == "hub":
             return _load_hub(self.data, self.name, streaming=True)
         # Lines are parsed here and not by datasets, whose columns must have one type each and whose reader stops at a torn line.
-        return _load("text" if self._kind == "json" else self._kind, self._files, streaming=True)
+        return _load("text" if self._kind in LINES else self._kind, self._files, streaming=True)
 
     def _reading(self, rows: Any) -> Iterator[Any]:
         try:
             for row in rows:
-                if self._kind != "json":
+                if self._kind not in LINES:
                     yield row
                 elif line := row["text"].encode("latin-1").removeprefix(b"\xef\xbb\xbf").strip():
-                    yield _line(line, "its line")
+                    yield LINES[self._kind](line, "its line")
         except ValueError:
             raise
         except Exception as error:  # whatever a reader of files raises
@@ -203,15 +211,19 @@ class Stream:
     def _record(self, row: Any, number: int, as_json: dict[str, Any]) -> Record | None:
         try:
             record = _parse(_plain(row, as_json), number, self.data, self._root)
+            drawn = hashlib.sha256(f"{self.seed} {self._state['epoch']} {number}".encode()).digest()
+            record = record.telling(int.from_bytes(drawn[:7], "big") % record.tellings)
             if self.open_pictures:
                 for picture in record.pictures:
                     picture.check()
+            for picture in record.pictures if self.data.min_side else ():
+                _check_side(picture, self.data.min_side)
             if self.check is not None:
                 self.check(record)
             return record
         except ValueError as error:
             sentence = f"{self.name}: record {number}: {error}"
-            if self.data.on_bad_record != "skip":
+            if self.data.on_bad_record != "skip" and not isinstance(error, _LeftOut):
                 raise ValueError(sentence) from None
             self.left_out += 1
             if self.left_out <= _LISTED:
@@ -228,17 +240,18 @@ def check(
 ) -> list[int]:  # fmt: skip
     """The numbers of the good records. Every record is parsed, its pictures decoded once, its text encoded and found to have labels.
 
-    All faults are told at once: under "fail" in the ValueError, under "skip" by ``say``, which also hears of ids that come twice (such
-    records are kept). ``encode(record)`` gives ids and labels.
+    All faults are told at once: under "fail" in the ValueError, under "skip" by ``say``, which also hears of what ``min_side`` leaves out under
+    either, and of ids that come twice (such records are kept). ``encode(record)`` gives ids and labels.
 
     Raises:
         ValueError: faulty records under "fail"; no good record under either.
     """
-    good, faults, ids = [], [], Counter()
-    known: dict[str, str | None] = {}  # what is wrong with a picture, by key
+    good, faults, small, ids = [], [], [], Counter()
+    known: dict[str, ValueError | None] = {}  # what is wrong with a picture, by key
+    fault_of = functools.partial(_fault, least=getattr(records.data, "min_side", 0))
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as pool:  # decoders let go of the interpreter
         for start in range(0, len(records), _CHUNK):
-            told: list[tuple[int, str | None, list[str]]] = []
+            told: list[tuple[int, ValueError | None, list[str]]] = []
             asked: dict[str, Picture] = {}
             for number in range(start, min(start + _CHUNK, len(records))):
                 fault, keys = None, []
@@ -251,38 +264,51 @@ def check(
                     if encode is not None and all(label == IGNORE for label in encode(record)[1]):
                         raise ValueError("has nothing to learn: every label is masked")
                 except ValueError as error:
-                    fault = str(error)
+                    fault = error
                 told.append((number, fault, keys))
-            known |= zip(asked, pool.map(_fault, asked.values()), strict=True)
+            known |= zip(asked, pool.map(fault_of, asked.values()), strict=True)
             for number, fault, keys in told:
                 fault = fault or next((known[k] for k in keys if known[k]), None)
                 if fault is None:
                     good.append(number)
                 else:
-                    faults.append(f"record {number} ({records.id(number)}): {fault}")
+                    (small if isinstance(fault, _LeftOut) else faults).append(f"record {number} ({records.id(number)}): {fault}")
     if twice := [name for name, count in ids.items() if count > 1]:
         say(
             f"{records.name}: warning: {len(twice)} ids occur more than once ({', '.join(twice[:3])}{', ..' if len(twice) > 3 else ''}); all their records are kept"
         )
-    if faults:
-        listed = "\n  ".join(faults[:_LISTED]) + (f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else "")
-        if on_bad_record != "skip" or not good:
-            raise ValueError(
-                f"{records.name}: {len(faults)} of {len(records)} records are faulty (on_bad_record=skip leaves them out):\n  {listed}"
-            )
-        say(f"{records.name}: left out {len(faults)} of {len(records)} records:\n  {listed}")
+    if faults and (on_bad_record != "skip" or not good):
+        raise ValueError(
+            f"{records.name}: {len(faults)} of {len(records)} records are faulty (on_bad_record=skip leaves them out):{_listed(faults)}"
+        )
+    if left := [*faults, *small]:
+        sentence = f"{records.name}: left out {len(left)} of {len(records)} records:{_listed(left)}"
+        if not good:
+            raise ValueError(sentence)
+        say(sentence)
     return good
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    more = [f"and {len(sentences) - _LISTED} more"] if len(sentences) > _LISTED else []
+    return "".join(f"\n  {sentence}" for sentence in [*sentences[:_LISTED], *more])
 
 
 _CHUNK = 256
 
 
-def _fault(picture: Picture) -> str | None:
+def _fault(picture: Picture, least: int) -> ValueError | None:
     try:
         picture.check()
+        _check_side(picture, least)
     except ValueError as error:
-        return str(error)
+        return error.with_traceback(None)  # which would hold on to the picture
     return None
+
+
+def _check_side(picture: Picture, least: int) -> None:
+    if least and min(size := picture.size()) < least:
+        raise _LeftOut(f"a picture has {size[0]} x {size[1]} pixels, and data.min_side is {least}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- rows
@@ -291,7 +317,9 @@ def _fault(picture: Picture) -> str | None:
 def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
-    extra = {"boxes": data.boxes, "pages": data.pages, "shots": data.shots} if isinstance(data, Data) else {}
+    extra = {}
+    if isinstance(data, Data):
+        extra = {name: getattr(data, name) for name in ("boxes", "instruct", "choices", "pages", "shots")}
     record = parse(row, number, root=root, frames=data.frames, columns=data.columns, **extra)
     if isinstance(data, Pairs) and record.chosen is None:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
@@ -351,9 +379,9 @@ def _one_folder(data: Data | Pairs, files: Sequence[Path]) -> None:
         raise ValueError(f"{data.path}: its files are in several folders; name the one that pictures are relative to with data.images")
 
 
-def _read_text(file: Path) -> tuple[list[Any], str]:
-    """Rows of a JSON array, a JSONL file or a table with names in its first line, and the hash of its bytes. A bad line is a row that says so; a
-    bad array is no data."""
+def _read_text(file: Path, split: str) -> tuple[list[Any], str]:
+    """Rows of a JSON array, a JSONL file, a table or ScienceQA's problems, and the hash of its bytes. A bad line is a row that says so; a bad array
+    is no data."""
     try:
         raw = file.read_bytes()
     except OSError as error:
@@ -371,32 +399,91 @@ def _read_text(file: Path) -> tuple[list[Any], str]:
         return rows, digest
     lines = [(at, line) for at, line in enumerate(raw.split(b"\n"), 1) if line.strip()]
     rows = [_line(line, f"line {at} of {file.name}") for at, line in lines]
-    if rows and all(isinstance(row, _Broken) for row in rows):
-        one = _whole(raw)  # an object over several lines is one record
-        if isinstance(one, _Broken):
+    if rows and isinstance(rows[0], _Broken):
+        one = _whole(raw)  # an object over several lines, of which some may be whole by themselves
+        if not isinstance(one, _Broken):
+            rows = [one]
+        elif all(isinstance(row, _Broken) for row in rows):
             raise ValueError(f"data file {file} is neither JSON nor JSONL: {rows[0].why}")
-        return [one], digest
+    if len(rows) == 1 and _is_problems(rows[0]):
+        return _problems(rows[0], split, file), digest
     if not rows:
         raise ValueError(f"data file {file} holds no record")
     return rows, digest
 
 
+def _is_problems(row: Any) -> bool:
+    """Whether what seems a record is an object of records by id, as ScienceQA's problems are. Of a record's own fields it has none."""
+    return isinstance(row, dict) and not row.keys() & set(NAMES) and all(isinstance(value, dict) for value in row.values())
+
+
+def _problems(told: dict[str, dict], split: str, file: Path) -> list[Any]:
+    """Records of one split; the picture of one is in a folder that is named by its id, as LLaVA's converter has it."""
+    rows = [
+        {"id": name, **row} | ({"image": f"{name}/{row['image']}"} if isinstance(row.get("image"), str) else {})
+        for name, row in told.items()
+        if row.get("split", split) == split
+    ]
+    if not rows:
+        splits = sorted({str(row["split"]) for row in told.values()})
+        raise ValueError(f"data file {file} has no record of split {split!r}{nearest(split, splits)}; they are of {', '.join(splits)}")
+    return rows
+
+
 def _table(raw: bytes, file: Path) -> list[Any]:
-    """Fields between tabs, as Conceptual Captions has them: nothing is quoted."""
-    names, *lines = raw.splitlines() or [b""]
-    names = names.decode(errors="replace").split("\t")
+    """Fields between tabs, nothing quoted: their names in the first line, as Conceptual Captions has them, or GRIT's, which have no names."""
+    lines = raw.splitlines() or [b""]
+    grit = _is_grit(lines[0])
+    names = [] if grit else lines[0].decode(errors="replace").split("\t")
     rows: list[Any] = []
-    for at, line in enumerate(lines, 2):
-        try:
-            fields = line.decode().split("\t")
-        except UnicodeDecodeError as error:
-            rows.append(_Broken(f"line {at} of {file.name} is not UTF-8: {error.reason} at byte {error.start}"))
-            continue
-        told = f"line {at} of {file.name} has {len(fields)} fields, the first line names {len(names)}"
-        rows += [dict(zip(names, fields, strict=True)) if len(fields) == len(names) else _Broken(told)] if line.strip() else []
+    for at, line in enumerate(lines if grit else lines[1:], 1 if grit else 2):
+        what = f"line {at} of {file.name}"
+        if line.strip():
+            rows.append(_grit(line, what) if grit else _named(line, what, names))
     if not rows:
         raise ValueError(f"data file {file} holds no record")
     return rows
+
+
+def _named(line: bytes, what: str, names: Sequence[str]) -> Any:
+    fields = _fields(line, what)
+    if isinstance(fields, _Broken):
+        return fields
+    if len(fields) != len(names):
+        return _Broken(f"{what} has {len(fields)} fields, the first line names {len(names)}")
+    return dict(zip(names, fields, strict=True))
+
+
+def _is_grit(line: bytes) -> bool:
+    """Whether the first line of a table is a record of GRIT: six fields, the last of them a dict. No name looks like one."""
+    return line.count(b"\t") == 5 and line.rsplit(b"\t", 1)[1].lstrip().startswith(b"{")
+
+
+def _grit(line: bytes, what: str) -> Any:
+    """A line of the tables that Kosmos-2 trains on: hash, caption, picture in base64, width, height, and a Python dict of spans."""
+    fields = _fields(line, what)
+    if isinstance(fields, _Broken):
+        return fields
+    if len(fields) != 6:
+        return _Broken(f"{what} has {len(fields)} fields, expected six: hash, caption, picture, width, height, spans")
+    name, caption, picture, _, _, spans = fields
+    try:
+        told = ast.literal_eval(spans.strip())
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        return _Broken(f"{what} has the spans {spans[:60]!r}, expected a dict of phrase and expression_v1")
+    return {
+        "id": name, "caption": caption, "image": f"data:image/jpeg;base64,{picture}", "noun_chunks": told.get("phrase", []),
+        "ref_exps": told.get("expression_v1", []),
+    }  # fmt: skip
+
+
+def _fields(line: bytes, what: str) -> list[str] | _Broken:
+    try:
+        return line.rstrip(b"\r\n").decode().split("\t")
+    except UnicodeDecodeError as error:
+        return _Broken(f"{what} is not UTF-8: {error.reason} at byte {error.start}")
 
 
 def _whole(raw: bytes) -> Any:
@@ -417,6 +504,10 @@ def _whole(raw: bytes) -> Any:
 def _line(line: bytes, what: str) -> Any:
     row = _whole(line)
     return _Broken(f"{what} {row.why}") if isinstance(row, _Broken) else row
+
+
+# Files whose lines are parsed here where they are streamed, and how.
+LINES = {"json": _line, "tsv": _grit}
 
 
 def _load(kind: str, files: Sequence[Path], streaming: bool) -> Any:

@@ -6,8 +6,10 @@ with ``compute.workers`` is a loader's process. Letters: B rows, T tokens, M pic
 
 from __future__ import annotations
 
+import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,29 @@ from mmfast.data import chat, images
 from mmfast.data.formats import Record
 from mmfast.data.mixtures import Mixed
 from mmfast.data.records import Records, Stream, check
+from mmfast.data.regions import REGION
 from mmfast.spec import Fixed, View
 
 # Token ids that are kept after the check, over all records; beyond that a record is encoded each time it is drawn.
 KEEP_TOKENS = 50_000_000
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question of an item's record, and what was answered there."""
+
+    item: int
+    record: Record
+    ids: list[int]  # all before the answer, earlier answers as the record has them
+    shown: list[int]  # the source's numbers of the pictures before the answer
+    text: str  # without its places of pictures; empty where a caption is asked for
+    answer: str  # a <region> for each place, an <image> for each picture to be drawn
+    boxes: list[list[tuple[float, ...]]]  # of these, in pixels of the upright picture
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """What humans said, where there are several; else the one answer."""
+        return self.record.answers or (self.answer,)
 
 
 class _Checked:
@@ -35,11 +56,12 @@ class _Checked:
         plan: Fixed | int,
     ):
         self.parts, self.texts, self.encoder, self.plan = parts, texts, encoder, images.fixed(plan)
-        self.items: list[tuple[int, int]] = []  # part and number
+        self.items: list[tuple[int, int]] = []  # part and number; item i with its caption k is asked for as i + k len(items)
         self.sizes: list[int] = []
         self.packing, self.pad_to, self.with_pictures = False, 1, True
+        self.asked: chat.Questions | None = None
         # Encodings end to end, and where each lies: a tensor apiece would cost a loader's processes a file handle apiece.
-        self._kept: dict[tuple[int, int, str], tuple[int, int]] = {}
+        self._kept: dict[tuple[int, int, str, int], tuple[int, int]] = {}
         self._ids, self._labels = array("i"), array("i")
         self._seen = self._unknown = 0  # tokens of the checked texts, and those that the tokenizer has no word for
         for at, records in enumerate(parts):
@@ -51,17 +73,23 @@ class _Checked:
                 f"{parts[0].name}: warning: {self._unknown:,} of {self._seen:,} tokens ({self._unknown / self._seen:.1%}) are of words that the "
                 f"tokenizer does not have and become {encoder.tokenizer.unk_token} (tiny models know the words of their built-in data alone)"
             )
-        places: dict[tuple[str, Fixed], int] = {}
+        places: dict[tuple[str, Fixed], int] = {}  # by key and what becomes of it
+        named: dict[tuple[int, str], int] = {}  # by set and key, the first picture that has it
+        self.tellings: list[int] = []  # how many captions an item has
+        self._same: list[int] = []  # for each distinct picture the first that shows the same
         self._pictures: list[tuple[int, int, int]] = []  # where a picture is first seen: part, number, place in the record
         self._pictures_of: list[list[int]] = []
         for at, number in self.items:
-            ids = []
-            record = parts[at].parse(number)
+            record, ids = parts[at].parse(number), []
             for place, seen in enumerate(zip((picture.key for picture in record.pictures), record.plans(self.plan), strict=True)):
                 if seen not in places:
                     places[seen] = len(self._pictures)
                     self._pictures.append((at, number, place))
+                    self._same.append(places[seen])
                 ids.append(places[seen])
+            for i, key in zip(ids, record.keys, strict=True):
+                self._same[i] = named.setdefault((at, key), self._same[i])
+            self.tellings.append(record.tellings)
             self._pictures_of.append(ids)
 
     def __len__(self) -> int:
@@ -81,37 +109,55 @@ class _Checked:
             loaded.append(record.pictures[place].load(plans[place]))
         return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.plan.size, self.plan.size, 3, dtype=torch.uint8)
 
-    def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
-        """The first items' last questions, with the token ids up to their answers and their pictures: what samples are made of."""
-        found = []
-        for at, number in self.items[:count]:
+    def questions(self, items: Iterable[int]) -> Iterator[Question]:
+        """All questions of some items' records, in order, up to where the encoder's ``max_length`` cuts them off; documents have none."""
+        for item in items:
+            at, number = self.items[item]
             if number < 0:  # a row of texts
                 continue
             record = self.parts[at].parse(number)
-            if record.turns:
-                turns = [*record.turns[:-1], (record.turns[-1][0], None)]
-                count = "".join(text for turn in turns for text in turn if text).count("<image>")  # without those to be drawn
-                pictures = [p.load(plan) for p, plan in zip(record.pictures[:count], record.plans(self.plan)[:count], strict=True)]
-                stacked = torch.from_numpy(np.stack(pictures)) if pictures else torch.empty(0)
-                found.append((turns[-1][0], self.encoder(turns, record.system)[0], stacked))
+            told, boxes, pictures = self.encoder.placed(record).turns, iter(record.boxes_in_pixels()), 0
+            for i, (question, answer) in enumerate((asked, said or "") for asked, said in record.turns):
+                pictures += question.count("<image>")
+                _, answered = ([next(boxes) for _ in range(text.count(REGION))] for text in (question, answer))
+                try:
+                    ids, _ = self.encoder([*told[:i], (told[i][0], None)], record.system)
+                except ValueError:  # all before the answer is too long: training does not see it either
+                    break
+                text = question.replace("<image>", "").strip()
+                yield Question(item, record, ids, self._pictures_of[item][:pictures], text, answer, answered)
+                pictures += answer.count("<image>")
+
+    def captions(self) -> list[int]:
+        """The items that are one picture and one answer to whatever is asked, without places."""
+        found = []
+        for item, (at, number) in enumerate(self.items):
+            record = self.parts[at].parse(number) if number >= 0 else None
+            if record is not None and len(record.turns) == len(record.pictures) == 1 and not record.boxes:
+                found.append(item)
         return found
+
+    def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
+        """The first items' last questions, with the token ids up to their answers and their pictures: what samples are made of."""
+        last = {question.item: question for question in self.questions(range(min(count, len(self))))}
+        return [(q.record.turns[-1][0], q.ids, self.load_pictures(torch.tensor(q.shown, dtype=torch.long))) for q in last.values()]
 
     def _encode_all(self, at: int, record: Record) -> tuple[list[int], list[int]]:
         """Every text of a record, kept; the one with fewest labels stands for all before the check."""
-        made = [self._encode(at, record, name) for name in self.texts]
+        made = [self._encode(at, record, name, which) for name in self.texts for which in range(record.tellings)]
         unknown = _unknown_token(self.encoder.tokenizer)
         for ids, _ in made:
             self._seen += len(ids) - ids.count(self.encoder.image_token)
             self._unknown += 0 if unknown is None else ids.count(unknown)
         return min(made, key=lambda pair: sum(label != chat.IGNORE for label in pair[1]))
 
-    def _encode(self, at: int, record: Record, name: str) -> tuple[list[int], list[int]]:
-        ids, labels = self.texts[name](record)
+    def _encode(self, at: int, record: Record, name: str, which: int) -> tuple[list[int], list[int]]:
+        ids, labels = self.texts[name](record.telling(which))
         if len(self._ids) < KEEP_TOKENS:
-            self._keep((at, record.number, name), ids, labels)
+            self._keep((at, record.number, name, which), ids, labels)
         return ids, labels
 
-    def _keep(self, key: tuple[int, int, str], ids: list[int], labels: list[int]) -> None:
+    def _keep(self, key: tuple[int, int, str, int], ids: list[int], labels: list[int]) -> None:
         self._kept[key] = len(self._ids), len(self._ids) + len(ids)
         self._ids.extend(ids)
         self._labels.extend(labels)
@@ -123,32 +169,36 @@ class _Checked:
 
     def encoded(self, item: int, name: str) -> tuple[list[int], list[int]]:
         """Token ids and labels of an item's text."""
+        which, item = divmod(item, len(self))
         at, number = self.items[item]
-        kept = self._kept.get((at, number, name))
-        return (
-            (self._ids[slice(*kept)].tolist(), self._labels[slice(*kept)].tolist())
-            if kept
-            else self.texts[name](self.parts[at].parse(number))
-        )
+        if kept := self._kept.get((at, number, name, which)):
+            return self._ids[slice(*kept)].tolist(), self._labels[slice(*kept)].tolist()
+        return self.texts[name](self.parts[at].parse(number).telling(which))
 
     def lay_out(self, index: Tensor, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
         """The batch of these items' texts, text after text, and the scored tokens of each row."""
-        encoded = [(i, *self.encoded(i, name)) for name in names for i in index.tolist()]
+        encoded = [(i % len(self), *self.encoded(i, name)) for name in names for i in index.tolist()]
         ids, labels = chat.pad([ids for _, ids, _ in encoded], self.encoder.pad_token), chat.pad([ls for _, _, ls in encoded], chat.IGNORE)
         # A text that was cut shows the pictures that are left of it.
         shown = [
             p for i, ids, _ in encoded for p in self._pictures_of[i][: ids.count(self.encoder.image_token) // self.encoder.image_tokens]
         ]
+        lengths, scored = torch.tensor([len(ids) for _, ids, _ in encoded]), (labels[:, 1:] != chat.IGNORE).sum(1)
+        laid = chat.lay_out(
+            ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.asked
+        )
+        return {**laid, **self.show(shown)}, scored
+
+    def show(self, shown: Sequence[int]) -> dict[str, Tensor]:
+        """What a batch holds of the pictures that its rows show, given by number and in order: each once, and which of them stands where."""
         pictures = list(dict.fromkeys(shown))
         place = {p: at for at, p in enumerate(pictures)}
-        lengths, scored = torch.tensor([len(ids) for _, ids, _ in encoded]), (labels[:, 1:] != chat.IGNORE).sum(1)
         picture_ids = torch.tensor(pictures, dtype=torch.long)
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
             "picture_ids": picture_ids,
             "image_rows": torch.tensor([place[p] for p in shown], dtype=torch.long),
             **({"pictures": self.load_pictures(picture_ids)} if self.with_pictures and pictures else {}),
-        }, scored
+        }
 
 
 def _unknown_token(tokenizer: Any) -> int | None:
@@ -158,7 +208,8 @@ def _unknown_token(tokenizer: Any) -> int | None:
 
 
 class Conversations(_Checked):
-    """Conversations and documents of one data set or a mixture. All were checked when this was made; see ``mmfast.data.records.check``.
+    """Conversations and documents of one data set or a mixture. All were checked when this was made; see ``mmfast.data.records.check``. Where
+    records have several captions, one is drawn each time that the order comes to the record.
 
     Args:
         encoder: from turns to token ids.
@@ -176,12 +227,22 @@ class Conversations(_Checked):
         if by_tokens:
             tokens = [0] * len(parts)
             for item, (at, _) in enumerate(self.items):
-                tokens[at] += len(self.encoded(item, "answer")[0])
+                told = [len(self.encoded(item + which * len(self), "answer")[0]) for which in range(self.tellings[item])]
+                tokens[at] += sum(told) / len(told)
             weights = [None if w is None else w * n / t for w, n, t in zip(weights, self.sizes, tokens, strict=True)]
-        self.mixed = Mixed(self.sizes, None if all(w is None for w in weights) else weights, seed) if len(parts) > 1 else None
-        self.permutation = self.mixed.order if self.mixed is not None else None
+        several = max(self.tellings) > 1
+        mixed = Mixed(self.sizes, None if all(w is None for w in weights) else weights, seed) if len(parts) > 1 or several else None
+        self.mixed, self.seed = mixed, seed
+        self.permutation = self._told if several else mixed.order if mixed is not None else None
         losses = [records.data.loss for records in parts]
         self.loss_weights = None if all(w is None for w in losses) else torch.tensor(losses)  # of the sets, each then a group
+
+    def _told(self, epoch: int) -> Tensor:
+        """An epoch's order, with one of its captions for each draw of an item: a function of (seed, epoch, place)."""
+        order, tellings = self.mixed.order(epoch), torch.tensor(self.tellings)
+        generator = torch.Generator().manual_seed(_number(f"{self.seed} captions {epoch}"))
+        drawn = torch.randint(1 << 62, order.shape, generator=generator)
+        return order + drawn % tellings[order] * len(self)
 
     def _fill(self, part: int) -> None:
         """A part's texts end to end in rows of ``max_length`` ("full sentences", as Kosmos-1's text is packed): what an item is, from here on."""
@@ -201,17 +262,23 @@ class Conversations(_Checked):
         first = next(i for i, (at, _) in enumerate(self.items) if at == part)
         kept = slice(first, first + self.sizes[part])
         self.items[kept], self._pictures_of[kept] = [(part, -1 - i) for i in range(len(rows))], [[] for _ in rows]
-        self.sizes[part] = len(rows)
+        self.sizes[part], self.tellings[kept] = len(rows), [1] * len(rows)
         for i, (ids, labels) in enumerate(rows):
-            self._keep((part, -1 - i, "answer"), ids, labels)
+            self._keep((part, -1 - i, "answer", 0), ids, labels)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         batch, scored = self.lay_out(index, ["answer"])
         if self.loss_weights is None:
             groups, count = torch.zeros(len(index), dtype=torch.long), 1
         else:
-            groups, count = torch.tensor([self.items[i][0] for i in index.tolist()], dtype=torch.long), len(self.parts)
-        return {**batch, "groups": groups, "counts": torch.zeros(count, dtype=torch.double).index_add(0, groups, scored.double())}
+            groups, count = torch.tensor([self.items[i % len(self)][0] for i in index.tolist()], dtype=torch.long), len(self.parts)
+        keys = torch.tensor(self._same, dtype=torch.long)[batch["picture_ids"]][batch["image_rows"]]
+        return {
+            **batch,
+            "keys": keys,
+            "groups": groups,
+            "counts": torch.zeros(count, dtype=torch.double).index_add(0, groups, scored.double()),
+        }
 
 
 class PreferencePairs(_Checked):
@@ -231,7 +298,7 @@ class PreferencePairs(_Checked):
         records = [self.parts[0].parse(number) for _, number in self.items]
         for i, other in enumerate(self._from):
             ids, labels = self.encoder.answer(records[i], records[other].rejected)
-            self._keep((0, records[i].number, "rejected"), ids, labels)
+            self._keep((0, records[i].number, "rejected", 0), ids, labels)
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         batch, scored = self.lay_out(index, [view.text for view in self.views.values()])
@@ -249,12 +316,18 @@ class _Answer:
         return self.encoder.answer(record, getattr(record, self.name))
 
 
+def _number(text: str) -> int:
+    """The same for equal texts, on every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
 class Streamed:
     """Conversations read through without an index (``Data.streaming``). Every process reads the whole stream and keeps its share of each
     micro-batch, so that all are always at the same place and one state serves any number of them."""
 
     def __init__(self, stream: Stream, encoder: chat.Encoder, *, plan: Fixed | int):
         self.stream, self.encoder, self.plan, self.packing, self.pad_to = stream, encoder, images.fixed(plan), False, 1
+        self.asked: chat.Questions | None = None
         self._encoded: tuple[list[int], list[int]] = ([], [])
         stream.check = self._encode
         self._records = iter(stream)
@@ -271,15 +344,20 @@ class Streamed:
         for at in range(rows):
             record = self._next()
             if at % processes == rank:
-                mine.append((*self._encoded, list(zip(record.pictures, record.plans(self.plan), strict=True))))
+                mine.append((*self._encoded, record))
         ids, labels = chat.pad([i for i, _, _ in mine], self.encoder.pad_token), chat.pad([ls for _, ls, _ in mine], chat.IGNORE)
-        shown = [p for i, _, pictures in mine for p in pictures[: i.count(self.encoder.image_token) // self.encoder.image_tokens]]
+        left = [(record, i.count(self.encoder.image_token) // self.encoder.image_tokens) for i, _, record in mine]
+        shown = [seen for record, n in left for seen in list(zip(record.pictures, record.plans(self.plan), strict=True))[:n]]
+        keys = [key for record, n in left for key in record.keys[:n]]
         lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()
         pictures = {"pictures": torch.from_numpy(np.stack([p.load(plan) for p, plan in shown]))} if shown else {}
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token),
+            **chat.lay_out(
+                ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.asked
+            ),
             **pictures,
             "image_rows": torch.arange(len(shown)),
+            "keys": torch.tensor(list(map(_number, keys)), dtype=torch.long),
             "groups": torch.zeros(len(mine), dtype=torch.long),
             "counts": scored.double().view(1),
         }

@@ -38,6 +38,7 @@ class Source:
         self.columns, self.pad_token = columns, pad_token
         self.shown = [[i] for i in range(len(self.pictures))] if shown is None else shown
         self.packing, self.pad_to, self.with_pictures = False, 1, True
+        self.asked: chat.Questions | None = None  # that a Q-Former reads beside the pictures
 
     def __len__(self) -> int:
         return len(self.shown)
@@ -67,7 +68,7 @@ class Source:
         shown = torch.tensor([picture for i in index.tolist() for picture in self.shown[i]], dtype=torch.long)
         pictures, rows = shown.unique(return_inverse=True)  # one that several rows show is read once
         return {
-            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.pad_token),
+            **chat.lay_out(ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.pad_token, questions=self.asked),
             "picture_ids": pictures,
             "image_rows": rows.repeat(len(columns)),
             **({"pictures": self.load_pictures(pictures)} if self.with_pictures else {}),
@@ -219,15 +220,15 @@ def mixture(sources: Sequence[Source], weights: Sequence[float | None], seed: in
 
 
 def shapes_crowded(world: World, encode: chat.Encoder, count: int = 3000) -> Documents:
-    """Pictures of up to twelve classes, without words: what an image tokenizer learns from in few steps."""
-    scenes = world.scenes("train", count, classes=(1, 12))
+    """Centred pictures of up to twelve classes, without words: what an image tokenizer of few codes learns from in few steps."""
+    scenes = world.centred(world.scenes("train", count, classes=(1, 12)))
     return Documents(world.render(scenes), ["<image>"] * len(scenes), [[i] for i in range(len(scenes))], encode)
 
 
 def shapes_drawing(world: World, encode: chat.Encoder, count: int = 6000) -> Documents:
-    """Scenes of one class, a quarter of them of two, with their clean captions: half of them the caption first, half the picture."""
+    """Centred scenes of one class, a quarter of them of two, with their clean captions: half of them the caption first, half the picture."""
     one = count * 3 // 4
-    scenes = [*world.scenes("train", one, classes=(1, 1)), *world.scenes("train", count - one, one, classes=(2, 2))]
+    scenes = world.centred([*world.scenes("train", one, classes=(1, 1)), *world.scenes("train", count - one, one, classes=(2, 2))])
     captions = [drawing_caption(world, scene) for scene in scenes]
     texts = [f"{caption}<image>" if i % 2 else f"<image>{caption}" for i, caption in enumerate(captions)]
     return Documents(world.render(scenes), texts, [[i] for i in range(len(scenes))], encode)

@@ -330,6 +330,15 @@ class World:
         config = replace(self.config, fewest=classes[0], most=classes[1]) if classes else self.config
         return [self._scene(config, split, i) for i in range(start, start + count)]
 
+    def centred(self, scenes: Sequence[Scene]) -> list[Scene]:
+        """The same scenes, each object in the middle of its cell and of the largest size: a cell shows colour and shape and nothing else."""
+        half, r = self.config.cell / 2, self._radii[-1]
+        middle = [
+            tuple(replace(o, cx=o.col * self.config.cell + half, cy=o.row * self.config.cell + half, r=r) for o in s.objects)
+            for s in scenes
+        ]
+        return [replace(s, objects=objects) for s, objects in zip(scenes, middle, strict=True)]
+
     def _scene(self, c: WorldConfig, split: str, index: int) -> Scene:
         draws = Draws(c.seed, 1, SPLITS[split], index)
         theme = draws.pick(self._theme_weights)

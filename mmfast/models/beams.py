@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mmfast.models.generate import Reading, unrepeated
+from mmfast.models.decoding import check_repetition, unrepeating
+from mmfast.models.generate import Reading
 
 if TYPE_CHECKING:
     from mmfast.models.build import MultimodalModel
@@ -29,6 +30,7 @@ def search(
     max_new_tokens: int = 64,
     length_penalty: float = 1.0,
     no_repeat: int = 0,
+    repetition_penalty: float = 1.0,
     attention_mask: Tensor | None = None,
     **images: Tensor | None,
 ) -> Tensor:
@@ -41,8 +43,7 @@ def search(
     """
     if beams < 2:
         raise ValueError(f"generate: expected beams >= 1, got {beams}")
-    if no_repeat < 0:
-        raise ValueError(f"generate: expected no_repeat >= 0, got {no_repeat}")
+    check_repetition(no_repeat, repetition_penalty)
     if max_new_tokens < 1:
         return input_ids.new_zeros(len(input_ids), 0)
     reading, prompts, never = Reading(model, input_ids, attention_mask, **images), len(input_ids), -1e9
@@ -55,8 +56,7 @@ def search(
     kept, best = going.new_full((prompts, beams), never), told.new_full((prompts, beams, max_new_tokens), filling)
     open_ = torch.ones(prompts, 1, dtype=torch.bool, device=device)
     for n in range(1, max_new_tokens + 1):
-        next_logp = reading.logits.log_softmax(-1)
-        next_logp = unrepeated(next_logp, told, no_repeat) if no_repeat else next_logp
+        next_logp = unrepeating(reading.logits.log_softmax(-1), told, no_repeat=no_repeat, repetition_penalty=repetition_penalty)
         every = going[:, :, None] + next_logp.unflatten(0, (prompts, beams))  # [B, K, V]
         logp, at = every.flatten(1).topk(min(2 * beams, every[0].numel()))
         source, token = at // every.shape[-1], at % every.shape[-1]  # [B, 2K]

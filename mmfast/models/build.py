@@ -75,6 +75,13 @@ class Tower(nn.Module):
         """The last block that is read, and the norm behind it where that is."""
         return nn.ModuleList([*self.blocks[: self.read][-1:], *([self._inner.post_layernorm] if self.post_norm else [])])
 
+    def below(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """What stands before the state that is read, and how many layers down: 1 in the last block, one more in each before it, and one more in
+        the embeddings."""
+        first = [getattr(self._inner, name) for name in ("embeddings", "pre_layrnorm") if hasattr(self._inner, name)]
+        for down, part in enumerate([*reversed(self.blocks[: self.read]), nn.ModuleList(first)], 1):
+            yield from ((p, down) for p in part.parameters())
+
     def unread(self) -> Iterator[nn.Parameter]:
         """Parameters behind the hidden state that is read: kept for the checkpoint, out of reach for any gradient."""
         tower = self._inner
@@ -180,8 +187,8 @@ def queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnect
     """A Q-Former's connector, with the layers of its BERT if it has one."""
     connector = QueryConnector(
         width_in, width_out, tokens=choice.tokens, width=choice.width, depth=choice.depth, heads=choice.heads, ffn=choice.ffn,
-        every=choice.every, vocab=choice.vocab if choice.text else None, positions=choice.positions, shared=choice.shared,
-        dropout=choice.dropout, norm_eps=choice.norm_eps, init=choice.init,
+        every=choice.every, vocab=choice.vocab if choice.reads else None, compares=choice.text, instructed=choice.instructed,
+        positions=choice.positions, shared=choice.shared, dropout=choice.dropout, norm_eps=choice.norm_eps, init=choice.init,
     )  # fmt: skip
     if choice.weights:
         load_bert(connector, choice.weights)
@@ -435,12 +442,20 @@ class MultimodalModel(nn.Module):
         image_embeds: Tensor | None = None,
         image_rows: Tensor | None = None,
         image_attention_mask: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
     ) -> Tensor | object | None:
         """Whichever form the images come in -> what the language model sees, [M, N, D]; ``image_rows`` [R] picks and repeats: [R, N, D].
 
         With ``image_attention_mask`` [B, T, I] (Idefics) row b has images of its own, pixel_values [B, I, 3, H, W] or the other forms [B I, ..],
         and the mask says which of them a position sees, whatever its tokens are; the fusion takes what is returned.
+
+        ``qformer_input_ids`` [R, S], with its mask: a question beside every picture, as often as it is shown (``spec.QFormer.instructed``).
         """
+        if qformer_input_ids is not None and not getattr(self.connector, "instructed", False):
+            raise ValueError(
+                f"{self.system.name}: qformer_input_ids are read by a connector QFormer with instructed, and this one has none"
+            )
         if image_attention_mask is not None and not hasattr(self.fusion, "by_mask"):
             raise ValueError(
                 f"{self.system.name}: image_attention_mask is read by gated cross-attention, not by {type(self.system.fusion).__name__}"
@@ -452,7 +467,11 @@ class MultimodalModel(nn.Module):
                 image_states = self.encode(pixel_values)
             if image_states is not None:
                 learned = next(self.connector.parameters(), image_states)  # a connector of nothing takes states as they are
-                image_embeds = self.connector(image_states.to(learned.dtype))
+                beside = ()
+                if qformer_input_ids is not None:
+                    beside = (qformer_input_ids, qformer_attention_mask)
+                    image_states, image_rows = image_states if image_rows is None else image_states[image_rows], None
+                image_embeds = self.connector(image_states.to(learned.dtype), *beside)
         if image_embeds is None:
             return None
         image_embeds = image_embeds if image_rows is None else image_embeds[image_rows]
@@ -523,6 +542,17 @@ class MultimodalModel(nn.Module):
         save_pretrained(self, path)
 
 
+def refit(model: MultimodalModel, system: spec.System) -> MultimodalModel:
+    """A whole model for what a system asks of it anew (``pretrained.taken``), all parts frozen."""
+    if side := getattr(system.encoder, "interpolate", 0):
+        pretrained.interpolated(model.encoder.vision, side)
+    if isinstance(model.connector, QueryConnector):
+        model.connector.instructed = system.connector.instructed
+    model.system = replace(model.system, encoder=system.encoder, connector=system.connector, image=system.image)
+    model.train_only(())
+    return model
+
+
 def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: torch.dtype | None = None) -> MultimodalModel:
     """The module of a system, all parts frozen. Its ``system`` has the sizes of the weights that were read.
 
@@ -547,7 +577,7 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
     if system.weights:
         from mmfast.models.published import from_pretrained
 
-        model = from_pretrained(system.weights, dtype=dtype)
+        model = refit(from_pretrained(system.weights, dtype=dtype), system)
         model.system = system
         if tokenizer is not None:
             pretrained.resize_embeddings(model.language, len(tokenizer))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mmfast import spec
-from mmfast.models.adapter import read_state, write_state
 from mmfast.models.build import MultimodalModel
+from mmfast.models.files import read_state, write_state
 from mmfast.models.fusions import blocks
 
 # Kept twice or frozen there: the tower, the layers without their blocks, the blocks in a list of their own.

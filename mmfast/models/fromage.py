@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmfast import spec
 from mmfast.models.build import MultimodalModel
+from mmfast.models.files import read_state
 
 CHECKPOINT, ARGS = "pretrained_ckpt.pth.tar", "model_args.json"
 _ROW = "ret_input_embeddings.weight"
@@ -100,7 +101,7 @@ def save_fromage(model: MultimodalModel, folder: str | Path) -> None:
 def load_fromage(model: MultimodalModel, folder: str | Path) -> None:
     """Reads what ``save_fromage`` or the released training code wrote."""
     file = Path(folder) / CHECKPOINT
-    saved = torch.load(file, map_location="cpu", weights_only=True)
+    saved = read_state(file)
     load_fromage_state(model, saved.get("state_dict", saved), str(file))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mmfast.models.decoding import check_repetition, unrepeating
 from mmfast.models.tokenizer import plain_text
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def steps(
     temperature: float = 0.0,
     top_p: float = 1.0,
     no_repeat: int = 0,
+    repetition_penalty: float = 1.0,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
     allowed: Callable[[int], Tensor] | None = None,
@@ -42,12 +44,12 @@ def steps(
         temperature: 0 takes the likeliest token, otherwise tokens are drawn with ``generator``.
         top_p: draw from the likeliest tokens that together have this probability (arXiv:1904.09751); 1: from all.
         no_repeat: no run of so many tokens comes a second time, the prompt's among them (transformers' ``no_repeat_ngram_size``); 0: any may.
+        repetition_penalty: makes all tokens rarer that came before, the prompt's among them (``decoding.penalised``); 1: none.
         allowed: which tokens may come, bool ``[V]``, after so many new ones. Tokens that only pictures are made of never come by default.
         rule: what is made of the logits ``[B, V]`` of those that may, after so many new ones (``mmfast.models.decoding``).
         images: pixel_values, image_states or image_embeds, image_rows, image_embeds_position_mask, as for the model's forward.
     """
-    if no_repeat < 0:
-        raise ValueError(f"generate: expected no_repeat >= 0, got {no_repeat}")
+    check_repetition(no_repeat, repetition_penalty)
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
     if max_new_tokens < 1:
@@ -56,8 +58,7 @@ def steps(
     told, done = reading.told, torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     for count in range(max_new_tokens):
         logits = reading.logits if allowed is None else reading.any_logits.masked_fill(~allowed(count), -torch.inf)
-        if no_repeat:
-            logits = unrepeated(logits, told, no_repeat)
+        logits = unrepeating(logits, told, no_repeat=no_repeat, repetition_penalty=repetition_penalty)
         logits = logits if rule is None else rule(count, logits)
         token = next_token(logits, temperature=temperature, top_p=top_p, generator=generator)
         if end is not None:
@@ -66,7 +67,7 @@ def steps(
         yield token
         if done.all() or count + 1 == max_new_tokens:
             break
-        told = torch.cat([told, token[:, None]], 1) if no_repeat else told
+        told = torch.cat([told, token[:, None]], 1)
         reading.say(token)
 
 
@@ -130,16 +131,6 @@ def next_token(logits: Tensor, *, temperature: float = 0.0, top_p: float = 1.0, 
     return logits.argmax(-1)
 
 
-def unrepeated(logits: Tensor, told: Tensor, size: int) -> Tensor:
-    """``logits [B, V]`` without the tokens that would end a run of ``size`` tokens which ``told [B, T]`` holds already."""
-    if told.shape[1] < size:
-        return logits
-    runs = told.unfold(1, size, 1)  # [B, T - size + 1, size]
-    again = (runs[..., :-1] == told[:, None, told.shape[1] - size + 1 :]).all(-1) & (runs[..., -1] < logits.shape[-1])
-    row, at = again.nonzero(as_tuple=True)
-    return logits.index_put((row, runs[row, at, -1]), logits.new_tensor(-torch.inf))
-
-
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """``[B, V]`` with all but the smallest set of likeliest tokens that holds ``top_p`` set to 0; the likeliest always stays."""
     if top_p >= 1:
@@ -184,24 +175,36 @@ def option_logps(model: MultimodalModel, input_ids: Tensor, options: Sequence[Se
     return torch.stack(logps, 1)
 
 
-def text_pieces(tokenizer, tokens: Iterable[Tensor]) -> Iterator[list[str]]:
+def text_pieces(tokenizer, tokens: Iterable[Tensor], stop: str = "") -> Iterator[list[str]]:
     """Every step's new text, a piece a row, from the tokens of ``steps``; joined, a row's pieces are ``plain_text`` of its tokens.
 
     A piece is given out once no later token can change it: half a character waits for its other bytes, and a space for what follows it.
+    ``stop`` ends a row's text (``until``): what may be its beginning waits, and when all rows have it no more tokens are asked for.
     """
     ids: list[list[int]] = []
     told: list[str] = []
     for token in tokens:
         if not ids:
             ids, told = [[] for _ in token], [""] * len(token)
-        pieces = []
+        pieces, over = [], bool(stop)
         for row, new in enumerate(token.tolist()):
             ids[row].append(new)
             # The replacement character stands for the beginning of one that is not complete yet.
-            pieces.append(_beyond(told, row, plain_text(tokenizer, ids[row]).rstrip("\ufffd").rstrip(" ")))
+            text = plain_text(tokenizer, ids[row]).rstrip("\ufffd").rstrip(" ")
+            over &= stop in text
+            text = until(text, stop)
+            waits = max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+            pieces.append(_beyond(told, row, text[: len(text) - waits]))
         yield pieces
+        if over:
+            break
     if ids:
-        yield [_beyond(told, row, plain_text(tokenizer, ids[row])) for row in range(len(ids))]
+        yield [_beyond(told, row, until(plain_text(tokenizer, ids[row]), stop)) for row in range(len(ids))]
+
+
+def until(text: str, stop: str) -> str:
+    """A text up to where ``stop`` is in it, if it is."""
+    return text.partition(stop)[0] if stop else text
 
 
 def _beyond(told: list[str], row: int, text: str) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import BertForMaskedLM
 
 from mmfast import spec
+from mmfast.models.files import read_state
 from mmfast.models.pretrained import load_weights
 from mmfast.nn.query_connector import QueryConnector
 
@@ -70,6 +71,8 @@ def load_bert(connector: QueryConnector, weights: str) -> None:
         if name.startswith(_TWICE):
             continue
         to = _renamed(name, _Q_FORMER)
+        if to.startswith("cls") and not connector.compares:
+            continue
         # The queries' feed-forward starts as the text's.
         for at in dict.fromkeys((to, re.sub(r"(layer\.\d+\.)(intermediate|output)\.", r"\1\2_query.", to))):
             if at not in own or own[at].shape[1:] != value.shape[1:] or len(own[at]) < len(value):
@@ -81,7 +84,7 @@ def load_bert(connector: QueryConnector, weights: str) -> None:
 def load_lavis_state(model: MultimodalModel, state: dict[str, Tensor], where: str = "checkpoint") -> None:
     """LAVIS's tensors into a model whose connector is a ``QFormer``; what the file does not hold stays as it is.
 
-    A Q-Former without text takes a file of one with text and leaves that half. Norms get LAVIS's eps, 1e-5.
+    A Q-Former takes a file of one that reads or compares more, and leaves that. Norms get LAVIS's eps, 1e-5.
 
     Raises:
         ValueError: a name that is no part of BLIP-2, or a tensor of another size than the model's.
@@ -101,8 +104,8 @@ def load_lavis_state(model: MultimodalModel, state: dict[str, Tensor], where: st
         if to is None:
             raise ValueError(f"{where} holds {name}, which is no part of BLIP-2")
         value = value.view(1) if name == "temp" else value  # a scalar there
-        if parts is own and to not in own and not connector.reads_text:
-            continue  # the text's half
+        if parts is own and to not in own and not connector.compares:
+            continue  # the text's half, or its heads
         if to == "qformer.embeddings.layernorm.weight" or to == "qformer.embeddings.layernorm.bias":
             to = to if to in own else to.replace("embeddings.", "")
         changes.append((name, parts, to, value))
@@ -125,7 +128,7 @@ def lavis_state(model: MultimodalModel, projection: str = "opt_proj") -> dict[st
     tables = {"qformer.layernorm.": "Qformer.bert.embeddings.LayerNorm.", **tables}
     for name, value in connector.state_dict().items():
         state[_renamed(name, tables)] = value.view(()) if name == "temp" else value
-    if connector.reads_text:
+    if connector.compares:
         state["Qformer.cls.predictions.decoder.weight"] = state["Qformer.bert.embeddings.word_embeddings.weight"]
         state["Qformer.cls.predictions.decoder.bias"] = state["Qformer.cls.predictions.bias"]
     if isinstance(model.system.encoder, spec.Eva):
@@ -143,7 +146,7 @@ def lavis_state(model: MultimodalModel, projection: str = "opt_proj") -> dict[st
 
 def load_lavis(model: MultimodalModel, path: str | Path) -> None:
     """Reads a ``.pth`` of LAVIS, or what ``save_lavis`` wrote, tensors alone."""
-    held = torch.load(path, map_location="cpu", weights_only=True)
+    held = read_state(path)
     load_lavis_state(model, held.get("model", held), str(path))
 
 

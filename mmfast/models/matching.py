@@ -40,7 +40,7 @@ class Matcher(nn.Module):
     @classmethod
     def of(cls, model: MultimodalModel) -> Matcher:
         """That of a model whose connector is a ``QFormer`` with text; the weights are the model's own."""
-        if not (isinstance(model.connector, QueryConnector) and model.connector.reads_text):
+        if not (isinstance(model.connector, QueryConnector) and model.connector.compares):
             raise ValueError(f"{model.system.name}: comparing pictures with texts needs a connector QFormer with text")
         return cls(model.encoder, model.connector, model.system)
 

@@ -175,11 +175,7 @@ def resolved(system: spec.System) -> spec.System:
                 f"weights: {system.weights} are those of a model with {type(stock.fusion).__name__}; with {type(system.fusion).__name__} give the "
                 "parts' own weights"
             )
-        system = replace(
-            system, encoder=stock.encoder, connector=stock.connector, fusion=stock.fusion, language=stock.language,
-            image=replace(system.image, size=stock.image.size, **_normalisation(system.weights)),
-        )  # fmt: skip
-        return system
+        return taken(system, stock, image=replace(system.image, size=stock.image.size, **_normalisation(system.weights)))
     encoder, language, image, connector = system.encoder, system.language, system.image, system.connector
     if encoder.weights and type(encoder) in TOWERS:
         encoder = tower_sizes(encoder, tower_config(encoder))
@@ -195,6 +191,32 @@ def resolved(system: spec.System) -> spec.System:
             positions=bert.max_position_embeddings, vocab=connector.vocab and bert.vocab_size + 1,
         )  # fmt: skip
     return replace(system, encoder=encoder, connector=connector, language=language, image=image)
+
+
+def taken(system: spec.System, whole: spec.System, image: spec.Fixed) -> spec.System:
+    """The system with the choices of a whole model's weights in place of its own, but for what can be asked of these anew: pictures of another
+    side (``encoder.interpolate``), and a question beside them (``connector.instructed``, of a Q-Former that has words).
+
+    Args:
+        image: what such a picture becomes.
+    """
+    encoder, connector = whole.encoder, whole.connector
+    if side := getattr(system.encoder, "interpolate", 0):
+        if not hasattr(encoder, "interpolate"):
+            raise ValueError(
+                f"encoder.interpolate: weights {system.weights} have a {type(encoder).__name__}, which is not stretched; set it to 0"
+            )
+        if side % encoder.patch:
+            raise ValueError(f"encoder.interpolate: {side} is not a multiple of encoder.patch {encoder.patch}")
+        encoder, image = replace(encoder, interpolate=side, size=side), replace(image, size=side)
+    if getattr(system.connector, "instructed", False) and not getattr(connector, "instructed", False):
+        if not getattr(connector, "reads", False):
+            raise ValueError(
+                f"connector.instructed: weights {system.weights} have no Q-Former with words to read a question in; take a run of blip2, whose "
+                "first stage has learnt them, or an InstructBLIP"
+            )
+        connector = replace(connector, instructed=True)
+    return replace(system, encoder=encoder, connector=connector, fusion=whole.fusion, language=whole.language, image=image)
 
 
 def tower_sizes(choice, config: PretrainedConfig):
@@ -281,30 +303,31 @@ def placeholder(system: spec.System, tokenizer) -> int:
 
 
 def text_side(system: spec.System, tokenizer) -> chat.TextSide:
-    """How texts come to a Q-Former: by its BERT's tokenizer, or where it has no words of its own by the language model's ``tokenizer``."""
+    """How texts come to a Q-Former: by its BERT's tokenizer, beside a published InstructBLIP its ``qformer_tokenizer``, or where it has no words of
+    its own by the language model's ``tokenizer``."""
     choice = system.connector
-    if not isinstance(choice, spec.QFormer) or not choice.text:
+    if not isinstance(choice, spec.QFormer) or not choice.reads:
         raise ValueError(f"{system.name}: objective queries needs a connector QFormer with text, got {choice}")
     if not choice.vocab:
         ids = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(spec.DECODE), tokenizer.pad_token_id
         if ids[0] is None:  # Qwen2
             ids = ids[1], *ids[1:]
         return chat.TextSide(tokenizer, *ids)
-    if not choice.weights:
+    whole = {} if choice.weights else {"subfolder": "qformer_tokenizer"}
+    weights, where = (choice.weights, "connector.weights") if choice.weights else (system.weights, "weights")
+    if not weights:
         raise ValueError(
             f"{system.name}: connector.vocab is {choice.vocab}, and the tokenizer of these words comes with connector.weights, a BERT; set it, or "
             "vocab 0 for the language model's words"
         )
-    folder, _ = locate(choice.weights, "connector.weights")
+    folder, _ = locate(weights, where)
     try:
-        own = AutoTokenizer.from_pretrained(folder)
+        own = AutoTokenizer.from_pretrained(folder, **whole)
     except Exception as error:  # the tokenizer libraries raise whatever they like
-        raise ValueError(f"connector.weights {choice.weights}: no tokenizer can be read: {_first_line(error)}") from error
+        raise ValueError(f"{where} {weights}: no tokenizer of the Q-Former can be read: {_first_line(error)}") from error
     own.add_special_tokens({"bos_token": spec.DECODE})
     if len(own) > choice.vocab:
-        raise ValueError(
-            f"connector.weights {choice.weights}: its tokenizer has {len(own)} words with {spec.DECODE}, connector.vocab {choice.vocab}"
-        )
+        raise ValueError(f"{where} {weights}: its tokenizer has {len(own)} words with {spec.DECODE}, connector.vocab {choice.vocab}")
     return chat.TextSide(own, own.cls_token_id, own.sep_token_id, own.bos_token_id, own.pad_token_id)
 
 

@@ -182,7 +182,8 @@ def _stage(stage: Stage) -> Stage:
     whole = stage.lora is not None or "language" in stage.train
     train = tuple(dict.fromkeys((*stage.train, "language", "embeddings"))) if whole else stage.train
     # Templates have words that a tiny model does not know; that of pictures and captions has none, and those of episodes are known.
-    template = stage.template if TEMPLATES[stage.template].picture_first or data.name in EPISODES else "bare"
+    form = TEMPLATES[stage.template]
+    template = stage.template if (form.picture_first and not form.before) or data.name in EPISODES else "bare"
     optim = replace(optim, level_new=stage.optim.level_new, weight_decay_of=stage.optim.weight_decay_of)
     # What learns from pictures at this size has nothing to spare for dropout.
     return replace(

@@ -24,27 +24,29 @@ class Read(NamedTuple):
 class QueryConnector(nn.Module):
     """States ``[M, N, W]`` -> what a language model sees, ``[M, n, width_out]``.
 
-    With ``vocab`` the Q-Former reads text too, and what compares pictures with texts stands beside it (pre-training's first stage):
+    With ``vocab`` the Q-Former has words. ``instructed``: ``forward`` wants a question beside every picture, in these words. ``compares``: what
+    compares pictures with texts stands beside it (pre-training's first stage):
 
     - contrast: ``similarity(images(read(x)), texts(ids, mask))``, x ``normed(states)``; two passes that do not see each other;
     - matching: ``match(x, ids, mask)``, queries and text in one pass, both ways;
     - captioning: ``continued(read(x).cache, ids, mask)``, text behind the cached queries, which do not see it.
 
-    Keys: ``ln_vision``, ``query_tokens`` [1, n, D], ``qformer`` (``mmfast.nn.QFormer``), ``projection``, and with text ``vision_proj``,
+    Keys: ``ln_vision``, ``query_tokens`` [1, n, D], ``qformer`` (``mmfast.nn.QFormer``), ``projection``, and where it compares ``vision_proj``,
     ``text_proj``, ``itm_head``, ``temp``, ``cls.{transform,norm}``, ``cls_bias``: BERT's masked-word head, whose last map is the table of words.
 
     Args:
-        vocab: words of the Q-Former's own text side; None: it has none.
+        vocab: words of the Q-Former; None: it reads no text.
         norm_eps: of ``ln_vision``: 1e-6 in transformers' classes, 1e-5 in LAVIS.
         init: standard deviation of the queries and of the Q-Former's maps at the start; BERT's 0.02 is made for its width.
     """
 
     def __init__(
         self, width_in: int, width_out: int, *, tokens: int = 32, width: int = 768, depth: int = 12, heads: int = 12, ffn: int = 3072,
-        every: int = 2, vocab: int | None = None, positions: int = 512, shared: int = 256, dropout: float = 0.1, norm_eps: float = 1e-6,
-        init: float = 0.02,
+        every: int = 2, vocab: int | None = None, compares: bool = True, instructed: bool = False, positions: int = 512, shared: int = 256,
+        dropout: float = 0.1, norm_eps: float = 1e-6, init: float = 0.02,
     ):  # fmt: skip
         super().__init__()
+        self.compares, self.instructed = compares and vocab is not None, instructed
         self.ln_vision = nn.LayerNorm(width_in, eps=norm_eps)
         self.query_tokens = nn.Parameter(torch.empty(1, tokens, width).normal_(std=init))
         self.qformer = QFormer(
@@ -55,12 +57,13 @@ class QueryConnector(nn.Module):
         self.projection = nn.Linear(width, width_out)
         nn.init.normal_(self.projection.weight, std=0.02)
         nn.init.zeros_(self.projection.bias)
-        if vocab is not None:
+        if self.compares:
             self.vision_proj, self.text_proj = nn.Linear(width, shared), nn.Linear(width, shared)
             self.itm_head = nn.Linear(width, 2)
             self.temp = nn.Parameter(torch.tensor([0.07]))  # FSDP2 knows no scalars
             self.cls = nn.ModuleDict({"transform": nn.Linear(width, width), "norm": nn.LayerNorm(width, eps=1e-12)})
             self.cls_bias = nn.Parameter(torch.zeros(vocab))
+        if vocab is not None:
             for layer in self.qformer.encoder["layer"]:  # the queries' feed-forward starts as the text's
                 layer.intermediate_query.load_state_dict(layer.intermediate.state_dict())
                 layer.output_query.load_state_dict(layer.output.state_dict())
@@ -70,7 +73,11 @@ class QueryConnector(nn.Module):
         return self.qformer.embeddings is not None
 
     def forward(self, states: Tensor, ids: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """``ids``, ``mask`` [M, S]: an instruction that the queries read beside the picture (InstructBLIP, arXiv:2305.06500)."""
+        """``ids``, ``mask`` [M, S]: a question that the queries read beside each picture, both ways."""
+        if self.instructed and ids is None:
+            raise ValueError(
+                "the Q-Former reads a question beside each picture, and none came: give qformer_input_ids (connector.instructed)"
+            )
         return self.projection(self.qformer(self.query_tokens, self.normed(states), text=ids, text_mask=mask).queries)
 
     def normed(self, states: Tensor) -> Tensor:
@@ -84,24 +91,20 @@ class QueryConnector(nn.Module):
         return Read(queries, cache)
 
     def unread(self, *, compared: bool) -> Iterator[nn.Parameter]:
-        """Parameters out of reach for any gradient: the projection where pictures are ``compared`` with texts, all that text passes where a
-        language model reads the queries."""
+        """Parameters out of reach for any gradient: the projection where pictures are ``compared`` with texts; where a language model reads the
+        queries, the heads and all that text passes, of a question what its last layer makes of it."""
         if compared:
             yield from self.projection.parameters()
-        elif self.reads_text:
-            embeddings = self.qformer.embeddings
-            parts = [
-                embeddings["word_embeddings"],
-                embeddings["position_embeddings"],
-                self.vision_proj,
-                self.text_proj,
-                self.itm_head,
-                self.cls,
-            ]
-            for layer in self.qformer.encoder["layer"]:
+            return
+        parts = [self.vision_proj, self.text_proj, self.itm_head, self.cls] if self.compares else []
+        if self.reads_text:
+            embeddings, layers = self.qformer.embeddings, self.qformer.encoder["layer"]
+            parts += [] if self.instructed else [embeddings["word_embeddings"], embeddings["position_embeddings"]]
+            for layer in layers[-1:] if self.instructed else layers:
                 parts += [layer.intermediate, layer.output]
-            for part in parts:
-                yield from part.parameters()
+        for part in parts:
+            yield from part.parameters()
+        if self.compares:
             yield from (self.temp, self.cls_bias)
 
     # -- beside text

@@ -1,5 +1,6 @@
 """Token ids and labels of conversations, checked on a tokenizer that spells: its ids are code points, so every expectation can be read."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -35,78 +36,194 @@ def scored(ids, labels):
 TURNS = [("<image>\nHi", "Hello"), ("Who?", "Me.")]
 
 
-def test_vicuna_v1_as_published():
-    ids, labels = encode("vicuna_v1", TURNS)
-    assert read(ids) == (
-        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to "
-        "the user's questions. USER: @@\nHi ASSISTANT: Hello</s>USER: Who? ASSISTANT: Me.</s>"
+def test_llava_s_forms_as_published():
+    """Whole texts and what of them is learnt, character by character."""
+    user, human = (
+        f"A chat between a curious {who} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to "
+        f"the {who}'s questions."
+        for who in ("user", "human")
     )
-    assert scored(ids, labels) == "Hello</s>Me.</s>"
+    tags = (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the visual content that the "
+        "user provides, and assist the user with a variety of tasks using natural language.The visual content will be provided with the following "
+        "format: <Image>visual content</Image>."
+    )
+    llama_2 = (
+        "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, and assist the "
+        "user with a variety of tasks using natural language."
+    )
+    mpt = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+    two = "{} USER: {} ASSISTANT: Hello</s>USER: Who? ASSISTANT: Me.</s>"
+    hashes = "{}\n\n### Human: {}\n### Assistant: Hello\n### Human: Who?\n### Assistant: Me.\n### "
+    shown, tagged = "@@\nHi", "<Image>@@</Image>\nHi"
+    learnt_v0 = "### ### Assistant: Hello\n### ### Assistant: Me.\n### "
+    for template, text, learnt in (
+        ("vicuna_v1", "<s>" + two.format(user, shown), "Hello</s>Me.</s>"),
+        ("llava_v1", "<s>" + two.format(human, shown), "Hello</s>Me.</s>"),
+        ("llava_v1_mmtag", "<s>" + two.format(tags, tagged), "Hello</s>Me.</s>"),
+        ("llava_v0", "<s>" + hashes.format(human, shown), learnt_v0),
+        ("llava_v0_mmtag", "<s>" + hashes.format(tags, tagged), learnt_v0),
+        (
+            "llava_llama_2",
+            f"<s>[INST] <<SYS>>\n{llama_2}\n<</SYS>>\n\n@@\nHi [/INST] Hello </s><s>[INST] Who? [/INST] Me. </s>",
+            "Hello </s>Me. </s>",
+        ),
+        (
+            "mpt",
+            f"<|im_start|>system\n{mpt}<|im_end|><|im_start|>user\n@@\nHi<|im_end|><|im_start|>assistant\nHello<|im_end|>"
+            "<|im_start|>user\nWho?<|im_end|><|im_start|>assistant\nMe.<|im_end|>",
+            "Hello<|im_end|>Me.<|im_end|>",
+        ),
+    ):
+        ids, labels = encode(template, TURNS)
+        assert (read(ids), scored(ids, labels)) == (text, learnt), template
+        prompt, _ = encode(template, [*TURNS[:1], ("Who?", None)])
+        assert read(prompt) == text[: text.index("Me.")].rstrip(" "), template
+        begins = "<s>" if text.startswith("<s>") else ""
+        assert read(chat.encode_document(Speller(), "a", image_tokens=2, image_token=IMAGE, template=template)[0]) == f"{begins}a</s>"
+        last, labels = encode(template, TURNS, last_alone=True)
+        assert (last, scored(last, labels)) == (ids, learnt[learnt.index("Me.") :]), template
 
 
 def legacy_llama():
-    """A tokenizer as LLaMA's first: a space before every text, spaces are part of the words behind them; its words are those of the test."""
+    """A tokenizer as LLaMA's first: a space before every text, spaces are part of the words behind them, ### is one piece by itself and two
+    behind a line end; its words are those of the test."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     inner = Tokenizer(models.BPE(unk_token="<unk>"))
     inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    said = [chat.TEMPLATES["vicuna_v1"].system + "USER: Hi. ASSISTANT: Hello there!", "USER: Who is it? ASSISTANT: Me.", "\nHi."] * 4
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("\u2581?[A-Za-z]+|\u2581?[^A-Za-z\u2581]"), "isolated")  # no piece is of two words
-    said += [chat.TEMPLATES["alpaca"].system + "### Instruction:\nAdd.\n\n### Response:Hello there!"] * 4
-    inner.train_from_iterator(said, trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    said = [chat.TEMPLATES["vicuna_v1"].system + " USER: Hi. ASSISTANT: Hello there!", "USER: Who is it? ASSISTANT: Me.", "\nHi."] * 4
+    inner.pre_tokenizer = pre_tokenizers.Split(
+        Regex("\u2581?[A-Za-z]+|\u2581?#+|\u2581?[^A-Za-z\u2581]"), "isolated"
+    )  # no piece is of two words
+    said += [chat.TEMPLATES["alpaca"].system + " ### Instruction:\nAdd.\n\n ### Response:Hello there!"] * 4
+    for name in PUBLISHED:
+        said += [chat.TEMPLATES[name].system + " ### Human Assistant"] * 4
+    said += ["\n##"] * 99 + ["[INST] [/INST] <<SYS>> <</SYS>> <Image></Image>"]
+    inner.train_from_iterator(said, trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
     inner.pre_tokenizer = None
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def published_v1(tokenizer, text):
-    """LLaVA's arithmetic for v1: the prompt at once, cut at the picture; then rounds between ends, of each as many labels hidden as its question
-    has tokens, less one for the beginning and one for the last space."""
+PLACE = -200  # a picture's, in the release: no piece of any tokenizer
 
-    def tokens(text):
-        return [BOS, *tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    def with_ends(text):
-        ids = []
-        for i, piece in enumerate(text.split("</s>")):
-            ids += ([EOS] if i else []) + (tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else [])
+class Release:
+    """LLaVA's released arithmetic over a tokenizer that puts its beginning token, if it has one, before every text."""
+
+    def __init__(self, tokenizer, begins=True):
+        self.tokenizer, self.begins = tokenizer, begins
+
+    def __call__(self, text):
+        """Pieces between pictures by themselves, a picture as one place; the beginning token once. Special tokens in a text split it."""
+        ids = [BOS] * self.begins
+        for i, piece in enumerate(text.split("<image>")):
+            ids += [PLACE] * (i > 0)
+            for part in re.split("(<s>|</s>)", piece):
+                ids += {"<s>": [BOS], "</s>": [EOS], "": []}.get(part) or (
+                    [] if not part else self.tokenizer(part, add_special_tokens=False)["input_ids"]
+                )
         return ids
 
-    before, after = text.split("<image>")
-    ids = [BOS, *with_ends(before), IMAGE, *with_ends(after)]
-    labels, at = list(ids), 1
-    labels[0] = -100
-    for round_ in text.split("</s>")[:-1]:
-        parts = round_.split(" ASSISTANT: ")
-        question, whole = parts[0] + " ASSISTANT: ", round_
-        if "<image>" in whole:
-            (a, b), (c, d) = question.split("<image>"), whole.split("<image>")
-            asked, length = len(tokens(a)) + 1 + len(tokens(b)) - 1, len(tokens(c)) + 1 + len(tokens(d)) - 1
-        else:
-            asked, length = len(tokens(question)), len(tokens(whole))
-        for i in range(at, at + asked - 2):
-            labels[i] = -100
+    def rounds(self, text, rounds, asked, more):
+        """Of each of ``rounds`` the question, up to ``asked``, is hidden: as many labels as it has tokens by itself. ``more``: tokens behind a round
+        that are not in it, where no beginning token is counted in their place."""
+        ids = self(text)
+        labels, at = list(ids), int(self.begins)
+        labels[:at] = [-100] * at
+        for said in rounds:
+            question, _ = said.split(asked)
+            hidden = len(self(question + asked)) - 2 * self.begins  # the beginning token, and the space that the answer takes
+            labels[at : at + hidden] = [-100] * hidden
+            at += len(self(said)) + more
+        assert at == len(ids)  # otherwise the sample would be thrown away
+        return ids, labels
+
+
+def published_v1(release, system, turns):
+    text = f"{system} " + "".join(f"USER: {q} ASSISTANT: {a}</s>" for q, a in turns)
+    return release.rounds(text, text.split("</s>")[:-1], " ASSISTANT: ", more=0)
+
+
+def published_llama_2(release, system, turns):
+    turns = [(f"<<SYS>>\n{system}\n<</SYS>>\n\n{turns[0][0]}", turns[0][1]), *turns[1:]]
+    text = "".join(f"<s>[INST] {q} [/INST] {a} </s>" for q, a in turns).removeprefix("<s>")
+    return release.rounds(text, text.split("</s>")[:-1], "[/INST] ", more=0)
+
+
+def published_mpt(release, system, turns):
+    """As of v1.0.1: no beginning token; a round's end is counted with it. The first round has the system's words."""
+    text = f"<|im_start|>system\n{system}<|im_end|>"
+    text += "".join(f"<|im_start|>user\n{q}<|im_end|><|im_start|>assistant\n{a}<|im_end|>" for q, a in turns)
+    pieces = text.split("<|im_end|>")[:-1]
+    rounds = ["<|im_end|>".join(pieces[:3])] + ["<|im_end|>".join(pieces[i : i + 2]) for i in range(3, len(pieces), 2)]
+    return release.rounds(text, rounds, "<|im_end|><|im_start|>assistant\n", more=1)
+
+
+def published_v0(release, system, turns):
+    """The header is hidden, and of every question all but its first two tokens; lengths are those of the sentences by themselves."""
+    said = [text for q, a in turns for text in (f"### Human: {q}\n", f"### Assistant: {a}\n")]
+    ids = release(f"{system}\n\n" + "".join(said) + "### ")
+    labels, at = list(ids), len(release(f"{system}\n\n"))
+    labels[:at] = [-100] * at
+    for i, sentence in enumerate(said):
+        length = len(release(sentence))
+        if i % 2 == 0:
+            labels[at + 2 : at + length] = [-100] * (length - 2)
         at += length
-    assert at == len(ids)  # otherwise the sample would be thrown away
+    assert len(ids) - at == 3, "what is left is the last mark: two pieces of it and a space"
     return ids, labels
 
 
-@pytest.mark.parametrize("turns", [TURNS[:1], [("<image>\nHi.", "Hello there!"), ("Who is it?", "Me.")]])
-def test_vicuna_v1_token_for_token(turns):
+PUBLISHED = {
+    "vicuna_v1": published_v1, "llava_v1": published_v1, "llava_v1_mmtag": published_v1, "llava_llama_2": published_llama_2,
+    "llava_v0": published_v0, "llava_v0_mmtag": published_v0,
+}  # fmt: skip
+SPOKEN = [[("<image>\nHi.", "Hello there!")], [("<image>\nHi.", "Hello there!"), ("Who is it?", "Me.")]]
+
+
+@pytest.mark.parametrize("turns", SPOKEN)
+@pytest.mark.parametrize("template", PUBLISHED)
+def test_token_for_token(template, turns):
     """A tokenizer that puts a space before every text gives what the published code gives, which encodes a conversation at once."""
     tokenizer = legacy_llama()
-    ids, labels = chat.encode(tokenizer, "vicuna_v1", turns, image_tokens=1, image_token=IMAGE)
-    rounds = "</s>".join(f"USER: {q} ASSISTANT: {a}" for q, a in turns)
-    assert (ids, labels) == published_v1(tokenizer, chat.TEMPLATES["vicuna_v1"].system + rounds + "</s>")
-    wide, wide_labels = chat.encode(tokenizer, "vicuna_v1", turns, image_tokens=256, image_token=IMAGE)
-    assert [i for i, x in enumerate(wide) if x == IMAGE] == [i for i in range(len(wide)) if wide[i] == IMAGE and wide_labels[i] == -100]
-    assert wide.count(IMAGE) == 256
-    prompt, _ = chat.encode(tokenizer, "vicuna_v1", [*turns[:-1], (turns[-1][0], None)], image_tokens=1, image_token=IMAGE)
-    assert tokenizer.convert_ids_to_tokens(prompt)[-1].endswith(":")  # what follows brings its own space
+    assert "<unk>" not in tokenizer.convert_ids_to_tokens(chat.encode(tokenizer, template, turns, image_tokens=0, image_token=PLACE)[0])
+    assert tokenizer.tokenize("###") == ["\u2581###"]
+    assert tokenizer.tokenize("\n###")[-2:] == ["##", "#"]
+    ids, labels = chat.encode(tokenizer, template, turns, image_tokens=1, image_token=PLACE)
+    tagged = [(q.replace("<image>", "<Image><image></Image>") if "mmtag" in template else q, a) for q, a in turns]
+    assert (ids, labels) == PUBLISHED[template](Release(tokenizer), chat.TEMPLATES[template].system, tagged)
+    wide, wide_labels = chat.encode(tokenizer, template, turns, image_tokens=256, image_token=PLACE)
+    assert [i for i, x in enumerate(wide) if x == PLACE] == [i for i in range(len(wide)) if wide[i] == PLACE and wide_labels[i] == -100]
+    assert wide.count(PLACE) == 256
+    prompt, _ = chat.encode(tokenizer, template, [*turns[:-1], (turns[-1][0], None)], image_tokens=1, image_token=PLACE)
+    assert tokenizer.convert_ids_to_tokens(prompt[-1]).endswith((":", "]"))  # what follows brings its own space
     assert ids[: len(prompt)] == prompt
     assert labels[len(prompt)] == ids[len(prompt)]  # and is learnt
-    only = chat.Encoder(tokenizer, "vicuna_v1", 1, IMAGE, 0).answer(Record(0, "#0", turns=tuple(turns)), "Me.")
+    only = chat.Encoder(tokenizer, template, 1, PLACE, 0).answer(Record(0, "#0", turns=tuple(turns)), "Me.")
     assert only[1] == [-100] * len(prompt) + only[0][len(prompt) :]
+
+
+@pytest.mark.parametrize("turns", SPOKEN)
+def test_mpt_token_for_token(turns):
+    """A byte-pair tokenizer as MPT's, which has a beginning token and puts it nowhere; the tokens around turns are its own."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.train_from_iterator(
+        [chat.TEMPLATES["mpt"].system + "\nHi. Hello there! Who is it? Me."] * 4,
+        trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )  # fmt: skip
+    inner.add_special_tokens([AddedToken(f"<|im_{word}|>", special=True, normalized=False) for word in ("start", "end")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    ids, labels = chat.encode(tokenizer, "mpt", turns, image_tokens=1, image_token=PLACE)
+    assert (ids, labels) == published_mpt(Release(tokenizer, begins=False), chat.TEMPLATES["mpt"].system, turns)
+    assert chat.last_token(tokenizer, "mpt") == tokenizer.convert_tokens_to_ids("<|im_end|>") == ids[-1] != tokenizer.eos_token_id
+    # What is cut is cut: no end is put in its place.
+    assert chat.encode(tokenizer, "mpt", turns, image_tokens=1, image_token=PLACE, max_length=len(ids) - 2) == (ids[:-2], labels[:-2])
 
 
 def test_alpaca_token_for_token():

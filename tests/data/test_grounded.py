@@ -1,6 +1,10 @@
 """Records that speak of places: GRIT's captions and boxes in any record, moved as the picture is, in a system's words; pictures between tags."""
 
+import base64
+import io
 import json
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ from PIL import Image
 from mmfast import spec
 from mmfast.data import chat, regions, supervised
 from mmfast.data.formats import parse
-from mmfast.data.records import Records
+from mmfast.data.records import Records, Stream, check
 from mmfast.data.regions import KOSMOS2, MINIGPT_V2, QWEN_VL, REGION, SHIKRA, write
 from mmfast.data.sources import Conversations
 from mmfast.data.synthetic import World
@@ -275,3 +279,113 @@ def test_a_mixture_by_tokens(tmp_path):
     assert (order < 70).sum() == 100
     drawn = [sum(len(by_tokens.encoded(int(i), "answer")[0]) for i in order if (i < 70) == first) for first in (True, False)]
     assert drawn == [400, 400]
+
+
+# ------------------------------------------------------------------------------------------------------------- GRIT's tables
+
+
+def png(size):
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (9, 9, 9)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def grit_line(name, size=(300, 200), spans="{'phrase': [(12, 21, 0.39, 0.05, 0.98, 0.82, 0.9)], 'expression_v1': []}"):
+    return "\t".join([name, SNOWMAN, base64.b64encode(png(size)).decode(), *map(str, size), spans])
+
+
+def test_grits_table_has_no_names(tmp_path):
+    """Hash, caption, JPEG in base64, width, height, and a Python dict: with tuples and single quotes, so no JSON."""
+    nested = "{'phrase': [[41, 47, 0, 0, 1, 1, 0.9]], 'expression_v1': [[12, 47, 0.25, 0.25, 0.5, 0.5, 0.9]]}"
+    lines = [
+        grit_line("h0"),
+        grit_line("h1", spans=nested),
+        grit_line("h2", spans="{'phrase': []}"),
+        grit_line("h3", spans="__import__('os')"),
+    ]
+    (tmp_path / "00000.tsv").write_text("\n".join([*lines, "h4\tno picture"]) + "\n")
+    records = Records(spec.Data("grit", path=str(tmp_path / "00000.tsv"), boxes=1.0))
+    assert len(records) == 5
+    assert [r.id for r in (records[0], records[1], records[2])] == ["h0", "h1", "h2"]
+    assert [r.turns[0][1] for r in (records[0], records[1], records[2])] == [
+        f"<grounding> An image of <phrase>a snowman</phrase>{REGION} warming himself by a fire.",
+        f"<grounding> An image of <phrase>a snowman warming himself by a fire</phrase>{REGION}.",
+        SNOWMAN,
+    ]
+    assert records[0].boxes == (((0.39, 0.05, 0.98, 0.82),),)
+    assert records[0].shares
+    assert records[0].pictures[0].source == png((300, 200))
+    for number, why in ((3, "line 4 of 00000.tsv has the spans \"__import__\\('os'\\)\", expected a dict"),
+                        (4, "line 5 of 00000.tsv has 2 fields, expected six: hash, caption, picture")):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            records[number]
+    pytest.importorskip("datasets")
+    stream = Stream(spec.Data("grit", path=str(tmp_path / "00000.tsv"), boxes=1.0, on_bad_record="skip"), say=lambda _: None)
+    assert list(stream) == [records[0], records[1], records[2]]
+    assert stream.left_out == 2
+
+
+def test_small_pictures_are_left_out_and_told(tmp_path):
+    """LAION's filter: whatever becomes of faults, and by the shorter side as the picture's own bytes have it."""
+    sizes = [(300, 200), (300, 199), (200, 200), (150, 400)]
+    (tmp_path / "g.tsv").write_text("\n".join(grit_line(f"h{i}", size) for i, size in enumerate(sizes)))
+    heard, data = [], spec.Data("grit", path=str(tmp_path / "g.tsv"), min_side=200)
+    assert check(Records(data), None, on_bad_record="fail", say=heard.append) == [0, 2]
+    assert heard == [
+        f"{data.path}: left out 2 of 4 records:\n  record 1 (h1): a picture has 300 x 199 pixels, and data.min_side is 200\n"
+        "  record 3 (h3): a picture has 150 x 400 pixels, and data.min_side is 200"
+    ]
+    assert check(Records(replace(data, min_side=0)), None, on_bad_record="fail") == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="left out 4 of 4 records"):
+        check(Records(replace(data, min_side=500)), None, on_bad_record="fail")
+    broken = grit_line("h4").replace(base64.b64encode(png((300, 200))).decode(), "%%%")
+    (tmp_path / "g.tsv").write_text("\n".join([grit_line("h0"), grit_line("h1", (9, 9)), broken]))
+    with pytest.raises(ValueError, match="1 of 3 records are faulty"):
+        check(Records(data), None, on_bad_record="fail")
+    pytest.importorskip("datasets")
+    heard.clear()
+    stream = Stream(data, say=heard.append, open_pictures=False)
+    with pytest.raises(ValueError, match="record 2: image 0 is a data: URL that cannot be read"):
+        list(stream)
+    assert heard[0].endswith("record 1: a picture has 9 x 9 pixels, and data.min_side is 200")
+
+
+# ------------------------------------------------------------------------------------------------------ grounded instructions
+
+
+def test_six_templates_of_grounded_instructions():
+    """Kosmos-2's, letter by letter, with the released code's tags; each is drawn about as often, once for a record."""
+    a = [parse(GRIT, i, root="/x", boxes=0.1, instruct=1.0) for i in range(1200)]
+    said = Counter((question, answer.replace("a snowman", "X").replace("a fire", "X")) for ((question, answer),) in (r.turns for r in a))
+    front, place = "<image><grounding>", REGION
+    assert set(said) == {
+        (f"{front} What is <phrase>it</phrase>{place}?", "It is X."),
+        (f"{front} What is <phrase>this</phrase>{place}?", "This is X."),
+        (f"{front} Describe <phrase>this object</phrase>{place}.", "This object is X."),
+        (f"{front}<phrase>It</phrase>{place} is", "X."),
+        (f"{front}<phrase>This</phrase>{place} is", "X."),
+        (f"{front}<phrase>The object</phrase>{place} is", "X."),
+    }
+    assert all(150 < count < 250 for count in said.values())
+    of = Counter("snowman" in r.turns[0][1] for r in a)
+    assert 500 < of[True] < 700
+    for record in a[:50]:  # the place is that of the expression
+        assert record.boxes == ((tuple(BOXES[0 if "snowman" in record.turns[0][1] else 1]),),)
+        assert record.shares
+    assert a == [parse(GRIT, i, root="/x", boxes=0.1, instruct=1.0) for i in range(1200)]
+    question, answer = next(
+        r.turns[0] for r in a if r.turns[0][0].endswith(" is") and "It<" in r.turns[0][0] and "snowman" in r.turns[0][1]
+    )
+    written = write(question, [[tuple(BOXES[0])]], KOSMOS2, (1, 1))
+    assert written == "<image><grounding><phrase>It</phrase><object><patch_index_0044><patch_index_0863></object> is"
+    assert answer == "a snowman."
+
+
+def test_what_is_not_asked_stays_a_caption():
+    rows = [parse(GRIT, i, root="/x", boxes=1.0, instruct=0.25) for i in range(800)]
+    asked = [r for r in rows if r.turns[0][0] != "<image>"]
+    assert 150 < len(asked) < 250
+    assert all(r.turns[0][1].startswith("<grounding> An image of <phrase>") for r in rows if r.turns[0][0] == "<image>")
+    # Without places there is nothing to ask; told of none, nothing is asked.
+    assert grit(noun_chunks=[]).turns == parse({**GRIT, "noun_chunks": []}, 0, root="/x", instruct=1.0).turns == (("<image>", SNOWMAN),)
+    assert parse(GRIT, 0, root="/x", boxes=0.0, instruct=1.0).turns == (("<image>", SNOWMAN),)

@@ -50,6 +50,10 @@ ask = {"role": "user", "content": "q"}
 say = lambda text: {"role": "assistant", "content": text}  # noqa: E731
 URL = "data:image/png;base64," + base64.b64encode(png()).decode()
 
+SCIENCE = {
+    "question": "Which is colder?", "choices": ["ice", "fire", "both"], "answer": 1, "hint": "Two pans.", "lecture": "Heat flows.",
+    "solution": "Ice melts.", "task": "closed choice",
+}  # fmt: skip
 # name: (row, what it says). The number is 7 and the id #7 wherever the row gives none.
 FORMS = {
     "llava": (
@@ -134,6 +138,18 @@ FORMS = {
         {"question": "what?", "answer": "a cat", "image": "c.jpg"},
         Record(7, "#7", (("<image>\nwhat?", "a cat"),), pictures=shown("c.jpg")),
     ),
+    "several humans' answers, the most frequent learnt": (
+        {"question": "what?", "answers": ["cat", {"answer": "a dog", "answer_id": 2}, "a dog"], "image": "c.jpg"},
+        Record(7, "#7", (("<image>\nwhat?", "a dog"),), pictures=shown("c.jpg"), answers=("cat", "a dog", "a dog")),
+    ),
+    "several humans' answers, the first among equals learnt": (
+        {"question": "what?", "answers": ["dog", "cat", "cat", "dog"]},
+        Record(7, "#7", (("what?", "dog"),), answers=("dog", "cat", "cat", "dog")),
+    ),
+    "several humans' answers and the one that is learnt": (
+        {"question": "what?", "answers": ["dog", "dog"], "answer": "cat"},
+        Record(7, "#7", (("what?", "cat"),), answers=("dog", "dog")),
+    ),
     "alpaca": (
         {"instruction": "q", "input": "", "output": "a"},
         Record(7, "#7", (("q", "a"),)),
@@ -147,6 +163,32 @@ FORMS = {
         Record(7, "#7", (("q", "a"),), "s"),
     ),
     "caption": ({"image": "c.jpg", "caption": "a cat"}, Record(7, "#7", (("<image>", "a cat"),), pictures=shown("c.jpg"))),
+    "captions": (
+        {"image": "c.jpg", "captions": ["a cat", "it sits"], "image_id": 139},
+        Record(7, "#7", (("<image>", "a cat"),), pictures=shown("c.jpg"), captions=("a cat", "it sits"), image_id="139"),
+    ),
+    "scienceqa": (
+        {**SCIENCE, "image": "c.jpg"},
+        Record(
+            7,
+            "#7",
+            (
+                (
+                    "<image>\nWhich is colder?\nContext: Two pans.\nOptions: (A) ice (B) fire (C) both\n",
+                    "Heat flows. Ice melts. The answer is B.",
+                ),
+            ),
+            pictures=shown("c.jpg"),
+        ),
+    ),
+    "scienceqa without a word more": (
+        {"question": "Which?", "choices": ["{x}", "y"], "answer": 0, "hint": "", "lecture": "", "image": None},
+        Record(7, "#7", (("Which?\nContext: N/A\nOptions: (A) {x} (B) y\n", "The answer is A."),)),
+    ),
+    "a question with choices that says its answer": (
+        {"question": "Which?", "choices": ["x", "y"], "answer": "y"},
+        Record(7, "#7", (("Which?", "y"),)),
+    ),
     "text": ({"text": "once"}, Record(7, "#7", document="once")),
     "text with places": (
         {"text": "a <image> b <image>", "images": ["a.png", "b.png"]},
@@ -229,10 +271,12 @@ def test_documented_examples_are_records(tmp_path):
     examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
     animated(tmp_path / "clip.gif")
     records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
-    assert len(records) == 20
-    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 4, 0, 2, *[1] * 4, 3, 2, *[1] * 4, 8]
-    assert [len(r.boxes) for r in records] == [0] * 15 + [1, 1, 0, 0, 0]
-    assert [r.chosen for r in records] == [None] * 17 + ["A cat."] * 2 + [None]
+    assert len(records) == 23
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 6, 0, 1, 2, *[1] * 4, 3, 2, *[1] * 4, 8]
+    assert [len(r.boxes) for r in records] == [0] * 18 + [1, 1, 0, 0, 0]
+    assert [len(r.captions) for r in records] == [0] * 8 + [2] + [0] * 14
+    assert [len(r.answers) for r in records] == [0] * 5 + [3] + [0] * 17
+    assert [r.chosen for r in records] == [None] * 20 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():
@@ -525,6 +569,25 @@ def test_parts_of_a_stream_are_its_records_once(folder):
     assert [len(p) for p in parts] == [8, 8, 7]
 
 
+def test_a_stream_tells_one_of_several_captions(folder):
+    """By (seed, epoch, record): another one in another epoch, and the same wherever the stream is continued."""
+    pytest.importorskip("datasets")
+    rows = [{"image": "0.png", "captions": [f"{i}a", f"{i}b", f"{i}c"]} for i in range(30)] + [{"image": "0.png", "caption": "one"}]
+    data, epochs = Data("mine", write(folder / "a.jsonl", rows)), []
+    stream = Stream(data, seed=3, block=4)
+    for _ in range(2):
+        told = {record.number: record.turns for record in stream}
+        assert told.pop(30) == (("<image>", "one"),)
+        assert all(turns[0][1][:-1] == str(number) for number, turns in told.items())
+        epochs.append("".join(told[i][0][1][-1] for i in range(30)))
+    assert epochs[0] != epochs[1]
+    assert all(min(epoch.count(which) for which in "abc") >= 4 for epoch in epochs)
+    half, again = Stream(data, seed=3, block=4), Stream(data, seed=3, block=4)
+    first = [record for record, _ in zip(half, range(11), strict=False)][:10]
+    again.load_state_dict({**half.state_dict()})
+    assert {r.number: r.turns[0][1][-1] for r in [*first, *again] if r.number < 30}.items() <= dict(enumerate(epochs[0])).items()
+
+
 def test_a_stream_skips_and_counts(folder):
     pytest.importorskip("datasets")
     path = folder / "a.jsonl"
@@ -667,11 +730,32 @@ def test_a_table_of_captions(tmp_path):
     for number, why in ((1, "line 4 of train.tsv has 1 fields, the first line names 2"), (2, "line 5 of train.tsv is not UTF-8")):
         with pytest.raises(ValueError, match=why):
             records[number]
-    with pytest.raises(ValueError, match="tables of text are read whole; leave streaming off"):
+    with pytest.raises(ValueError, match="tables with names in their first line are read whole; leave streaming off"):
         Stream(Data("cc3m", path=str(tmp_path / "train.tsv"), streaming=True))
     (tmp_path / "train.tsv").write_text("caption\timage\n")
     with pytest.raises(ValueError, match="holds no record"):
         Records(Data("cc3m", path=str(tmp_path / "train.tsv")))
+
+
+def test_problems_by_id(tmp_path):
+    """ScienceQA's file: an object of problems of all splits, whose pictures lie in folders of their ids."""
+    problems = {
+        "4": {**SCIENCE, "split": "train", "image": "image.png"},
+        "11": {**SCIENCE, "split": "test", "image": None},
+        "12": {**SCIENCE, "split": "train", "image": None, "answer": 0},
+    }
+    for indent in (None, 1):
+        (tmp_path / "problems.json").write_text(json.dumps(problems, indent=indent))
+        records = Records(Data("scienceqa", path=str(tmp_path / "problems.json"), choices="llama_adapter"))
+        assert [r.id for r in records] == ["4", "12"]
+        asked = "Question: Which is colder? Context: Two pans. Choices: (A) ice (B) fire (C) both Answer:"
+        assert [r.turns for r in records] == [((f"<image>\n{asked}", "The answer is (B)"),), ((asked, "The answer is (A)"),)]
+        assert records[0].pictures == (Picture(str(tmp_path / "4" / "image.png")),)
+    assert [r.id for r in Records(Data("scienceqa", path=str(tmp_path / "problems.json"), split="test"))] == ["11"]
+    with pytest.raises(ValueError, match=r"has no record of split 'tran' \(did you mean 'train'\?\); they are of test, train"):
+        Records(Data("scienceqa", path=str(tmp_path / "problems.json"), split="tran"))
+    (tmp_path / "pair.json").write_text(json.dumps({"prompt": ask, "chosen": say("a"), "rejected": say("b")}))
+    assert Records(Pairs("mine", path=str(tmp_path / "pair.json")))[0].rejected == "b"
 
 
 def test_answers_are_cleaned_as_captions_are(tmp_path):
@@ -682,6 +766,9 @@ def test_answers_are_cleaned_as_captions_are(tmp_path):
     plain, clean = (Records(Data("mine", path=str(tmp_path / "a.json"), clean=clean)) for clean in (False, True))
     assert [r.parse(0).turns[-1][1].strip() for r in (plain, clean)] == ['A "Big" Dog;  (brown) runs!', "a big dog brown runs"]
     assert clean.parse(1).turns[-1][1] == " ".join(["word"] * 50)
+    (tmp_path / "c.json").write_text(json.dumps([{"image": "a.png", "captions": ["A cat!", "(It) sits."]}]))
+    record = Records(Data("mine", path=str(tmp_path / "c.json"), clean=True)).parse(0)
+    assert (record.turns, record.captions) == ((("<image>", "a cat"),), ("a cat", "it sits"))
     (tmp_path / "b.json").write_text(json.dumps([{"image": "a.png", "caption": "!.."}]))
     with pytest.raises(ValueError, match="has an answer without words"):
         Records(Data("mine", path=str(tmp_path / "b.json"), clean=True)).parse(0)

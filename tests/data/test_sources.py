@@ -151,6 +151,29 @@ def test_a_source_travels_to_other_processes(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_questions_are_all_that_stands_before_an_answer(tmp_path):
+    """Of every turn, with the earlier answers and pictures; a document asks nothing, and one picture with one answer is a caption."""
+    talk = [("<image>what", "a"), ("and <image>?", "b"), ("so", "c")]
+    turns = {
+        "messages": [{"role": r, "content": t} for turn in talk for r, t in zip(("user", "assistant"), turn, strict=True)],
+        "images": ["3.png", "0.png"],
+    }
+    asked = {"image": "3.png", "question": "how", "answers": ["x", "y", "y"], "id": "h"}
+    source = Conversations([Records(data(tmp_path, [turns, RECORDS[3], asked, said("text", "yy")]))], encoder(), plan=4)
+    questions = list(source.questions(range(4)))
+    prompts = ["^@@what", "^@@whataand @@?", "^@@whataand @@?bso", "^@@\nhow", "^text"]
+    assert [text(q.ids) for q in questions] == prompts
+    assert [(q.item, q.record.id, q.text, q.answer, q.answers) for q in questions] == [
+        (0, "#0", "what", "a", ("a",)), (0, "#0", "and ?", "b", ("b",)), (0, "#0", "so", "c", ("c",)),
+        (2, "h", "how", "y", ("x", "y", "y")), (3, "#3", "text", "yy", ("yy",)),
+    ]  # fmt: skip
+    assert [shown(source.show(q.shown)) for q in questions] == [[3], [3, 0], [3, 0], [3], []]
+    assert [q for q, *_ in source.prompts(3)] == ["so", "<image>\nhow"]
+    assert source.captions() == [2]
+    short = Conversations([Records(data(tmp_path, [turns]))], encoder(max_length=16), plan=4)
+    assert [text(q.ids) for q in short.questions([0])] == prompts[:2], "what is cut off in training is not asked"
+
+
 def test_pairs(tmp_path):
     records = [
         {"image": "1.png", "prompt": "p", "chosen": "good", "rejected": "bad"},
@@ -343,3 +366,80 @@ def test_captions_come_first_in_a_share_of_pairs(tmp_path):
     assert batch["input_ids"].tolist() == [ids]
     assert batch["labels"].tolist() == [[-100, *ids[1:]]]
     assert batch["pictures"][0, 0, 0, 0] == 100
+
+
+# --------------------------------------------------------------------------------------------------- several captions, one picture
+
+SEVERAL = [
+    {"image": "0.png", "captions": ["a", "bb", "ccc"]},
+    {"image": "1.png", "caption": "dddd"},
+    {"image": "2.png", "captions": ["e", "ff"]},
+]
+
+
+def told(source, index):
+    return [text(row) for row in source.batch(torch.tensor(index))["input_ids"].tolist()]
+
+
+def test_one_of_several_captions_is_drawn(tmp_path):
+    """An item is a picture; which caption stands beside it is a function of (seed, epoch, place), and every one of them comes."""
+    sources = [Conversations([Records(data(tmp_path, SEVERAL))], encoder(), plan=4, seed=seed) for seed in (0, 0, 1)]
+    source = sources[0]
+    assert (len(source), source.picture_count) == (3, 3)
+    assert told(source, [0, 1, 2, 3, 5, 6]) == ["^@@a$", "^@@dddd$", "^@@e$", "^@@bb$", "^@@ff$", "^@@ccc$"]
+    epochs = [source.permutation(epoch) for epoch in range(40)]
+    assert all(sorted((order % 3).tolist()) == [0, 1, 2] for order in epochs)
+    assert {int(i) for order in epochs for i in order} == {0, 1, 2, 3, 5, 6}
+    counts = torch.cat(epochs).bincount(minlength=7).tolist()
+    assert counts[1] == 40
+    assert all(6 <= counts[i] <= 21 for i in (0, 3, 6))  # thirteen of each expected
+    assert torch.equal(sources[1].permutation(7), source.permutation(7))
+    alone = Conversations([Records(data(tmp_path, SEVERAL[:1]))], encoder(), plan=4)
+    assert {int(alone.permutation(epoch)) for epoch in range(20)} == {0, 1, 2}
+    assert any(not torch.equal(sources[2].permutation(e), source.permutation(e)) for e in range(3))
+    batch = source.batch(torch.tensor([6, 2]))
+    assert shown(batch) == [0, 2]
+    assert batch["counts"].tolist() == [4 + 2]
+
+
+def test_a_record_that_a_mixture_draws_twice_may_say_something_else(tmp_path):
+    many = tmp_path / "many"
+    many.mkdir()
+    one = [{"image": "0.png", "captions": ["a", "b" * 46]}]
+    parts = [Records(data(many, RECORDS * 10, weight=1.0, loss=1.0)), Records(data(tmp_path, one, weight=3.0, loss=1.0))]
+    source = Conversations(parts, encoder(), plan=4)
+    order = source.permutation(0)
+    of_last = order[order % 41 == 40]
+    assert len(of_last) == 31  # three quarters of 41, to the nearest
+    assert set((of_last // 41).tolist()) == {0, 1}
+    assert source.batch(torch.tensor([40 + 41, 3, 40]))["groups"].tolist() == [1, 0, 1]
+    # Tokens of a record, ^, $ and two places a picture among them: 27.5 in the mean of both captions, 8.5 of the others.
+    assert [len(source.encoded(i, "answer")[0]) for i in (40, 40 + 41, 0, 1, 2, 3)] == [5, 50, 10, 8, 8, 8]
+    share = 41 * (3 / 27.5) / (3 / 27.5 + 1 / 8.5)
+    order = Conversations(parts, encoder(), plan=4, by_tokens=True).permutation(0)
+    assert abs(int((order % 41 == 40).sum()) - share) <= 0.5
+
+
+def test_captions_beyond_what_is_kept_are_encoded_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmfast.data.sources.KEEP_TOKENS", 0)
+    source = Conversations([Records(data(tmp_path, SEVERAL))], encoder(), plan=4)
+    assert told(source, [0, 3, 6, 5]) == ["^@@a$", "^@@bb$", "^@@ccc$", "^@@ff$"]
+
+
+def test_pictures_of_one_id_are_one(tmp_path):
+    """``image_id`` or the file itself; ids of two sets have nothing to do with each other; each record shows its own file."""
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = [{"image": f"{i}.png", "caption": "x", **more} for i, more in enumerate([{"image_id": 5}, {}, {"image_id": 5}])]
+    rows += [{"image": "1.png", "caption": "y"}]
+    spec = data(tmp_path, rows)
+    parts = [Records(spec), Records(data(other, [{"image": "3.png", "caption": "x", "image_id": 5}]))]
+    batch = Conversations(parts, encoder(), plan=4).batch(torch.tensor([0, 1, 2, 3, 4]))
+    keys = batch["keys"].tolist()
+    assert keys[0] == keys[2]
+    assert keys[1] == keys[3]
+    assert len(set(keys)) == 3
+    assert shown(batch) == [0, 1, 2, 1, 3]
+    pytest.importorskip("datasets")
+    stream = [Streamed(Stream(spec), encoder(), plan=4).take(4, rank, 2)["keys"].tolist() for rank in range(2)]
+    assert stream[0][0] == stream[0][1] != stream[1][0] == stream[1][1]  # records 0 and 2, 1 and 3

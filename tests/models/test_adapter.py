@@ -9,7 +9,7 @@ from mmfast.trainers.loop import rate
 
 from mmfast import spec
 from mmfast.models import add_lora, build, load_adapter, save_adapter
-from mmfast.models.adapter import adapter_state, load_adapter_state
+from mmfast.models.adapter import adapter_state, load_adapter_state, peft_state, save_peft_adapter
 
 SYSTEM = spec.System(
     "test",
@@ -161,6 +161,66 @@ def test_the_first_release_has_one_gate_a_layer():
     load_adapter_state(model, state)
     assert model.fusion.layers["2"].gate.tolist() == pytest.approx([0.2] * 4)
     assert torch.equal(model.fusion.layers["1"].prompt, state["adapter_query.weight"][:3]), "lowest layer first"
+
+
+@pytest.mark.parametrize("mode", ["tanh", "identity"])
+def test_peft_s_files_both_ways(mode, tmp_path):
+    """peft reads what is written and says the same, and what peft writes is read."""
+    from peft import AdaptionPromptConfig, PeftModel, get_peft_model
+
+    model, ids = made(fusion=replace(SYSTEM.fusion, gate=mode)), text()
+    with torch.no_grad():
+        for layer, g in zip(model.fusion.layers.values(), (0.7, -0.4), strict=True):
+            layer.gate.fill_(g)
+    want = model(ids).logits
+    save_peft_adapter(model, tmp_path / "ours")
+    theirs = PeftModel.from_pretrained(_plain(model), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(ids).logits, want, atol=1e-5, rtol=1e-5)
+    fresh = get_peft_model(_plain(model), AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        for name, p in fresh.named_parameters():
+            p.fill_(0.3) if name.endswith("gate") else p.normal_() if name.endswith("adaption_prompt") else None
+    fresh.save_pretrained(tmp_path / "theirs")
+    load_adapter(model, tmp_path / "theirs")
+    assert (model(ids).logits - want).abs().max() > 0.1
+    torch.testing.assert_close(model(ids).logits, fresh(ids).logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.fusion.layers["1"].prompt, fresh.get_base_model().model.layers[1].self_attn.adaption_prompt[0])
+
+
+def test_peft_s_count():
+    """LLaMA-7B: one gate a layer instead of 32, 1,228,830 parameters; peft's own model has as many, by the same names."""
+    from mmfast.trainers.recipes.architectures.llama_adapter import RECIPE
+    from peft import AdaptionPromptConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    random = replace(RECIPE, encoder=replace(RECIPE.encoder, weights=None), language=replace(RECIPE.language, weights=None))
+    with torch.device("meta"):
+        model = build(random)
+        theirs = get_peft_model(
+            LlamaForCausalLM(LlamaConfig()), AdaptionPromptConfig(adapter_len=10, adapter_layers=30, task_type="CAUSAL_LM")
+        )
+    for layer in model.fusion.layers.values():
+        layer.to_empty(device="cpu").gate.data.zero_()
+    learns = {name: p.shape for name, p in theirs.named_parameters() if p.requires_grad}
+    assert sum(shape.numel() for shape in learns.values()) == 1_228_830
+    assert {name: t.shape for name, t in peft_state(model).items()} == learns
+
+
+def test_what_peft_has_no_form_for_says_so():
+    model = made()
+    with pytest.raises(ValueError, match="the heads of layer 1 have gates of their own, and peft has one a layer"):
+        peft_state(model)
+    for layer in model.fusion.layers.values():
+        torch.nn.init.zeros_(layer.gate)
+    state, start = peft_state(model), "base_model.model.model.layers.2.self_attn.adaption_"
+    with pytest.raises(ValueError, match=r"the gate of layer 2, 1.5, is no tanh; set fusion.gate to identity"):
+        load_adapter_state(model, state | {f"{start}gate": torch.tensor([1.5])})
+    with pytest.raises(ValueError, match=r"adapter_query.weight: expected .* = 6, 24\], got \[3, 24\]"):
+        load_adapter_state(model, {k: v for k, v in state.items() if k != f"{start}prompt"})
+    with pytest.raises(ValueError, match=r"holds no layers.2.attention.gate"):
+        load_adapter_state(model, {k: v for k, v in state.items() if k != f"{start}gate"})
+    with pytest.raises(ValueError, match=r"holds lm_head.weight, which is no prompt and no gate"):
+        load_adapter_state(model, state | {"lm_head.weight": torch.zeros(1)})
 
 
 def test_files_that_do_not_fit_say_so():

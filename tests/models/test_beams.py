@@ -30,7 +30,8 @@ def stock_llava(tmp_path, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_texts_are_those_of_transformers(tmp_path, seed):
-    """Llava with prompts padded on the left: every number of beams, penalty and end; also where no run of tokens may come again."""
+    """Llava with prompts padded on the left: every number of beams, penalty and end; also where tokens may not, or
+    had better not, come again, with beams and without."""
     stock, ours = stock_llava(tmp_path, seed)
     picture = [39] * 4
     ids = torch.tensor([[0, 0, 1, *picture, 5, 6], [1, 7, 8, *picture, 9, 3]])
@@ -38,13 +39,14 @@ def test_texts_are_those_of_transformers(tmp_path, seed):
     pixels = torch.randn(2, 3, 16, 16)
     differs = 0
     likely = ours.generate(ids, attention_mask=mask, pixel_values=pixels, max_new_tokens=8).unique().tolist()
-    asked = [(beams, penalty, end, 0) for end in likely for beams, penalty in ((2, 1.0), (3, 3.0), (5, -1.0))]
-    for beams, penalty, end, again in (*asked, (5, -1.0, 4, 2), (4, 0.0, None, 3)):
+    asked = [(beams, penalty, end, 0, 1.0) for end in likely for beams, penalty in ((2, 1.0), (3, 3.0), (5, -1.0))]
+    asked += [(5, -1.0, 4, 2, 1.0), (4, 0.0, None, 3, 1.0), *((beams, 1.0, 4, again, 1.5) for beams in (1, 3) for again in (0, 2))]
+    for beams, penalty, end, again, rarer in asked:
         told = stock.generate(
             input_ids=ids, attention_mask=mask, pixel_values=pixels, num_beams=beams, length_penalty=penalty, do_sample=False, max_new_tokens=8,
-            eos_token_id=end, pad_token_id=end if end is not None else 0, no_repeat_ngram_size=again,
+            eos_token_id=end, pad_token_id=end if end is not None else 0, no_repeat_ngram_size=again, repetition_penalty=rarer,
         )[:, ids.shape[1] :]  # fmt: skip
-        options = dict(attention_mask=mask, pixel_values=pixels, end=end, max_new_tokens=8, no_repeat=again)
+        options = dict(attention_mask=mask, pixel_values=pixels, end=end, max_new_tokens=8, no_repeat=again, repetition_penalty=rarer)
         said = ours.generate(ids, beams=beams, length_penalty=penalty, **options)
         assert torch.equal(said, told)
         greedy = ours.generate(ids, **options)
@@ -91,5 +93,8 @@ def test_what_it_asks_for():
     assert ours.generate(**x, beams=3, max_new_tokens=0).shape == (2, 0)
     with pytest.raises(ValueError, match="expected beams >= 1, got 0"):
         ours.generate(**x, beams=0)
+    for beams in (1, 2):
+        with pytest.raises(ValueError, match="expected a finite repetition_penalty > 0, got 0"):
+            ours.generate(**x, beams=beams, repetition_penalty=0)
     with pytest.raises(TypeError, match="temperature"):
         ours.generate(**x, beams=2, temperature=1.0)

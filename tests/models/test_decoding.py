@@ -5,7 +5,9 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from mmfast.models.decoding import contrastive_logits
+from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+from mmfast.models.decoding import contrastive_logits, penalised, unrepeating
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -33,3 +35,20 @@ def test_weakened_and_contrasted_pictures(dtype):
     assert cold[1] == max(cold)
     assert released[1] != max(released)
     assert contrastive_logits(clean, noisy, weight=0.0, plausible=1e-9).tolist() == clean.tolist()
+
+
+def test_the_penalty_by_hand():
+    """Positive logits are divided and negative ones multiplied, once however often a token was said; a placeholder beyond the vocabulary is none."""
+    logits, told = torch.tensor([[4.0, -1.0, 0.0, 2.0]]), torch.tensor([[1, 0, 0, 4]])
+    assert penalised(logits, told, 2.0).tolist() == [[2.0, -2.0, 0.0, 2.0]]
+    assert penalised(logits, told, 0.5).tolist() == [[8.0, -0.5, 0.0, 2.0]]
+
+
+@pytest.mark.parametrize(("no_repeat", "penalty"), [(0, 1.3), (2, 1.0), (3, 0.7), (1, 1.5)])
+def test_rules_against_repetition_are_those_of_transformers(no_repeat, penalty):
+    told, logits = torch.randint(0, 6, (4, 30)), torch.randn(4, 9)
+    stock = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)])
+    stock += [NoRepeatNGramLogitsProcessor(no_repeat)] if no_repeat else []
+    got = unrepeating(logits, told, no_repeat=no_repeat, repetition_penalty=penalty)
+    assert torch.equal(got, stock(told, logits.clone()))
+    assert not torch.equal(got, logits)

@@ -65,6 +65,35 @@ def test_published_counts(tokens, trained):
     }
 
 
+def test_published_ids(tmp_path):
+    """OPT's tokenizer has 50,265 pieces and its matrix 50,272 rows: [RET] is 50266, behind the picture's token, and takes a row that is there. None is
+    added and none dropped (the release cuts the matrix to 50,267), so every row keeps what was learnt."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from mmfast.models import tokenizer_for
+
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *"abcd"]
+    inner = Tokenizer(models.WordLevel({p: i for i, p in enumerate(pieces + [f"piece{i}" for i in range(8, 50_265)])}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(tmp_path)
+    sizes = dict(hidden_size=8, word_embed_proj_dim=8, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64)
+    theirs = OPTForCausalLM(OPTConfig(vocab_size=50_272, **sizes))
+    theirs.save_pretrained(tmp_path)
+    system = replace(SYSTEM, language=spec.LanguageModel(weights=str(tmp_path)))
+    tokenizer = tokenizer_for(system)
+    model = build(system, tokenizer=tokenizer)
+    assert (len(tokenizer), model.image_token, model.new_tokens) == (50_267, 50_265, (50_266,))
+    assert torch.equal(model.language.get_input_embeddings().weight, theirs.get_input_embeddings().weight)
+    assert torch.equal(fromage.fromage_state(model)["ret_input_embeddings.weight"], theirs.get_input_embeddings().weight[50_266:50_267])
+    save_fromage(model, tmp_path / "saved")
+    assert fromage.read_args(tmp_path / "saved")["retrieval_token_idx"] == 50_266
+    ids, _ = retrieval.encode(model, tokenizer, [picture(0), "a b [RET]"])
+    assert ids.tolist() == [[50_265, 2, 4, 5, 50_266]]  # OPT's beginning token is </s>, 2
+
+
 def test_published_files_both_ways(tmp_path):
     (model, _), (other, _) = made(1), made(2)
     other.language.load_state_dict(model.language.state_dict())

@@ -71,6 +71,28 @@ def test_pieces_are_final_and_complete(text):
     assert sum(map(bool, said)) >= min(3, len(text.split()))  # in pieces, not at the end
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("a # b\n## c\n### Human: d", "a # b\n## c"), ("a\n", "a\n"), ("\n#", "\n#"), ("\n### ", ""), ("a\n\n###", "a\n"), ("é\n###", "é")],
+)
+def test_a_text_that_ends_an_answer(text, said):
+    """It and what follows are left out, what only begins like it is not, and nothing is asked for behind it."""
+    tokenizer, asked = byte_tokenizer(), []
+
+    def tokens():
+        for token in tokenizer(text)["input_ids"]:
+            asked.append(token)
+            yield torch.tensor([token])
+
+    pieces = [row[0] for row in text_pieces(tokenizer, tokens(), "\n###")]
+    assert "".join(pieces) == said
+    assert tokenizer.decode(asked) == (text[: text.index("\n###") + 4] if "\n###" in text else text)
+    rows = text_pieces(
+        tokenizer, [torch.tensor(pair) for pair in zip(*(tokenizer(t)["input_ids"] for t in ("ab\n###", "\n###cd")), strict=True)], "\n###"
+    )
+    assert ["".join(row) for row in zip(*rows, strict=True)] == ["ab", ""]
+
+
 def test_a_token_that_is_no_character_comes_out_at_the_end():
     tokenizer = byte_tokenizer()
     half = tokenizer("é")["input_ids"][:1]

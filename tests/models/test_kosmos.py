@@ -1,15 +1,18 @@
 """Our Kosmos-2 is the published one: parity with transformers' class, the connector, the original names, published counts, Magneto's start."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import Kosmos2Config, Kosmos2ForConditionalGeneration
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2ImageToTextProjection
 
 from mmfast import spec
-from mmfast.models import build, from_pretrained, tiny
+from mmfast.data import chat
+from mmfast.models import build, from_pretrained, tiny, tokenizer_for
 from mmfast.models.published import kosmos2
 from mmfast.nn.pool import AttentionPool
 
@@ -256,3 +259,72 @@ def test_positions_begin_behind_the_padding_token():
     theirs = stock(text={"embed_dim": 4, "attention_heads": 1}).text_model.model.embed_positions
     row = theirs(inputs_embeds=torch.zeros(1, 1, 4))[0, 0]
     torch.testing.assert_close(row, torch.tensor([0.909297, 0.0002, -0.416147, 1.0]), atol=1e-6, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------------- the vocabulary
+
+SNOWMAN = (
+    "<grounding> An image of<phrase> a snowman</phrase><object><patch_index_0044><patch_index_0863></object> warming himself by"
+    "<phrase> a fire</phrase><object><patch_index_0005><patch_index_0911></object>."
+)
+# The ids that the release gives its tags, as published.
+TAGS = {
+    "<mask>": 64001, "</doc>": 64002, "<image>": 64003, "</image>": 64004, "</chunk>": 64005, "</line>": 64006, "<phrase>": 64007, "</phrase>": 64008,
+    "<object>": 64009, "</object>": 64010, "</delimiter_of_multi_objects/>": 64011, "<grounding>": 64012, "<patch_index_0000>": 64013,
+    "<patch_index_1023>": 65036,
+}  # fmt: skip
+
+
+def words(folder, *tags):
+    """A folder of a tokenizer with the ids of Kosmos-2's before its tags, 64,001 pieces of which few are words here, and with ``tags`` behind them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *re.findall(r"\w+|\.", "An image of a snowman warming himself by fire.")]
+    pieces += [f"piece{i}" for i in range(len(pieces), 64_001)]
+    inner = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate([*pieces, *tags])}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=list(tags),
+    )
+    Kosmos2Config().save_pretrained(folder)
+    made.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("known", [6, len(TAGS)], ids=["without places", "whole"])
+def test_the_vocabulary_is_the_published_one(known, tmp_path):
+    """Names, ids and 65,037 in all: of a tokenizer that has them, and of one that ends before the tags of places, which are added in order.
+    transformers' processor, which adds its tags itself, has the same."""
+    from mmfast.trainers.recipes.architectures.kosmos_2 import RECIPE
+    from transformers import AutoTokenizer, Kosmos2Processor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from mmfast.models.pretrained import placeholder
+
+    words(tmp_path / "base", *list(TAGS)[:6])
+    theirs = Kosmos2Processor(CLIPImageProcessorPil(size={"height": 224, "width": 224}), AutoTokenizer.from_pretrained(tmp_path / "base"))
+    if known > 6:
+        theirs.tokenizer.save_pretrained(tmp_path / "base")
+    system = replace(RECIPE, language=replace(RECIPE.language, words=str(tmp_path / "base")))
+    ours = tokenizer_for(system)
+    assert len(ours) == len(theirs.tokenizer) == 65_037 == system.language.vocab == placeholder(system, ours)
+    assert ours.convert_tokens_to_ids(list(TAGS)) == theirs.tokenizer.convert_tokens_to_ids(list(TAGS)) == list(TAGS.values())
+    assert ours.convert_tokens_to_ids([f"<patch_index_{i:04}>" for i in range(1024)]) == list(range(64_013, 65_037))
+    assert (ours.bos_token_id, ours.pad_token_id, ours.eos_token_id, ours.unk_token_id) == (0, 1, 2, 3)
+
+    # The published example with its picture has 91 tokens, which is one for each of its words.
+    borders = ours.convert_tokens_to_ids(list(system.borders))
+    places = dict(image_tokens=system.image_places, image_token=placeholder(system, ours), borders=borders)
+    ids, _ = chat.encode(ours, "bare", [("<image>" + SNOWMAN, None)], **places)
+    picture = Image.new("RGB", (32, 32))
+    batch = theirs(images=picture, text=SNOWMAN, return_tensors="pt")
+    seen = batch["image_embeds_position_mask"][0].bool()
+    assert len(ids) == batch["input_ids"].shape[1] == 91
+    assert batch["input_ids"][0].masked_fill(seen, placeholder(system, ours)).tolist() == ids
+    assert ours.unk_token_id not in ids

@@ -40,6 +40,17 @@ def test_worked_value(gate, second):
     assert out.tolist() == pytest.approx([2.0, second], abs=2e-6)
 
 
+@pytest.mark.parametrize(("activation", "gate"), [("tanh", 0.462117), ("identity", 0.5)])
+def test_worked_weights(activation, gate):
+    """What the query gives each prompt, .669762 and .330238, where prompts are their own values; times what is made of the gate."""
+    made = AdapterPrompt(2, 2, 1, gate_activation=activation)
+    with torch.no_grad():
+        made.gate.fill_(0.5)
+        made.prompt.copy_(torch.eye(2))
+    out = made(torch.tensor([[[[1.0, 0.0]]]]), lambda x: x, lambda x: x)[0, 0, 0]
+    assert out.tolist() == pytest.approx([gate * 0.669762, gate * 0.330238], abs=1e-6)
+
+
 @pytest.mark.parametrize("activation", ["tanh", "identity"])
 @pytest.mark.parametrize("shape", [None, (2, 1, 10), (2, 3, 10)], ids=str)
 def test_values_and_gradients_are_those_of_the_formula(activation, shape):

@@ -1,14 +1,17 @@
 """Chat: what a model says about a picture, piece by piece; a conversation survives what cannot be done."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from made import Session, photograph
 from mmfast.trainers.chat import chat, converse, joint, question
+from mmfast.trainers.evaluate import answer, caption_all
 from mmfast.trainers.loop import RunError
 
 from mmfast import spec
+from mmfast.data import chat as conversations
 from mmfast.data import images
 from mmfast.models.tokenizer import plain_text
 
@@ -57,12 +60,46 @@ def test_without_and_with_several_pictures(session, pictures):
         chat(session, [], "Is <image>?", **options)
 
 
+def test_an_answer_that_ends_with_a_text(session, monkeypatch):
+    """Put in the model's mouth: what follows the text that ends llava_v0's answers is not the model's to say."""
+    tokens = session.tokenizer("A red one.\n### Human: And", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(session.model, "steps", lambda ids, **given: (torch.tensor([token]) for token in tokens))
+    assert chat(session, [], "Which?", template="llava_v0") == "A red one."
+    assert chat(session, [], "Which?", template="llava_v1") == "A red one.\n### Human: And"
+    monkeypatch.setattr(session.model, "generate", lambda ids, **given: torch.tensor([tokens] * len(ids)))
+    monkeypatch.setattr(session, "place", SimpleNamespace(device="cpu"), raising=False)
+    for template, told, ended in (("llava_v0", "A red one.", 1), ("llava_v1", "A red one.\n### Human: And", 0)):
+        encode = conversations.Encoder(session.tokenizer, template, 4, session.model.image_token, 0)
+        assert answer(session, [("Which?", [1, 2], torch.zeros(0))], end=encode.end_token, stop=encode.stop) == [told]
+        monkeypatch.setattr(session, "encoder", lambda template, encode=encode: encode)
+        assert caption_all(session, torch.zeros(2, 4, 32), template) == ([told] * 2, ended)
+
+
 def test_sampling_repeats_with_its_seed(session, pictures):
     def draw(seed, **options):
         return chat(session, pictures[:1], "?", template="vicuna_v1", max_new_tokens=12, temperature=1.5, seed=seed, **options)
 
     assert draw(1) == draw(1) != draw(2)
     assert draw(1, top_p=1e-6) == chat(session, pictures[:1], "?", template="vicuna_v1", max_new_tokens=12)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(beams=3, length_penalty=-1.0),
+        dict(no_repeat=1),
+        dict(repetition_penalty=1.5),
+        dict(beams=2, no_repeat=2, repetition_penalty=1.2),
+    ],
+)
+def test_decoding_is_what_is_asked_for(session, pictures, asked):
+    plain = dict(template="vicuna_v1", max_new_tokens=12)
+    said = chat(session, pictures[:1], "What is this?", **plain, **asked)
+    ids, _ = session.encoder("vicuna_v1")([("<image>\nWhat is this?", None)])
+    pixels = session.pixels(torch.from_numpy(images.load(pictures[0], 28))[None])
+    out = session.model.generate(torch.tensor([ids]), pixel_values=pixels, end=session.tokenizer.eos_token_id, max_new_tokens=12, **asked)
+    assert said == plain_text(session.tokenizer, out[0].tolist())
+    assert said != chat(session, pictures[:1], "What is this?", **plain), "or it would not show that anything was asked"
 
 
 def test_the_mode_of_the_model_is_kept(session, pictures):

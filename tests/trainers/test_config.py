@@ -276,6 +276,17 @@ RULES = [
     ("llava", ["--stages.align.optim.lr_of.conector", "1"], "there is no part 'conector' (did you mean 'connector'?)"),
     ("llava", ["--stages.align.optim.lr_of.language", "1"], "stages.align.optim.lr_of.language: language does not train there"),
     ("llava", ["--stages.instruct.optim.lr_of.language", "0"], "stages.instruct.optim.lr_of.language: expected more than 0, got 0.0"),
+    ("llava", ["--stages.align.optim.layer_decay", "0"], "stages.align.optim.layer_decay: expected more than 0 and at most 1, got 0.0"),
+    (
+        "blip2",
+        ["--stages.speak.optim.layer_decay", "0.9"],
+        "stages.speak.optim.layer_decay: is of the encoder's layers, and these do not train",
+    ),
+    (
+        "frozen",
+        ["--stages.captions.optim.layer_decay", "0.9"],
+        "layer_decay: goes by a vision transformer's layers, and encoder is NfResnet",
+    ),
     ("llava", ["--stages.align.train", "[]"], "stages.align.train: nothing trains"),
     ("llava", ["--stages.align.train", "connector,connector"], "stages.align.train: a part is named twice"),
     ("llava", ["--stages.align.template", "vicuna"], "stages.align.template: unknown template 'vicuna' (did you mean 'vicuna_v1'?)"),
@@ -307,7 +318,7 @@ RULES = [
     (
         "blip2",
         ["--stages.see.data.clean", "true"],
-        "stages.see.data.clean: shapes_captions is built in, and its captions are what they are",
+        "stages.see.data.clean: shapes_captions is built in and read as it is; leave clean off",
     ),
     ("blip2", ["--stages.see.max_length", "65"], "stages.see.max_length: 65 words are more than the Q-Former's 64 positions; at most 64"),
     ("blip2", ["--stages.see.optim.batch", "1"], "stages.see.optim.batch: a text is compared with other pictures of its micro-batch"),
@@ -361,10 +372,10 @@ RULES = [
     (
         "llava",
         ["--stages.align.data.captions_first", "0.5"],
-        "stages.align.data.captions_first: shapes is built in, and its order is what it is",
+        "stages.align.data.captions_first: shapes is built in and read as it is",
     ),
     ("llava", ["--stages.align.data.captions_first", "2"], "stages.align.data.captions_first: expected at least 0 and at most 1, got 2.0"),
-    ("llava", ["--stages.align.data.shots.shots", "2"], "stages.align.data.shots: shapes is built in, and its episodes are what they are"),
+    ("llava", ["--stages.align.data.shots.shots", "2"], "stages.align.data.shots: shapes is built in and read as it is"),
     (
         "llava",
         ["--stages.align.data.shots.prompt", "kosmoss"],

@@ -82,8 +82,16 @@ def test_without_a_first_token():
         text = module.chat_template(name, "\n")
         return jinja2.Environment().from_string(text).render(messages=messages_of([("a", "b")]), bos_token=None, eos_token="</s>")
 
-    assert told("vicuna_v1") == f"{conversations.TEMPLATES['vicuna_v1'].system}USER: a ASSISTANT: b</s>"  # one text
+    assert told("vicuna_v1") == f"{conversations.TEMPLATES['vicuna_v1'].system} USER: a ASSISTANT: b</s>"  # one text
     assert told("bare") == f"a{BORDER}b</s>"
+
+
+def test_the_stock_class_ends_where_the_template_does(tmp_path):
+    session = Session(tmp_path)
+    session.tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
+    for template, end in (("mpt", "<|im_end|>"), ("vicuna_v1", "</s>")):
+        told = json.loads((export(session, recipe(session, template), tmp_path / template) / "generation_config.json").read_text())
+        assert told["eos_token_id"] == session.tokenizer.convert_tokens_to_ids(end)
 
 
 def test_pixels_are_those_of_training(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -13,10 +14,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mmfast.trainers import checkpoint, loop, place
+from mmfast.trainers import checkpoint, config, loop, place
 from torch import nn
 
-from mmfast.spec import Compute, Optim
+from mmfast.models import build
+from mmfast.spec import Compute, Dino, Optim
 
 OPTIM = Optim(lr=0.05, steps=12, batch=4, warmup=3, hold=0.2, floor=0.1, weight_decay=0.01)
 
@@ -239,6 +241,39 @@ def test_parts_learn_at_their_own_rates(tmp_path):
     trained(tmp_path, Optim(lr=0.1, steps=1, batch=4, warmup=0, lr_of={"b": 0.003}), model=model)
     moved = [(p - q).abs().max().item() for p, q in zip(model.parameters(), before, strict=True)]
     assert moved == pytest.approx([0.1, 0.1, 0.003, 0.003], rel=1e-3), "AdamW's first step is the learning rate"
+
+
+def beit_layer(name: str, count: int) -> int:
+    """A parameter's number as BEiT's and LAVIS's optimisers give it: embeddings 0, block i i + 1, all that is no tower's ``count`` + 1."""
+    if ".blocks." in name or ".layers." in name or ".layer." in name:
+        return int(re.search(r"\.(?:blocks|layers|layer)\.(\d+)\.", name)[1]) + 1
+    return 0
+
+
+@pytest.mark.parametrize("name", ["blip2", "llava", "dino"])
+def test_a_tower_s_layers_learn_the_slower_the_lower_they_are(name):
+    """Groups against numbers by name; a part's own rate, no-decay rules and the layers' factor hold at once."""
+    recipe = config.load_recipe("llava" if name == "dino" else name, tiny=True)
+    if name == "dino":
+        recipe = replace(recipe, encoder=Dino(weights=None, width=64, depth=3, heads=4, ffn=128, patch=16, size=64, layer=-1))
+    model = build(replace(recipe, language=replace(recipe.language, vocab=100)))
+    parts = ("encoder", "connector")
+    model.train_only(parts)
+    optim = Optim(lr=0.1, steps=1, lr_of={"encoder": 0.02}, layer_decay=0.5, weight_decay=0.3, decay_vectors=False)
+    objective = loop.Objective(None, model)
+    got = {id(p): (g["peak"], g["weight_decay"]) for g in loop._groups(objective, optim) for p in g["params"]}
+    count = recipe.encoder.depth if recipe.encoder.layer == -1 else recipe.encoder.depth - 1
+    scales = [0.5 ** (count + 1 - i) for i in range(count + 2)]
+    told = set()
+    for where, p in model.named_parameters():
+        if p.requires_grad:
+            its = 0.02 * scales[beit_layer(where, count)] if where.startswith("encoder.") else 0.1
+            assert got.pop(id(p)) == pytest.approx((its, 0.3 if p.ndim > 1 else 0.0)), where
+            told.add(its)
+    assert not got
+    assert len(told) == count + 2, "every block, the embeddings, and all else"
+    plain = {g["peak"] for g in loop._groups(objective, replace(optim, layer_decay=1.0))}
+    assert plain == {0.1, 0.02}
 
 
 def test_parts_decay_as_told(tmp_path):

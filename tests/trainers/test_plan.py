@@ -622,6 +622,15 @@ def test_command(capsys):
         assert words in err
 
 
+def test_a_tower_s_rates_are_told():
+    recipe = one_stage(train=("encoder", *WHOLE))
+    assert "rates in the tower" not in plan.page(recipe)
+    optim = replace(recipe.stages[0].optim, lr=1e-3, lr_of={"encoder": 1e-4}, layer_decay=0.5)
+    recipe = replace(recipe, stages=(replace(recipe.stages[0], optim=optim),))
+    blocks = recipe.encoder.depth - 1  # the last but one state is read
+    assert re.search(rf"^rates in the tower +{1e-4 * 0.5 ** (blocks + 1):.2g} \.\. 5e-05$", plan.page(recipe), re.M)
+
+
 def test_a_plan_reads_no_weights():
     """Names on a hub that cannot be reached, 7 billion parameters, and no storage for them."""
     import resource

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmfast.trainers import evaluate, preference, runs, supervised
+from mmfast.trainers import config, evaluate, preference, records, runs, supervised
 from mmfast.trainers.__main__ import main
 from mmfast.trainers.checkpoint import Run, RunError
 from mmfast.trainers.loop import Options
@@ -22,7 +22,7 @@ from mmfast.data.images import load
 from mmfast.models import tiny
 from mmfast.models.lora import lora_parameters
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import Lora, Pairs, Shots, to_dict
+from mmfast.spec import Data, Lora, Pairs, Shots, to_dict
 
 WORDS = (
     "<pad>",
@@ -366,7 +366,7 @@ def test_right_answers_are_those_that_greedy_decoding_gives(folder, trained):
         said.append(session.tokenizer.decode(out[: out.index(2)] if 2 in out else out))
     share = np.mean([s == line["conversations"][1]["value"] for s, line in zip(said, lines, strict=True)])
     assert 0 < share < 1, "so that both kinds are counted"
-    told = runs.measure(session, recipe, eval_data=runs.to_measure(recipe, str(folder / "data.jsonl"), None))[0]
+    told = records.measure(session, recipe, runs.to_measure(recipe, str(folder / "data.jsonl"), None))[0]
     assert told["answer_accuracy"] == pytest.approx(share)
     assert told["answers"] == 24
     logp, count = 0.0, 0
@@ -418,6 +418,64 @@ def test_episodes_are_asked_as_shots_say(folder, trained, tmp_path, capsys):
     code, _, err = call(capsys, "eval", trained, "--shots", "{shots: 1}")
     assert code == 2
     assert "--shots is about records, and none are given; add --data FILE" in err
+
+
+def asked_of_humans(folder):
+    """A question to each picture, ten humans' answers to it, and a caption: which of these are right is a table."""
+    answers = [{"answer": a} for a in ["Red", "red."] * 2 + ["the red"] + ["green"] * 3 + ["blue"] * 2]
+    rows = [{"id": f"q{i}", "image": f"{i}.png", "question": "what colour is this ?", "answers": answers} for i in range(24)]
+    (folder / "humans.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"image": "0.png", "caption": "red"}])))
+    return folder / "humans.jsonl", {"red": 1.0, "green": 0.9, "blue": 0.6}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"--beams": 3, "--length-penalty": 2.0, "--max-new-tokens": 3},
+        {"--no-repeat-ngram-size": 1, "--repetition-penalty": 3.0, "--max-new-tokens": 2},
+    ],
+)
+def test_generated_answers_are_scored_and_written(folder, trained, tmp_path, capsys, asked):
+    """Row by row with ``generate`` alone, and the humans' table."""
+    shutil.copytree(trained, run := tmp_path / "run")
+    data, worth = asked_of_humans(folder)
+    code, out, err = call(capsys, "eval", run, "--data", data, "--generate", *(str(word) for pair in asked.items() for word in pair))
+    assert code == 0, err
+    session, _ = runs.open_run(run)
+    names = {"--no-repeat-ngram-size": "no_repeat"}
+    (ids, _), said = session.encoder("bare")([("<image>\nwhat colour is this ?", None)]), []
+    room = 64 - len(ids)  # in the model's context
+    options = {"max_new_tokens": room} | {names.get(k, k[2:].replace("-", "_")): v for k, v in asked.items()}
+    for i in range(24):
+        picture = session.pixels(torch.from_numpy(load(folder / f"{i}.png", 28))[None])
+        row = session.model.generate(torch.tensor([ids]), end=2, pixel_values=picture, **options)[0].tolist()
+        said.append(session.tokenizer.decode(row[: row.index(2)] if 2 in row else row))
+    assert len(set(said)) > 1, "the picture must matter"
+    right = [worth.get(words, 0) for words in said]
+    measured, rows = json.loads(out), [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert measured["vqa_accuracy"] == pytest.approx(np.mean(right))
+    assert measured["vqa_questions"] == 24
+    assert measured["answers"] == 25
+    assert json.loads((run / "eval.json").read_text()) == pytest.approx(measured)
+    assert [row["said"] for row in rows[:24]] == said
+    assert [row["vqa_accuracy"] for row in rows[:24]] == pytest.approx(right)
+    assert rows[3]["id"] == "q3"
+    assert rows[3]["question"] == "what colour is this ?"
+    assert rows[3]["answers"][:2] == ["Red", "red."]
+    assert "vqa_accuracy" not in rows[24], "a caption is decoded, and not a right answer to anything"
+    assert not {"grounding_accuracy", "image_retrieval/recall@1"} & set(measured)
+    assert f"answers in {run / 'predictions.jsonl'}" in err
+
+
+def test_documents_ask_nothing(folder, trained, capsys):
+    (folder / "texts.jsonl").write_text('{"text": "this is red"}\n')
+    code, out, _ = call(capsys, "eval", trained, "--data", folder / "texts.jsonl")
+    assert code == 0
+    assert "vqa_accuracy" not in json.loads(out)
+    code, _, err = call(capsys, "eval", trained, "--data", folder / "texts.jsonl", "--generate")
+    assert code == 1
+    assert "texts.jsonl: holds documents alone, which ask nothing, so no answer can be generated" in err
 
 
 def test_workers_change_nothing(folder, trained, tmp_path, capsys):
@@ -560,3 +618,15 @@ def test_words_that_the_tokenizer_lacks_are_told(folder, tmp_path, capsys):
     code, out, err = call(capsys, *argv[:2], "--out", tmp_path / "b", "--steps", "1", "--quiet")
     assert code == 0, err
     assert "warning" not in out
+
+
+def test_problems_are_measured_on_their_test_split():
+    """A file of all splits (ScienceQA), put as the recipe puts them."""
+    recipe = config.load_recipe("llama_adapter")
+    stage = recipe.stages[-1]
+    trained = replace(recipe, stages=(replace(stage, data=replace(stage.data, path="problems.json")),))
+    assert stage.data.choices == "llama_adapter"
+    assert runs.to_measure(trained, "problems.json", "pictures") == Data(
+        "eval", "problems.json", "pictures", split="test", choices="llama_adapter"
+    )
+    assert runs.to_measure(trained, "hub:mine", None).split == "train"

@@ -17,19 +17,22 @@ from mmfast import spec
 from mmfast.models.build import MultimodalModel
 from mmfast.models.matching import Matcher
 from mmfast.models.pretrained import config_of, load_weights
-from mmfast.models.published import blip2, blip2_retrieval, chameleon, idefics, kosmos2, llava
+from mmfast.models.published import blip2, blip2_retrieval, chameleon, idefics, instructblip, kosmos2, llava
 
 SHARD = "5GB"  # files of larger models are cut to this
-KNOWN = {"llava": llava, "kosmos-2": kosmos2, "blip-2": blip2, "chameleon": chameleon, "idefics": idefics}  # by model_type
+# By model_type.
+KNOWN = {
+    "llava": llava, "kosmos-2": kosmos2, "blip-2": blip2, "instructblip": instructblip, "chameleon": chameleon, "idefics": idefics,
+}  # fmt: skip
 BY_CLASS = {"Blip2ForImageTextRetrieval": blip2_retrieval}  # where a model_type has several
 
 
 def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None) -> MultimodalModel | Matcher:
     """Read a Hugging Face folder (or hub name) of a known ``model_type``; frozen and in evaluation mode.
 
-    Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model; ``blip-2`` with a causal language model, and as
-    Blip2ForImageTextRetrieval, which is a ``mmfast.models.Matcher``; ``kosmos-2``, ``chameleon``, ``idefics``. Anything else raises
-    ``ValueError`` with what was found.
+    Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model; ``blip-2`` and ``instructblip`` with a causal language
+    model, and ``blip-2`` as Blip2ForImageTextRetrieval, which is a ``mmfast.models.Matcher``; ``kosmos-2``, ``chameleon``, ``idefics``. Anything
+    else raises ``ValueError`` with what was found.
     """
     config, name = config_of(str(path)), Path(path).name
     kind = _known(config, str(path))
@@ -61,6 +64,8 @@ def class_of(system: spec.System) -> ModuleType:
             return llava
         case (spec.AttentionPool(), spec.Prefix()):
             return kosmos2
+        case (spec.QFormer(instructed=True), spec.Prefix()):
+            return instructblip
         case (spec.QFormer(), spec.Prefix()):
             return blip2
         case (spec.NoConnector(), spec.SharedTokens()):

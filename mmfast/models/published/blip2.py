@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2VisionModel
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2VisionModel, InstructBlipConfig
 
 from mmfast import spec
 from mmfast.models.build import MultimodalModel, Tower, queries
@@ -22,6 +22,11 @@ STOCK = Blip2ForConditionalGeneration
 
 def system_of(config: Blip2Config, name: str) -> spec.System:
     """The choices that a stock BLIP-2's configuration stands for."""
+    return whole(config, name, "arXiv:2301.12597", text=False)
+
+
+def whole(config: Blip2Config | InstructBlipConfig, name: str, paper: str, **words: bool) -> spec.System:
+    """The choices of a stock class with a causal language model; ``words`` as of ``choices``."""
     if not config.use_decoder_only_language_model:
         raise ValueError(
             f"{name}: its language model is a {config.text_config.model_type}, an encoder and a decoder; expected a causal one"
@@ -31,13 +36,13 @@ def system_of(config: Blip2Config, name: str) -> spec.System:
     check_head(config.text_config, name)
     return spec.System(
         name=Path(name).name,
-        paper="arXiv:2301.12597",
-        **choices(config, name, text=False),
+        paper=paper,
+        **choices(config, name, **words),
         language=language_sizes(spec.LanguageModel(weights=None), config.text_config),
     )
 
 
-def choices(config: Blip2Config, name: str, *, text: bool) -> dict:
+def choices(config: Blip2Config | InstructBlipConfig, name: str, *, text: bool, instructed: bool = False) -> dict:
     """Encoder, connector and image plan of a stock configuration."""
     vision, q = config.vision_config, config.qformer_config
     for where, act in (("vision_config", vision.hidden_act), ("qformer_config", q.hidden_act)):
@@ -47,8 +52,9 @@ def choices(config: Blip2Config, name: str, *, text: bool) -> dict:
         raise ValueError(f"{name}: qformer_config.layer_norm_eps is {q.layer_norm_eps}, expected 1e-12")
     connector = spec.QFormer(
         tokens=config.num_query_tokens, width=q.hidden_size, depth=q.num_hidden_layers, heads=q.num_attention_heads, ffn=q.intermediate_size,
-        every=q.cross_attention_frequency, text=text, vocab=q.vocab_size if text else 0, positions=q.max_position_embeddings,
-        shared=config.image_text_hidden_size, dropout=q.hidden_dropout_prob, norm_eps=vision.layer_norm_eps,
+        every=q.cross_attention_frequency, text=text, instructed=instructed, vocab=q.vocab_size if text or instructed else 0,
+        positions=q.max_position_embeddings, shared=getattr(config, "image_text_hidden_size", spec.QFormer.shared),
+        dropout=q.hidden_dropout_prob, norm_eps=vision.layer_norm_eps,
     )  # fmt: skip
     return {
         "encoder": tower_sizes(spec.Eva(weights=None), vision), "connector": connector, "image": spec.Fixed(size=vision.image_size),
@@ -57,7 +63,11 @@ def choices(config: Blip2Config, name: str, *, text: bool) -> dict:
 
 def from_stock(stock: Blip2ForConditionalGeneration, name: str = "blip2") -> MultimodalModel:
     """Take the parts out of a stock BLIP-2; weights are shared with it, but for the norm behind the tower, which is the connector's here."""
-    system = system_of(stock.config, name)
+    return joined(stock, system_of(stock.config, name))
+
+
+def joined(stock: nn.Module, system: spec.System) -> MultimodalModel:
+    """A stock class's parts as one model."""
     tower, connector = parts(stock, system, stock.language_projection.out_features)
     connector.projection = stock.language_projection
     return MultimodalModel(system, tower, connector, stock.language_model, image_token=stock.config.image_token_index).eval()
@@ -71,7 +81,7 @@ def parts(stock: nn.Module, system: spec.System, width_out: int) -> tuple[Tower,
     connector.ln_vision = copy.deepcopy(vision.post_layernorm)
     connector.query_tokens = stock.query_tokens
     state = {name: value for name, value in stock.qformer.state_dict().items() if connector.reads_text or not _of_text(name)}
-    if connector.reads_text:
+    if connector.compares:
         state = {_with_embeddings(name): value for name, value in state.items()}
         state |= {f"embeddings.{name}": value for name, value in stock.embeddings.state_dict().items() if name != "position_ids"}
     connector.qformer.load_state_dict(state, assign=True)
@@ -81,12 +91,19 @@ def parts(stock: nn.Module, system: spec.System, width_out: int) -> tuple[Tower,
 @contextmanager
 def as_stock(model: MultimodalModel) -> Iterator[Blip2ForConditionalGeneration]:
     """The model's parts in a stock BLIP-2 that gives the same logits; adapters are folded in meanwhile. A text side is left out."""
+    config = stock_config(model.encoder, model.connector, model.system, text=False)
+    with filled(model, STOCK, config) as stock:
+        yield stock
+
+
+@contextmanager
+def filled(model: MultimodalModel, kind: type, config: Blip2Config | InstructBlipConfig) -> Iterator[nn.Module]:
+    """The model's parts in a stock class of this configuration."""
     if getattr(model.language, "is_quantized", False):
         raise ValueError(f"{model.system.name}: 4-bit weights are not written back; load them with language.quantize=none")
-    config = stock_config(model.encoder, model.connector, model.system, text=False)
     config.text_config, config.image_token_index = model.language.config, model.image_token
     with torch.device("meta"):
-        stock = Blip2ForConditionalGeneration(config)
+        stock = kind(config)
     with merged(model):
         fill(stock, model.encoder, model.connector)
         stock.language_projection, stock.language_model = model.connector.projection, model.language
@@ -124,7 +141,8 @@ def fill(stock: nn.Module, encoder: Tower, connector: QueryConnector) -> None:
     vision = copy.copy(encoder.vision)
     vision._modules = {**vision._modules, "post_layernorm": connector.ln_vision}  # the tower keeps its own
     stock.vision_model, stock.query_tokens = vision, connector.query_tokens
-    own, wanted = {_without_embeddings(n): v for n, v in connector.qformer.state_dict().items()}, stock.qformer.state_dict()
+    own, wanted = connector.qformer.state_dict(), stock.qformer.state_dict()
+    own |= {_without_embeddings(name): value for name, value in own.items()}
     stock.qformer.load_state_dict({name: own[name] for name in wanted}, assign=True)
 
 

@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Kosmos2Config, Kosmo
 
 from mmfast import spec
 from mmfast.models.build import MultimodalModel, Tower
+from mmfast.models.files import read_state
 from mmfast.models.kosmos import KosmosLanguage
 from mmfast.models.lora import merged
 from mmfast.models.pretrained import VISION, language_sizes, set_decoder, share, tower_sizes
@@ -127,7 +128,7 @@ def load_original(model: MultimodalModel, state: Mapping[str, Tensor] | str | Pa
         ValueError: a tensor that is missing, too many, or of another shape.
     """
     if isinstance(state, str | Path):
-        state = torch.load(state, map_location="cpu", weights_only=True)
+        state = read_state(state)
         state = state.get("model", state)
     told = stock_names(state)
     with as_stock(model) as stock, torch.no_grad():
