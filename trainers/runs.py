@@ -55,7 +55,8 @@ def prepare(recipe: System | Alignment, start: Start) -> partial:
     place = find(recipe.compute)
     stored = to_dict(recipe) | {"seed": start.seed}
     if start.resume and (start.out / "recipe.json").exists():
-        _check_same(json.loads((start.out / "recipe.json").read_text()), stored, start.out)
+        began, seed = read_recipe(start.out)  # what it says nothing of is younger than the run, and stands at its default
+        _check_same(to_dict(began) | {"seed": seed}, stored, start.out)
     session = Session(system_of(recipe), seed=start.seed, place=place, precision=recipe.compute.precision)
     run = Run(start.out, resume=start.resume, keep=start.keep, main=place.main)
     options = Options(
@@ -280,7 +281,7 @@ def _check_same(before: dict, now: dict, out: Path) -> None:
     computed may change."""
     from .describe import flat
 
-    left, right = ({k: v for k, v in flat(d).items() if ".compute." not in f".{k}"} for d in (before, json.loads(json.dumps(now))))
+    left, right = ({k: v for k, v in flat(d).items() if ".compute." not in f".{k}"} for d in json.loads(json.dumps([before, now])))
     changed = [f"{key} was {left.get(key)!r}, now {right.get(key)!r}" for key in {**left, **right} if left.get(key) != right.get(key)]
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""

@@ -28,12 +28,16 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(os.environ.get("MMFAST_RESULTS", ROOT / "bench" / "results")) / "architectures.csv"
 COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "measure", "value"]
 
+_SHORT = ["--stages.speak.optim.steps", "100", "--stages.speak.optim.lr", "1e-3"]
+
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.
 RUNS: dict[str, dict[str, list[str]]] = {
     "blip2": {
         "": [],
         "blind": ["--stages.speak.data.blind", "true"],
         "no stage 1": ["--stages.see", "null"],
+        "short stage 2": _SHORT,
+        "short stage 2, no stage 1": [*_SHORT, "--stages.see", "null"],
         "stage 1": ["--stages.speak", "null"],
     },
     "chameleon": {

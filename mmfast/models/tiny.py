@@ -60,7 +60,7 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "cc3m": (Data("shapes_captions"), replace(_LONG, steps=600)),
     "chameleon_pictures": (
         Data("shapes_crowded"),
-        Optim(lr=1e-3, steps=1400, batch=4, warmup=20, hold=0.5, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
+        Optim(lr=1e-3, steps=1000, batch=4, warmup=20, hold=0.5, floor=0.05, schedule="linear", betas=(0.9, 0.98)),
     ),
     "chameleon_stage_1": (_MIXED, Optim(lr=4e-3, steps=1800, batch=32, warmup=40, schedule="exponential", floor=0.1, **_FAST)),
     "chameleon_stage_2": (_MIXED, Optim(lr=4e-4, steps=60, batch=32, warmup=0, schedule="exponential", floor=0.1, **_FAST)),
@@ -153,7 +153,7 @@ def _small(choice):
             return replace(choice, every=min(choice.every, 2), heads=4, head_width=16)
         case Vqgan():  # a code for each cell of the world's grid; those that follow what chooses them learn in tens of steps
             return replace(
-                choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 8), blocks=1, latent=64, width=16, codes=256, groups=2, codebook="ema",
+                choice, size=64, channels=8, multipliers=(1, 1, 2, 4, 8), blocks=1, latent=64, width=16, codes=64, groups=2, codebook="ema",
                 decay=0.9, dead_below=0.05,
             )  # fmt: skip
         case AdapterPrompts():

@@ -339,7 +339,7 @@ def test_the_fine_tunings_in_the_documents(name, tmp_path, monkeypatch, capsys):
         1000,
     )
     assert shape.connector.instructed == (name == "vqa")
-    assert TEMPLATES[stage.template].before == words
+    assert stage.objective == "queries" or TEMPLATES[stage.template].before == words
     with torch.device("meta"):
         model = build(replace(shape, stages=()))
     named = {id(p): n for n, p in model.named_parameters()}
