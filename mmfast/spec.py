@@ -397,12 +397,14 @@ class Pages:
     ``pictures``: the first so many are kept; 0: all. ``similarity``: of MMC4's records, pictures that match no sentence so well are left out,
     and the others are matched one to one. ``window``: a document begins at one of its pieces, drawn, and what follows ``max_length`` is cut
     as ever. ``following``: the share of documents whose pictures each stand before the text that precedes them, so that it is read with them.
+    ``single``: the share of documents with one picture that is kept; the others are left out, and told.
     """
 
     pictures: int = 0
     similarity: float = 0.0
     window: bool = False
     following: float = 0.0
+    single: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -610,7 +610,7 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         if isinstance(data, Data):
             its.within(data, weight="(0, inf)", loss="(0, inf)", boxes="[0, 1]", instruct="[0, 1]", captions_first="[0, 1]")
             its.within(data, min_side="[0, inf)")
-            its.below("pages").within(data.pages, pictures="[0, inf)", similarity="[0, 1]", following="[0, 1]")
+            its.below("pages").within(data.pages, pictures="[0, inf)", similarity="[0, 1]", following="[0, 1]", single="[0, 1]")
             _check_shots(data.shots, its.below("shots"))
             endless = data.streaming and job.optim.steps is None
             its(not endless, "streaming", "a stream has no known length; set optim.steps instead of epochs")

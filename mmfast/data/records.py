@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -327,6 +328,9 @@ def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
         raise ValueError("is a preference pair; supervised training reads questions with answers, or documents")
     if isinstance(data, Pairs):
         return record
+    alone = record.document is not None and len(record.pictures) == 1
+    if alone and random.Random(f"single {number}").random() >= data.pages.single:
+        raise _LeftOut(f"a document of one picture, of which data.pages.single keeps {data.pages.single:g}")
     return paired(cleaned(record) if data.clean else record, data.captions_first)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mmfast.data import chat
 from mmfast.data.formats import assign, parse
-from mmfast.data.records import Records
+from mmfast.data.records import Records, Stream, check
 from mmfast.data.sources import Conversations
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.spec import Data, Pages
@@ -43,6 +43,33 @@ RECORD = {
 def read(record, number=7, **pages):
     made = parse(record, number, root="", pages=Pages(**pages))
     return made.document, "".join(p.source[0] for p in made.pictures)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_share_of_documents_with_one_picture_is_left_out(tmp_path, streaming):
+    """No others, the same ones each time; two pictures of which ``pictures`` keeps one are one. A pair is no document."""
+    if streaming:
+        pytest.importorskip("datasets")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    rows = [{"items": [{"text": "t"}, *[{"image": "a.png"}] * n]} for _ in range(200) for n in (1, 2, 0)]
+    rows += [{"image": "a.png", "caption": "t"}] * 50
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def kept(**pages):
+        heard, data = [], Data("d", path=str(tmp_path / "d.jsonl"), pages=Pages(**pages), streaming=streaming)
+        if streaming:
+            return [record.number for record in Stream(data, say=heard.append)], heard
+        return check(Records(data), None, on_bad_record="fail", say=heard.append), heard
+
+    assert kept() == (list(range(650)), [])
+    some, heard = kept(single=0.5)
+    assert "a document of one picture, of which data.pages.single keeps 0.5" in heard[0]
+    assert [n for n in some if n % 3 or n >= 600] == [n for n in range(650) if n % 3 or n >= 600]
+    assert 80 < len(some) - 450 < 120
+    assert kept(single=0.5)[0] == some
+    assert len(kept(single=0.0)[0]) == 450
+    fewer, _ = kept(single=0.5, pictures=1)
+    assert 160 < len(fewer) - 250 < 240
 
 
 def test_mmc4_is_matched_one_to_one():

@@ -26,7 +26,11 @@ RECIPE = System(
             train=("last_block", "connector", "language", "embeddings"),
             data=Mixture(
                 "kosmos_web",
-                (Data("text", weight=0.5, full=True), Data("image_text_pairs", weight=0.5), Data("interleaved", weight=0.2, pages=Pages(pictures=5))),
+                (
+                    Data("text", weight=0.5, full=True),
+                    Data("image_text_pairs", weight=0.5),
+                    Data("interleaved", weight=0.2, pages=Pages(pictures=5, single=0.5)),
+                ),
                 by="tokens",
             ),
             template="bare",

@@ -21,7 +21,7 @@ PRETRAIN = Mixture(
         Data("text", weight=93, full=True),
         Data("image_text_pairs", weight=1117),
         replace(GRIT, weight=1117),
-        Data("interleaved", weight=47, pages=Pages(pictures=5)),
+        Data("interleaved", weight=47, pages=Pages(pictures=5, single=0.5)),
     ),
 )
 INSTRUCT = Mixture(
@@ -31,7 +31,7 @@ INSTRUCT = Mixture(
         Data("llava_instruct", weight=351),
         replace(GRIT, weight=1404, boxes=1.0, instruct=0.5),
         Data("text", weight=30, full=True),
-        Data("interleaved", weight=15, pages=Pages(pictures=5)),
+        Data("interleaved", weight=15, pages=Pages(pictures=5, single=0.5)),
     ),
 )
 STAGE = replace(KOSMOS_1.stages[0], train=("encoder", "connector", "language", "embeddings"), data=PRETRAIN)
