@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(os.environ.get("MMFAST_RESULTS", ROOT / "bench" / "results")) / "architectures.csv"
 COLUMNS = ["recipe", "variant", "seed", "commit", "cpu", "threads", "seconds", "measure", "value"]
 
+# So short that what was there before still tells.
 _SHORT = ["--stages.speak.optim.steps", "100", "--stages.speak.optim.lr", "1e-3"]
 
 # A recipe's variants and the options that make them; "" is the tiny form as it is. Blind: what the words alone give away.

@@ -95,6 +95,25 @@ def test_pictures_show_the_objects(world, scenes):
             assert cell.std() < 4
 
 
+def test_centred_cells_show_colour_and_shape_alone(world, scenes):
+    """Discs, boxes, rings and pluses look the same from both sides, and each shape takes one area, which none of the scenes' own goes beyond;
+    captions stay."""
+    centred, areas = world.centred(scenes[:300]), {}
+    assert [world.caption(s) for s in centred] == [world.caption(s) for s in scenes[:300]]
+    for name, some in (("own", scenes[:300]), ("centred", centred)):
+        for scene, picture in zip(some, world.render(some).astype(int), strict=True):
+            for o in scene.objects:
+                cell = picture[16 * o.row : 16 * o.row + 16, 16 * o.col : 16 * o.col + 16]
+                shape, ink = synthetic.SHAPES[o.shape][0], np.abs(cell - np.median(picture)).max(-1) > 60
+                areas.setdefault((name, o.colour, shape), []).append(int(ink.sum()))
+                if name == "centred" and shape in ("circle", "square", "ring", "cross"):
+                    assert np.abs(cell - cell[::-1]).mean() < 4 > np.abs(cell - cell[:, ::-1]).mean()
+    for (name, colour, shape), found in areas.items():
+        if name == "centred":
+            assert max(found) - min(found) <= 12, (colour, shape)
+            assert max(areas["own", colour, shape]) <= max(found)
+
+
 def test_clean_captions_read_back(world, scenes):
     for scene in scenes[:1000]:
         caption = world.caption(scene, variant=scene.id % 3)
