@@ -126,7 +126,8 @@ def answered(session: Any, source: Any, **decoding: Any) -> tuple[dict[str, floa
 
     ``vqa_accuracy``: of questions that are answered in words, by VQAv2's rule (``mmfast.eval.vqa``). ``grounding_..``: of those whose answer
     has one place (``mmfast.eval.grounding``; its box in the picture's file, a hit above an IoU of one half, a miss where the answer cannot be
-    read). Captions, which nothing asks for but the picture, and answers of several places are decoded and not scored.
+    read). Captions, which nothing asks for but the picture, answers of several places and those with pictures are decoded, as text, and not
+    scored.
     """
     questions = list(source.questions(range(len(source))))
     if not questions:
@@ -134,10 +135,10 @@ def answered(session: Any, source: Any, **decoding: Any) -> tuple[dict[str, floa
     asks = TEMPLATES[source.encoder.template].keep_question
     rows, boxes, targets = [], [], []
     for question, ids in zip(questions, generated(session, source, questions, **decoding), strict=True):
-        placed = bool(question.boxes)
+        placed, drawn = bool(question.boxes), "<image>" in question.answer
         text = until((tagged_text if placed else plain_text)(session.tokenizer, ids), source.encoder.stop).strip()
         row = {"id": question.record.id, "question": question.text, "answers": list(question.answers), "said": text}
-        if asks and question.text and not placed:
+        if asks and question.text and not placed and not drawn:
             row["vqa_accuracy"] = vqa.accuracy(text, question.answers)
         elif asks and question.text and len(question.boxes) == 1:
             box, target = _place(source.encoder, question, text), question.boxes[0]

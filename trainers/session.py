@@ -18,9 +18,9 @@ from mmfast.data.synthetic import Scene, World, WorldConfig
 from mmfast.models import build
 from mmfast.models.build import refit
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
-from mmfast.models.pretrained import placeholder, resolved, taken, text_side, tokenizer_for
+from mmfast.models.pretrained import placeholder, questions, resolved, taken, text_side, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
-from mmfast.spec import BUILT_IN, QUESTION, Data, Lora, Mixture, SharedTokens, Stage, System
+from mmfast.spec import BUILT_IN, Data, Lora, Mixture, SharedTokens, Stage, System
 
 from .checkpoint import RunError
 from .place import Place
@@ -164,11 +164,8 @@ class Session:
     @property
     def questions(self) -> chat.Questions | None:
         """What the Q-Former reads of a row beside its pictures; None where it does not."""
-        choice = self.system.connector
-        if not getattr(choice, "instructed", False):
-            return None
-        side = self.text_side(min(QUESTION, choice.positions))
-        return chat.Questions(side, self.tokenizer, self.system.image_places, self.image_token)
+        instructed = getattr(self.system.connector, "instructed", False)
+        return questions(self.system, self.tokenizer, self.text_side()) if instructed else None
 
     def beside(self, ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         """The columns that these give rows ``[B, T]``, or none."""

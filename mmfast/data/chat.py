@@ -241,13 +241,13 @@ def encode_parts(
     tokenizer: Any, parts: Sequence[str | None], *, image_tokens: int, image_token: int, borders: Sequence[int] = (), begin: str = "row",
 ) -> list[int]:  # fmt: skip
     """Token ids of texts and pictures (None) in any order, each text tokenised by itself, for a model to go on with. ``begin``: where the
-    beginning token stands: before the whole "row", before the first "text", or before "each" text.
+    beginning token stands: before the whole "row", before the first "text", before "each" text, or "never".
 
     Raises:
         ValueError: a text with ``<image>`` in it.
     """
     line = _Line(tokenizer, image_tokens, image_token, borders, begin=begin == "row")
-    waiting = begin != "row"
+    waiting = begin in ("text", "each")
     for part in parts:
         if part is not None and "<image>" in part:
             raise ValueError(f"the text {part[:60]!r} holds <image>; give the picture itself as a part, where it stands")

@@ -17,7 +17,8 @@ from torch import Tensor
 from mmfast import spec
 from mmfast.data import chat, images
 from mmfast.models.build import MultimodalModel
-from mmfast.models.generate import generate
+from mmfast.models.generate import generate, until
+from mmfast.models.pretrained import questions
 from mmfast.models.tokenizer import plain_text
 
 # A text, or a picture: its file, uint8 [H, W, 3] as ``images.load`` makes it, or pixels [3, H, W] as the tower takes them.
@@ -28,7 +29,8 @@ def encode(model: MultimodalModel, tokenizer: Any, parts: Sequence[Part], *, beg
     """Token ids [1, T] and the pictures, as ``model`` and all that generates with it take them: ``model.steps(ids, **pictures)``.
 
     A picture has its places (and the tokens around it, where the system has such) where it stands. The beginning token comes once: before all,
-    or where the system has learnt pictures before it (FROMAGe, BLIP-2) before the first text; ``begin_each``: before each text.
+    or where the system has learnt pictures before it (FROMAGe, BLIP-2) before the first text; not at all where the template of its last stage
+    has none; ``begin_each``: before each text. A Q-Former that reads questions reads all texts beside each picture.
 
     Raises:
         ValueError: no part, a picture that cannot be read or has another size, or ``<image>`` in a text.
@@ -39,38 +41,45 @@ def encode(model: MultimodalModel, tokenizer: Any, parts: Sequence[Part], *, beg
     ids = chat.encode_parts(
         tokenizer, [part if isinstance(part, str) else None for part in parts], image_tokens=system.image_places,
         image_token=model.image_token, borders=tokenizer.convert_tokens_to_ids(list(system.borders)),
-        begin="each" if begin_each else "text" if _pictures_first(system) else "row",
+        begin="each" if begin_each else _begin(system),
     )  # fmt: skip
-    shown = [_pixels(part, system.image) for part in parts if not isinstance(part, str)]
-    return torch.tensor([ids], device=device), {"pixel_values": torch.stack(shown).to(device)} if shown else {}
+    row, shown = torch.tensor([ids], device=device), [_pixels(part, system.image) for part in parts if not isinstance(part, str)]
+    if not shown:
+        return row, {}
+    asked = questions(system, tokenizer)
+    return row, {"pixel_values": torch.stack(shown).to(device), **({} if asked is None else asked(row))}
 
 
 def write(
     model: MultimodalModel, tokenizer: Any, parts: Sequence[Part], *, end: int | None = None, max_new_tokens: int = 64, **options
 ) -> str:  # fmt: skip
     """The text that a model goes on with behind texts and pictures, up to the token ``end``: by default what ends an answer in the template
-    of its last stage, else the tokenizer's end token. Greedy; ``options`` as for ``mmfast.models.generate.generate``.
+    of its last stage, a token or a text, else the tokenizer's end token. Greedy; ``options`` as for ``mmfast.models.generate.generate``.
 
     A model that draws (Chameleon) writes text alone here; ``mmfast.models.drawing.compose`` gives its pictures too.
 
     Raises:
         ValueError: as ``encode``, or a prompt that leaves no room in the model's context.
     """
-    ids, pictures = encode(model, tokenizer, parts)
-    if end is None:
-        end = chat.last_token(tokenizer, model.system.stages[-1].template) if model.system.stages else tokenizer.eos_token_id
+    (ids, pictures), stop = encode(model, tokenizer, parts), ""
+    if end is None and model.system.stages:
+        template = model.system.stages[-1].template
+        end, stop = chat.last_token(tokenizer, template), chat.TEMPLATES[template].stop
+    elif end is None:
+        end = tokenizer.eos_token_id
     context = model.system.language.context
     if ids.shape[1] >= context:
         raise ValueError(f"write: the prompt takes {ids.shape[1]} places of the model's {context}, so nothing can follow")
     new = generate(model, ids, end=end, max_new_tokens=min(max_new_tokens, context - ids.shape[1]), **options, **pictures)[0].tolist()
-    return plain_text(tokenizer, new[: new.index(end)] if end in new else new)
+    return until(plain_text(tokenizer, new[: new.index(end)] if end in new else new), stop)
 
 
-def _pictures_first(system: spec.System) -> bool:
-    """Whether the beginning token stands behind the pictures that come before the first text."""
+def _begin(system: spec.System) -> str:
+    """Where the beginning token stands: as in the last stage's template, or where there is none as systems of its kind have learnt."""
     if system.stages:
-        return chat.TEMPLATES[system.stages[-1].template].picture_first
-    return isinstance(system.connector, spec.QFormer) or isinstance(system.fusion, spec.Retrieval)
+        form = chat.TEMPLATES[system.stages[-1].template]
+        return "text" if form.picture_first else "row" if form.begin else "never"
+    return "text" if isinstance(system.connector, spec.QFormer) or isinstance(system.fusion, spec.Retrieval) else "row"
 
 
 def _pixels(picture: Path | Tensor, plan: spec.Fixed) -> Tensor:

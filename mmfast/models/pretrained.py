@@ -331,6 +331,15 @@ def text_side(system: spec.System, tokenizer) -> chat.TextSide:
     return chat.TextSide(own, own.cls_token_id, own.sep_token_id, own.bos_token_id, own.pad_token_id)
 
 
+def questions(system: spec.System, tokenizer, side: chat.TextSide | None = None) -> chat.Questions | None:
+    """What a Q-Former reads of a row beside its pictures, in the words of ``side`` (default: its ``text_side``); None where it does not."""
+    choice = system.connector
+    if not getattr(choice, "instructed", False):
+        return None
+    side = replace(side or text_side(system, tokenizer), max_length=min(spec.QUESTION, choice.positions))
+    return chat.Questions(side, tokenizer, system.image_places, placeholder(system, tokenizer))
+
+
 def load_tower(choice, dtype: torch.dtype | None = None) -> nn.Module:
     """The vision tower of some weights, fp32 unless said otherwise."""
     tower_config(choice)

@@ -304,6 +304,22 @@ def test_what_samples_are_made_of_shows_no_picture_that_is_to_be_drawn(tmp_path)
     assert (question, ids.count(IMAGE), pictures[:, 0, 0, 0].tolist()) == ("<image>draw", 2, [50])
 
 
+def test_a_question_shows_what_was_drawn_before_it(tmp_path):
+    """Three turns with pictures in questions and answers: before each answer, all pictures of the turns before and of its question."""
+    row, more = said("<image>draw", "a<image>", 1, 2), said("<image>again", "<image>", 3, 0)
+    row = {name: [*row[name], *more[name], *({"messages": said("q", "x")["messages"]}.get(name, []))] for name in row}
+    source = Conversations([Records(data(tmp_path, [row]))], drawing_encoder(), plan=5)
+    questions = list(source.questions([0]))
+    assert [q.text for q in questions] == ["draw", "again", "q"]
+    assert [q.answer for q in questions] == ["a<image>", "<image>", "x"]
+    assert [source.load_pictures(torch.tensor(q.shown))[:, 0, 0, 0].tolist() for q in questions] == [
+        [50],
+        [50, 100, 150],
+        [50, 100, 150, 0],
+    ]
+    assert [q.ids.count(IMAGE) for q in questions] == [2, 6, 8]
+
+
 def test_a_system_that_does_not_draw_refuses_them(tmp_path):
     row = said("draw", "<image>", 1)
     with pytest.raises(ValueError, match=r"record 0 \(#0\): answer 0 holds <image>, and this system does not draw; only questions may"):
@@ -366,6 +382,22 @@ def test_captions_come_first_in_a_share_of_pairs(tmp_path):
     assert batch["input_ids"].tolist() == [ids]
     assert batch["labels"].tolist() == [[-100, *ids[1:]]]
     assert batch["pictures"][0, 0, 0, 0] == 100
+
+
+def test_one_of_several_captions_comes_first_too(tmp_path):
+    """Every caption of such a record makes a document, all with the picture on the same side."""
+    given = data(tmp_path, [{"image": "1.png", "captions": ["A.", "BB."]}, {"image": "2.png", "caption": "C"}], clean=True)
+    for share, first, second in ((1.0, "a@", "bb@"), (0.0, "@a", "@bb")):
+        spec = replace(given, captions_first=share)
+        source = Conversations([Records(spec)], drawing_encoder(), plan=5)
+        picture = "".join(map(chr, (BEGIN, IMAGE, IMAGE, END)))
+        told = [[1, *(ord(c) for c in words.replace("@", picture)), 2] for words in (first, second)]
+        assert [source.encoded(item, "answer")[0] for item in (0, 2)] == told
+        assert source.encoded(0, "answer")[1] == [-100, *told[0][1:]]
+        assert source.tellings == [2, 1]
+        streamed = Streamed(Stream(replace(spec, streaming=True)), drawing_encoder(), plan=5)
+        rows = [streamed.take(2)["input_ids"][0].tolist() for _ in range(12)]
+        assert {tuple(t for t in row if t) for row in rows} == set(map(tuple, told))
 
 
 # --------------------------------------------------------------------------------------------------- several captions, one picture

@@ -110,6 +110,42 @@ def test_a_text_ends_by_default_as_the_last_stage_taught(monkeypatch):
     assert ends == [tokenizer.convert_tokens_to_ids("<|endofchunk|>")]
 
 
+def taught(model, template):
+    model.system = replace(model.system, stages=(replace(model.system.stages[-1], template=template),))
+
+
+def test_a_text_ends_at_its_templates_text_where_no_token_ends_it(monkeypatch):
+    model, tokenizer = made("llava")
+    taught(model, "llava_v0")
+    monkeypatch.setattr(interleaved, "plain_text", lambda *_: "red\n### Human: blue")
+    assert write(model, tokenizer, ["a"], max_new_tokens=2) == "red"
+    assert write(model, tokenizer, ["a"], max_new_tokens=2, end=2) == "red\n### Human: blue", "the end that is given, and nothing else"
+
+
+def test_no_beginning_token_where_the_template_has_none():
+    model, tokenizer = made("llava")
+    taught(model, "mpt")
+    assert encode(model, tokenizer, ["a", "red"])[0].tolist() == [[A, RED]]
+    assert encode(model, tokenizer, ["a", "red"], begin_each=True)[0].tolist() == [[BOS, A, BOS, RED]]
+
+
+def test_a_q_former_that_asks_reads_all_texts_beside_each_picture():
+    system = tiny(load_recipe("blip2"))
+    system = replace(system, connector=replace(system.connector, instructed=True), language=replace(system.language, context=128, init=0.4))
+    tokenizer = word_tokenizer(WORDS, system.added_tokens)
+    torch.manual_seed(0)
+    model = build(system, tokenizer=tokenizer).eval()
+    first, second = picture(1), picture(2)
+    ids, given = encode(model, tokenizer, [first, "a red", second, "circle"])
+    assert given["qformer_input_ids"].tolist() == [[BOS, A, RED, CIRCLE, 2]] * 2
+    assert given["qformer_attention_mask"].tolist() == [[1] * 5] * 2
+    assert set(encode(model, tokenizer, ["a red"])[1]) == set()
+    slot = [model.image_token] * 16
+    assert ids.tolist() == [[*slot, BOS, A, RED, *slot, CIRCLE]]
+    said = model.generate(ids, max_new_tokens=5, rule=words_alone, **given)[0].tolist()
+    assert write(model, tokenizer, [first, "a red", second, "circle"], max_new_tokens=5, rule=words_alone) == plain_text(tokenizer, said)
+
+
 def test_a_picture_is_a_file_an_array_or_pixels(tmp_path):
     model, tokenizer = made("frozen")
     array = np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)

@@ -67,7 +67,8 @@ def few_scenes(monkeypatch):
     monkeypatch.setattr(supervised, "json", few)
     monkeypatch.setattr(images, "load", lambda path, size: np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
     for exam in EXAMS.values():  # their numbers of scenes and episodes
-        monkeypatch.setattr(exam, "__kwdefaults__", dict.fromkeys(exam.__kwdefaults__, 24))
+        fewer = {name: 24 if isinstance(value, int) else value for name, value in exam.__kwdefaults__.items()}
+        monkeypatch.setattr(exam, "__kwdefaults__", fewer)
     monkeypatch.setattr(World, "scenes", lambda world, split, count, *args, **kw: scenes(world, split, min(count, 48), *args, **kw))
 
 

@@ -48,6 +48,7 @@ def session_of(think, template="frozen", added=()):
     session.encoder = lambda name, length=2048: chat.Encoder(tokenizer, name, PICTURES, session.image_token, 0, length)
     session.states = lambda pictures: torch.arange(len(pictures)).float().view(-1, 1, 1).where(pictures.bool().any(), -1.0)
     session.blind, session.exam_pictures = False, lambda scenes: Session.exam_pictures(session, scenes)
+    session.beside = lambda ids: {}
     session.model = Fake(session, think)
     recipe = config.load_recipe("frozen", tiny=True)
     return session, recipe

@@ -83,6 +83,34 @@ def test_places_are_told_in_the_pictures_file(fit, tmp_path, monkeypatch):
     assert [row.get("vqa_accuracy") for row in told] == [None] * 7 + [1.0]
 
 
+def test_places_are_told_in_questions_that_are_made_squares_otherwise(tmp_path):
+    """Pictures in questions are padded, those in documents cropped: one box in either."""
+    session = Session(replace(KOSMOS_2, stages=(), image=replace(KOSMOS_2.image, fit="crop", fit_asked="pad")), seed=0)
+    rows = [{**ASKED, "boxes": [BOX]}, {"image": "a.png", "text": "<image><phrase>a red circle</phrase><region>", "boxes": [BOX]}]
+    source = source_of(session, tmp_path, rows)
+    form = regions.format_of(session.system.regions)
+    shares = ([0.3, 0.3, 0.7, 0.7], [0.1, 0.1, 0.9, 0.9])  # y over 200 with a margin of 50, and x less 50 over 100
+    for number, box in enumerate(shares):
+        told = source.encoder.placed(source.parts[0].parse(number))
+        text = told.document or told.turns[0][1]
+        assert text.endswith(form.encode(box, (1, 1)))
+
+
+def test_pictures_that_are_to_be_drawn_have_no_score(monkeypatch, tmp_path):
+    recipe = tiny(config.load_recipe("chameleon"))
+    session = Session(replace(recipe, stages=()), seed=0)
+    rows = [
+        {"image": "a.png", "question": "draw a red circle", "answer": "<image>"},
+        {"image": "a.png", "question": "<image>is there a red circle ?", "answer": "yes"},
+    ]
+    source = source_of(session, tmp_path, rows)
+    tokens = session.tokenizer("yes", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(records, "generated", lambda *a, **k: [tokens] * 2)
+    measured, told = records.answered(session, source)
+    assert measured == {"vqa_accuracy": 1.0, "vqa_questions": 1}
+    assert [row.get("vqa_accuracy") for row in told] == [None, 1.0]
+
+
 def test_a_model_from_nothing_tells_no_place(tmp_path):
     """All of it, decoded."""
     session = session_of("crop")
