@@ -581,6 +581,13 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         layered, its = not isinstance(system.encoder, Vqgan | NfResnet), rules.below("optim")
         its(layered, "layer_decay", f"goes by a vision transformer's layers, and encoder is {type(system.encoder).__name__}; set it to 1")
         its(not layered or "encoder" in trained, "layer_decay", "is of the encoder's layers, and these do not train there; set it to 1")
+    form = chat.TEMPLATES.get(job.template)
+    if form is not None and getattr(system.connector, "instructed", False) and getattr(job, "objective", "lm") == "lm":
+        rules(
+            not (form.mark or form.learn_begin),
+            "template",
+            f"{job.template} learns what stands before the question, so that a Q-Former would not read it; choose another, or leave connector.instructed off",
+        )
     level = not job.optim.level_new or "new_tokens" in job.train
     rules(level, "optim.level_new", "gives rows of new_tokens their norm, and these do not train; take it out")
     known = job.template in chat.TEMPLATES
@@ -618,9 +625,8 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
             its(not (data.streaming and data.full), "full", "a stream is read record by record; leave streaming off, or full")
             for name in ("clean", "instruct", "min_side"):
                 its(not (getattr(data, name) and built_in), name, f"{data.name} is built in and read as it is; leave {name} off")
-            for name, own in (("shots", Shots()), ("captions_first", None)):
-                changed = built_in and getattr(data, name) != own
-                its(not changed, name, f"{data.name} is built in and read as it is; leave {name} as it is")
+            its(data.captions_first is None or not built_in, "captions_first", f"{data.name} is built in and read as it is; set it to null")
+            its(data.shots == Shots() or not built_in, "shots", f"{data.name} is built in and read as it is; leave shots as it is")
             its(not (data.streaming and built_in), "streaming", f"{data.name} is built in and held in memory; leave streaming off")
     if isinstance(job, Stage) and job.objective == "retrieval":
         rules(isinstance(system.fusion, Retrieval), "objective", f"retrieval compares pictures with texts, and {kind} does not; choose lm")

@@ -278,8 +278,10 @@ def model_card(session, recipe: System | Alignment, metrics: Mapping[str, Any], 
     trained, kind = session.model.trained, class_of(system)
     told = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["mmfast", kind.__name__.rpartition(".")[2]]}
     imports = ["from PIL import Image"] if kind is idefics else []
+    template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
+    stop = chat.TEMPLATES[template].stop  # an answer's end that is a text and no token
+    ends = f", stop_strings=[{json.dumps(stop)}], tokenizer=processor.tokenizer" if stop else ""
     if kind is idefics:
-        template = recipe.template if isinstance(recipe, Alignment) else recipe.stages[-1].template
         prompt = prompt_of(template, f"<image>{joint(system)}What is this?", "picture")
         words = ", ".join(item if item == "picture" else json.dumps(item) for item in prompt)
         asked = ['picture = Image.open("picture.png")', f"batch = processor(text=[[{words}]])"]
@@ -299,7 +301,7 @@ def model_card(session, recipe: System | Alignment, metrics: Mapping[str, Any], 
         f"Trained with mmfast {_version()}, recipe `{recipe.name}`" + (f" ({recipe.paper})." if recipe.paper else "."),
         "", "```python", *imports, f"from transformers import AutoProcessor, {kind.STOCK.__name__}", "",
         f'model = {kind.STOCK.__name__}.from_pretrained("{name}")', f'processor = AutoProcessor.from_pretrained("{name}")', *asked,
-        "print(processor.decode(model.generate(**batch, max_new_tokens=64)[0, batch[\"input_ids\"].shape[1] :], skip_special_tokens=True))",
+        f"said = model.generate(**batch, max_new_tokens=64{ends})", 'print(processor.decode(said[0, batch["input_ids"].shape[1] :], skip_special_tokens=True))',
         "```", "",
     ]  # fmt: skip
     if metrics:

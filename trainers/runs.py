@@ -246,7 +246,7 @@ def to_measure(recipe: System | Alignment, path: str, images: str | None, shots:
     asked = own.shots if shots is None else config.read_shots(own.shots, shots)
     return Data(
         "eval", path=path, images=images, split=split, columns=own.columns, frames=own.frames, clean=own.clean, boxes=own.boxes,
-        choices=own.choices, shots=asked,
+        choices=own.choices, pages=replace(own.pages, single=1.0), shots=asked,
     )  # fmt: skip
 
 

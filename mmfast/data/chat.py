@@ -37,7 +37,8 @@ class Template:
     begin_each: bool = False  # ... and before every question
     end_each: bool = True  # the end token after every answer, or after the last alone
     keep_question: bool = True
-    end: str = ""  # in place of the tokenizer's end token; where ``after`` does not spell it, a text that is cut ends with it all the same
+    end: str = ""  # in place of the tokenizer's end token
+    end_cut: bool = True  # a text that is cut ends with it all the same
     picture_first: bool = False  # the first question's pictures stand before the beginning token
     chunk: str = ""  # in a document, before every picture but the first and at the end: what was said of the one before is over
     only_seen: bool = False  # of a document only what follows a picture is supervised, up to the end of its chunk
@@ -127,6 +128,7 @@ TEMPLATES = {
         begin=False,
         end_each=False,
         end="<|im_end|>",
+        end_cut=False,
         whole=True,
     ),
     # Stanford Alpaca, and LLaMA-Adapter after it: the answer follows the colon at once.
@@ -180,7 +182,7 @@ def encode(
         image_token,
         borders,
         learn_pictures,
-        end=form.end if form.end_each or not form.after else "",
+        end=form.end if form.end_cut else "",
         begin=form.begin and not form.picture_first,
         whole=form.whole,
     )

@@ -173,6 +173,8 @@ def name_of(row: Any, number: int, columns: dict[str, str] | None = None) -> str
 
 
 def _name(value: Any, what: str) -> str:
+    if isinstance(value, float) and value.is_integer():  # as a column of numbers is read in which some are missing
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(f'"{what}" is {_kind(value)}, expected text or a whole number')
     return str(value)
@@ -257,7 +259,9 @@ class _Reader:
             return self.document(*self.interleaved())
         if has("question_image") or has("image_1"):
             return self.episode()
-        if has("question") and has("answers"):
+        if (
+            has("question") and has("answers") and not (has("answer") and row["answers"] == [])
+        ):  # no human said anything: the answer is what there is
             return self.answered()
         if has("choices") and not isinstance(row.get("answer"), str):  # whose answer is a text is a question like others
             return self.chosen_from()

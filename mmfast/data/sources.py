@@ -38,6 +38,7 @@ class Question:
     text: str  # without its places of pictures; empty where a caption is asked for
     answer: str  # a <region> for each place, an <image> for each picture to be drawn
     boxes: list[list[tuple[float, ...]]]  # of these, in pixels of the upright picture
+    asked: str  # with its places of pictures
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -76,7 +77,7 @@ class _Checked:
         places: dict[tuple[str, Fixed], int] = {}  # by key and what becomes of it
         named: dict[tuple[int, str], int] = {}  # by set and key, the first picture that has it
         self.tellings: list[int] = []  # how many captions an item has
-        self._same: list[int] = []  # for each distinct picture the first that shows the same
+        same: list[int] = []  # for each distinct picture the first that shows the same
         self._pictures: list[tuple[int, int, int]] = []  # where a picture is first seen: part, number, place in the record
         self._pictures_of: list[list[int]] = []
         for at, number in self.items:
@@ -85,12 +86,13 @@ class _Checked:
                 if seen not in places:
                     places[seen] = len(self._pictures)
                     self._pictures.append((at, number, place))
-                    self._same.append(places[seen])
+                    same.append(places[seen])
                 ids.append(places[seen])
             for i, key in zip(ids, record.keys, strict=True):
-                self._same[i] = named.setdefault((at, key), self._same[i])
+                same[i] = named.setdefault((at, key), same[i])
             self.tellings.append(record.tellings)
             self._pictures_of.append(ids)
+        self._same = torch.tensor(same, dtype=torch.long)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -125,7 +127,7 @@ class _Checked:
                 except ValueError:  # all before the answer is too long: training does not see it either
                     break
                 text = question.replace("<image>", "").strip()
-                yield Question(item, record, ids, self._pictures_of[item][:pictures], text, answer, answered)
+                yield Question(item, record, ids, self._pictures_of[item][:pictures], text, answer, answered, question)
                 pictures += answer.count("<image>")
 
     def captions(self) -> list[int]:
@@ -138,9 +140,9 @@ class _Checked:
         return found
 
     def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
-        """The first items' last questions, with the token ids up to their answers and their pictures: what samples are made of."""
+        """The first items' last questions that are not cut off, with the token ids up to their answers and their pictures: what samples are made of."""
         last = {question.item: question for question in self.questions(range(min(count, len(self))))}
-        return [(q.record.turns[-1][0], q.ids, self.load_pictures(torch.tensor(q.shown, dtype=torch.long))) for q in last.values()]
+        return [(q.asked, q.ids, self.load_pictures(torch.tensor(q.shown, dtype=torch.long))) for q in last.values()]
 
     def _encode_all(self, at: int, record: Record) -> tuple[list[int], list[int]]:
         """Every text of a record, kept; the one with fewest labels stands for all before the check."""
@@ -272,7 +274,7 @@ class Conversations(_Checked):
             groups, count = torch.zeros(len(index), dtype=torch.long), 1
         else:
             groups, count = torch.tensor([self.items[i % len(self)][0] for i in index.tolist()], dtype=torch.long), len(self.parts)
-        keys = torch.tensor(self._same, dtype=torch.long)[batch["picture_ids"]][batch["image_rows"]]
+        keys = self._same[batch["picture_ids"]][batch["image_rows"]]
         return {
             **batch,
             "keys": keys,

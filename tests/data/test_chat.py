@@ -365,6 +365,9 @@ def test_idefics_borders_are_shared_by_adjacent_pictures():
         "<s>User:#@#@#What?#@#<end_of_utterance>\nAssistant:Red<end_of_utterance>\nUser: And?<end_of_utterance>\nAssistant:No<end_of_utterance>\n"
     )
     assert scored(ids, labels) == "Red<end_of_utterance>\nNo<end_of_utterance>\n"
+    short, short_labels = encode("idefics", turns, tokens=1, borders=(fake, fake), max_length=len(ids) - 30)
+    assert len(short) == len(ids) - 30
+    assert (read(short[-1:]), short_labels[-1]) == ("</s>", short[-1])  # a text that is cut ends all the same
     assert read(encode("bare", [("<image><image>", "a")], tokens=1, borders=(ord("("), ord(")")))[0]) == "<s>(@)(@)a</s>"
     # A picture that is cut goes whole, and leaves the border that the one before it ends with.
     cut, _ = chat.encode_document(Speller(), "ab<image><image>", image_tokens=1, image_token=IMAGE, max_length=7, borders=(fake, fake))

@@ -150,6 +150,14 @@ FORMS = {
         {"question": "what?", "answers": ["dog", "dog"], "answer": "cat"},
         Record(7, "#7", (("what?", "cat"),), answers=("dog", "dog")),
     ),
+    "an answer, and humans of whom none is told": (
+        {"question": "what?", "answers": [], "answer": "cat"},
+        Record(7, "#7", (("what?", "cat"),)),
+    ),
+    "an image_id out of a column of numbers": (
+        {"image": "c.jpg", "caption": "a cat", "image_id": 139.0},
+        Record(7, "#7", (("<image>", "a cat"),), pictures=shown("c.jpg"), image_id="139"),
+    ),
     "alpaca": (
         {"instruction": "q", "input": "", "output": "a"},
         Record(7, "#7", (("q", "a"),)),

@@ -172,6 +172,7 @@ def test_questions_are_all_that_stands_before_an_answer(tmp_path):
     assert source.captions() == [2]
     short = Conversations([Records(data(tmp_path, [turns]))], encoder(max_length=16), plan=4)
     assert [text(q.ids) for q in short.questions([0])] == prompts[:2], "what is cut off in training is not asked"
+    assert [q for q, *_ in short.prompts(1)] == ["and <image>?"]
 
 
 def test_pairs(tmp_path):

@@ -283,6 +283,11 @@ RULES = [
         "stages.speak.optim.layer_decay: is of the encoder's layers, and these do not train",
     ),
     (
+        "blip2",
+        ["--connector.instructed", "true", "--stages.speak.template", "llava_v0"],
+        "stages.speak.template: llava_v0 learns what stands before the question, so that a Q-Former would not read it",
+    ),
+    (
         "frozen",
         ["--stages.captions.optim.layer_decay", "0.9"],
         "layer_decay: goes by a vision transformer's layers, and encoder is NfResnet",
@@ -372,7 +377,7 @@ RULES = [
     (
         "llava",
         ["--stages.align.data.captions_first", "0.5"],
-        "stages.align.data.captions_first: shapes is built in and read as it is",
+        "stages.align.data.captions_first: shapes is built in and read as it is; set it to null",
     ),
     ("llava", ["--stages.align.data.captions_first", "2"], "stages.align.data.captions_first: expected at least 0 and at most 1, got 2.0"),
     ("llava", ["--stages.align.data.shots.shots", "2"], "stages.align.data.shots: shapes is built in and read as it is"),

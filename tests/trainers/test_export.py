@@ -168,6 +168,9 @@ def test_what_lies_in_the_folder(tmp_path):
     assert "| accuracy | 0.9375 |" in card
     assert "| steps | 30 |" in card
     assert "- lm: licence mit" in card
+    assert "stop_strings" not in card
+    card = module.model_card(session, recipe(session, "llava_v0"), {}, "x")
+    assert 'max_new_tokens=64, stop_strings=["\\n###"], tokenizer=processor.tokenizer)' in card
     assert "- tower: licence not stated beside the weights" in card
     assert "license" not in front  # one of the two is unknown
     assert re.search(r"Trained with mmfast \S+", card)
