@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from blip import IMAGE, WORDS, drawn, saved, shapes, sizes
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
 from mmfast import spec
@@ -11,45 +12,16 @@ from mmfast.models import Matcher, build, captions, from_pretrained, load_lavis,
 from mmfast.models.build import queries
 from mmfast.models.lavis import lavis_state, load_lavis_state
 
-IMAGE, PAD, WORDS = 59, 1, 37
+PAD = 1
 
 
-def config(*, text=False, size=28, queries=4, tower=24, language="opt", placeholder=IMAGE):
-    vision = dict(
-        hidden_size=tower, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=size, patch_size=14,
-        initializer_range=0.2,
-    )  # fmt: skip
-    q = dict(
-        vocab_size=WORDS, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, encoder_hidden_size=tower,
-        cross_attention_frequency=2, use_qformer_text_input=text, initializer_range=0.2,
-    )  # fmt: skip
-    words = dict(
-        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, pad_token_id=PAD, bos_token_id=2, eos_token_id=2
-    )
-    if language == "opt":
-        words |= dict(model_type="opt", ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=64, init_std=0.3)
-    else:
-        words |= dict(model_type="llama", intermediate_size=32, num_key_value_heads=1, initializer_range=0.3)
-    return Blip2Config(
-        vision_config=vision, qformer_config=q, text_config=words, num_query_tokens=queries, image_token_index=placeholder,
-        image_text_hidden_size=8, initializer_range=0.2,
-    )  # fmt: skip
+def config(*, text=False, queries=4, placeholder=IMAGE, **choices):
+    parts = sizes(pad=PAD, use_qformer_text_input=text, **choices)
+    return Blip2Config(**parts, num_query_tokens=queries, image_token_index=placeholder, image_text_hidden_size=8)
 
 
 def stock(kind=Blip2ForConditionalGeneration, *, seed=0, **choices):
-    """Queries are created as zeros, norms as ones and biases as zeros: all are drawn anew, so that none can be forgotten."""
-    torch.manual_seed(seed)
-    model = kind(config(**choices)).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 1 or "query_tokens" in name:
-                p.add_(0.3 * torch.randn_like(p))
-    return model
-
-
-def saved(model, path):
-    model.save_pretrained(path)
-    return path
+    return drawn(kind, config(**choices), seed)
 
 
 def batch(queries=4, size=28, seed=0, pad="right"):
@@ -67,10 +39,6 @@ def batch(queries=4, size=28, seed=0, pad="right"):
 
 
 CASES = [{}, {"seed": 7}, {"size": 42, "queries": 3, "seed": 3}, {"tower": 36}, {"language": "llama"}, {"text": True}]
-
-
-def shapes(case):
-    return {name: case[name] for name in ("size", "queries") if name in case}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda k: "-".join(f"{a}={b}" for a, b in k.items()) or "opt")
