@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/cpu_isa.h"
+#include "common/device.h"
 
 namespace py = pybind11;
 
@@ -32,4 +33,9 @@ PYBIND11_MODULE(_C, m) {
       "What this binary holds, and which CPU instruction set its kernels use on this machine.");
   m.def("force_cpu_isa", &mmfast::force_cpu_isa, py::arg("name"),
         "Use the kernels of one instruction-set level ('baseline', 'avx2', 'avx512', 'avx512_bf16', or 'auto' for the best).");
+#ifdef MMFAST_CUDA
+  m.def(
+      "cuda_stream", [](int32_t device) { return reinterpret_cast<uintptr_t>(mmfast::current_stream("cuda_stream", device)); },
+      py::arg("device"), "The address of torch's current CUDA stream, as the kernels get it.");
+#endif
 }

@@ -12,18 +12,23 @@ inline ScalarType wide_type(const Tensor& x) { return x.scalar_type() == ScalarT
 }  // namespace mmfast
 
 #ifdef MMFAST_CUDA
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-// Lives in libtorch_cuda, which a CPU build of torch lacks: bound weakly, so that one binary loads under both.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-
 namespace mmfast {
 
-inline void* current_stream(const char* op, const Tensor& t) {
-  MMFAST_CHECK(aoti_torch_get_current_cuda_stream != nullptr, op, ": this torch was built without CUDA");
+// The function lives in libtorch_cuda, which a CPU build of torch lacks and which Python loads for itself alone, so that neither a strong nor a
+// weak reference from here would find it: it is asked of the library that is loaded already.
+inline void* current_stream(const char* op, int32_t device) {
+  using Get = AOTITorchError (*)(int32_t device, void** stream);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  MMFAST_CHECK(get, op, ": this torch was built without CUDA");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 
@@ -34,13 +39,13 @@ void launch_on_cuda(const char* op, const Tensor& x, const Args& args, size_t (*
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t size = int64_t(bytes(args));
   Tensor workspace = torch::stable::new_empty(x, {size}, ScalarType::Byte);
-  const int status = launch(args, size ? workspace.data_ptr() : nullptr, current_stream(op, x));
+  const int status = launch(args, size ? workspace.data_ptr() : nullptr, current_stream(op, x.get_device_index()));
   MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
 }
 template <class Args>
 void launch_on_cuda(const char* op, const Tensor& x, const Args& args, int (*launch)(const Args&, void*)) {
   torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int status = launch(args, current_stream(op, x));
+  const int status = launch(args, current_stream(op, x.get_device_index()));
   MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
 }
 
