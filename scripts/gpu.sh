@@ -12,7 +12,8 @@
 #
 # Figures go to bench/results/<gpu>/, written anew after every shape. ${OUT:-build} gets one archive of them and of the logs, every few seconds
 # and last, to be unpacked in a checkout's top folder: a run that is cut off leaves what it has. Where there is no git, MMFAST_COMMIT names the commit.
-# MMFAST_GPU_DRY=1 runs every stage on the CPU with tiny shapes and no compiler: it tests this script, and its figures mean nothing.
+# MMFAST_GPU_BUILT=1 takes the build in mmfast/ as it is. MMFAST_GPU_DRY=1 runs every stage on the CPU with tiny shapes and no compiler: it tests this
+# script, and its figures mean nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -24,7 +25,7 @@ PATH=$(dirname "$(command -v "$python")"):$PATH
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 [[ -n $dry ]] && export MMFAST_GPU_DRY=1 MMFAST_RESULTS=$PWD/$run/results
 results=${MMFAST_RESULTS:-bench/results}
-declare -A share=([build]=90 [test]=170 [sanitize]=240 [card]=25 [bench-vq]=60 [bench-logp]=90 [bench-attention]=180 [bench-ppo]=30 [model]=120)
+declare -A share=([build]=60 [test]=90 [sanitize]=180 [card]=25 [bench-vq]=60 [bench-logp]=90 [bench-attention]=180 [bench-ppo]=30 [model]=120)
 order=(build test sanitize card bench-vq bench-logp bench-attention bench-ppo model)
 
 usage() {
@@ -75,6 +76,7 @@ build() {
   else
     archs=${MMFAST_CUDA_ARCHS:-$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')} || return 1
   fi
+  [[ -n ${MMFAST_GPU_BUILT:-} ]] && echo "MMFAST_GPU_BUILT: taking the build that is in mmfast/" && archs=
   for tool in cmake nvcc; do
     command -v $tool >/dev/null || [[ -n $dry ]] || { echo "no $tool: taking the build that is in mmfast/"; archs=; }
   done
@@ -92,17 +94,19 @@ if not '$dry':  # else every test would skip, and the run look well
     assert mmfast.build_info()['cuda'], 'this mmfast has no CUDA kernels'"
 }
 
-# run_tests SECONDS LOG MARK COMMAND ..: COMMAND is put before Python. The dry run takes the CPU's tests of one file instead.
+# run_tests SECONDS LOG MARK COMMAND ..: COMMAND is put before Python. Every test's verdict is in the log at once, so that a run that is cut off says
+# what failed. The dry run takes the CPU's tests of one file instead.
 run_tests() {
-  local seconds=$1 log=$2 mark="gpu${3:+ and $3}" paths=(tests/ops tests/nn "--ignore-glob=*_emulated.py")
+  local seconds=$1 log=$2 mark="gpu${3:+ and $3}" paths=(tests/ops tests/nn tests/test_abi.py "--ignore-glob=*_emulated.py") workers=()
   shift 3
   [[ -n $dry ]] && mark="reduced and not gpu" paths=(tests/ops/test_preference.py)
-  within "$seconds" "$log" "$@" "$python" -m pytest -p no:cacheprovider --tb=short -rs -m "$mark" "${paths[@]}"
+  ((!$#)) && "$python" -c 'import xdist' 2>/dev/null && workers=(-n "${MMFAST_GPU_WORKERS:-6}")
+  within "$seconds" "$log" "$@" "$python" -m pytest -v -p no:cacheprovider --tb=short -rs "${workers[@]}" -m "$mark" "${paths[@]}" | grep -v " PASSED \| PASSED$" | tail -n 60
 }
 
-# One tool after the other over the tests marked `reduced`, each with its share of the time; only our kernels are instrumented.
+# All tools at once over the tests marked `reduced`, only our kernels instrumented.
 sanitize() {
-  local tool code status=0 each=$(($1 / 4)) filter=(--kernel-name kns=mmfast) checker
+  local tool code status=0 filter=(--kernel-name kns=mmfast) checker jobs=()
   if [[ -n $dry ]]; then
     filter=()
   elif ! command -v compute-sanitizer >/dev/null; then
@@ -113,12 +117,18 @@ sanitize() {
     filter=()
   fi
   for tool in memcheck racecheck initcheck synccheck; do
-    echo "--- $tool"
     checker=(compute-sanitizer --tool "$tool" "${filter[@]}" --error-exitcode 9)
     [[ -n $dry ]] && checker=(env "MMFAST_TOOL=$tool")
     # Without torch's cache every tensor is an allocation of its own, and reading beside it is seen.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_tests "$each" "sanitize-$tool.log" reduced "${checker[@]}" | tail -12
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 run_tests "$1" "sanitize-$tool.log" reduced "${checker[@]}" >"$run/$tool.tail" &
+    jobs+=("$tool:$!")
+  done
+  for tool in "${jobs[@]}"; do
+    wait "${tool#*:}"
     code=$?
+    tool=${tool%:*}
+    echo "--- $tool"
+    tail -n 12 "$run/$tool.tail"
     ((code)) && echo "$tool: status $code"
     ((code && (!status || status == 124))) && status=$code
   done

@@ -68,7 +68,7 @@ def test_all_stages_in_order(checkout):
     assert set(stages(done.stdout).values()) == {"ok"}
     for file in ("bench/card.py", "bench_vq.py", "bench_linear_logp.py", "bench_attention.py", "bench_ppo.py", "bench/steps.py"):
         assert file in done.stdout
-    assert done.stdout.count("-m pytest -p no:cacheprovider --tb=short -rs -m reduced") == 5  # the tests and four tools
+    assert done.stdout.count("-m pytest -v -p no:cacheprovider") == 5  # the tests and four tools
 
 
 def test_groups_and_single_stages(checkout):
