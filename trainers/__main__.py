@@ -105,7 +105,11 @@ def parser() -> Parser:
     sub = add("eval", "measure a trained run: on held-out scenes of the shapes world, on easy-vqa's test part, or on records")
     sub.add_argument("run", type=Path)
     sub.add_argument("--scenes", type=int, default=500)
-    sub.add_argument("--data", metavar="FILE", help="records to measure loss, right answers and found pictures on")
+    sub.add_argument(
+        "--data",
+        metavar="FILE",
+        help="records to measure loss, right answers and found pictures on; or VIST's or VisDial's own file (FROMAGe)",
+    )
     sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
     sub.add_argument(
         "--shots", metavar="YAML", help="how few-shot episodes are asked, as in '{prompt: flamingo, shots: 4, induction: true}'"

@@ -166,7 +166,7 @@ def answer_losses(
         longest = max(map(len, some))
         ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in some], device=prompt.device)
         scored = torch.arange(longest, device=ids.device) < torch.tensor([len(ids) for ids in some], device=ids.device)[:, None]
-        logits = torch.cat([reading.any_logits[:, None], reading.logits_of(ids)], 1)
-        logps = torch.stack([by.log_softmax(-1).gather(-1, ids[..., None])[..., 0] for by in (logits[:, :-1], logits[:, 1:])])
-        losses.append(-(logps * scored).sum(-1))
+        logps = torch.cat([reading.any_logits[:, None], reading.logits_of(ids)], 1).log_softmax(-1)
+        told = torch.stack([by.gather(-1, ids[..., None])[..., 0] for by in (logps[:, :-1], logps[:, 1:])])
+        losses.append(-(told * scored).sum(-1))
     return tuple(torch.cat(losses, 1))

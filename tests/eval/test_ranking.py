@@ -16,9 +16,7 @@ def test_places():
 def test_measures_of_places():
     told = ranking.ranked([1, 2, 6, 30])
     # (1 + 1/2 + 1/6 + 1/30) / 4 = 1.7 / 4
-    assert told == pytest.approx(
-        {"recall@1": 0.25, "recall@5": 0.5, "recall@10": 0.75, "recall@20": 0.75, "mrr": 0.425, "mean_rank": 9.75}
-    )
+    assert told == pytest.approx({"recall@1": 0.25, "recall@5": 0.5, "recall@10": 0.75, "recall@20": 0.75, "mrr": 0.425, "mean_rank": 9.75})
     assert all(map(math.isnan, ranking.ranked([]).values()))
 
 

@@ -11,7 +11,9 @@ def sentence(story, place, picture, **other):
 
 def file(*stories):
     """Official annotations of stories by id and pictures."""
-    notes = [sentence(story, place, str(picture), original_text="Otherwise.") for story, row in stories for place, picture in enumerate(row)]
+    notes = [
+        sentence(story, place, str(picture), original_text="Otherwise.") for story, row in stories for place, picture in enumerate(row)
+    ]
     return {"images": [{"id": "1"}], "annotations": notes, "info": {}, "type": "sis"}
 
 

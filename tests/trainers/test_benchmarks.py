@@ -1,6 +1,7 @@
 """Visual Storytelling and Visual Dialog: official files in small, every number counted anew from the tower and the language model alone."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,11 @@ from torch.nn import functional as F
 from mmfast.data import supervised as data
 from mmfast.models import tiny
 
-WORDS = ["a red circle", "a blue square", "two green stars", "there is a yellow circle", "is there a red square", "yes", "no", "no red circle"]
+# Of three words each, so that stories of one length are read together.
+WORDS = [f"{some} {colour} {shape}" for some, colour, shape in zip(
+    ["a", "no", "yes", "a", "is", "there", "and", "no"], ["red", "blue", "green", "yellow", "red", "green", "blue", "yellow"],
+    ["circle", "square", "circle", "triangle", "square", "triangle", "circle", "square"], strict=True,
+)]  # fmt: skip
 RIGHT = {(0, 0): 2, (0, 1): 0, (1, 0): 3, (1, 1): 1, (2, 0): 1, (2, 1): 2}
 
 
@@ -219,7 +224,11 @@ def test_dialogues_find_pictures_and_rank_answers(session, files, capsys):
 
 def test_what_is_not_there(session, files, tmp_path):
     for name, folder, sentence in (
-        ("visdial_1.0_val.json", "photos", r"3 of 3 pictures are not in .*photos, the first is that of id 185565 \(VisualDialog_val2018_000000185565"),
+        (
+            "visdial_1.0_val.json",
+            "photos",
+            r"3 of 3 pictures are not in .*photos, the first is that of id 185565 \(VisualDialog_val2018_000000185565",
+        ),
         ("val.story-in-sequence.json", "coco", r"no story has all its pictures in .*coco, whose names end with Flickr's ids \(101.jpg\)"),
         ("visdial_1.0_val.json", "gone", "folder of pictures .*gone does not exist"),
     ):
@@ -236,13 +245,27 @@ def test_what_is_not_there(session, files, tmp_path):
     with pytest.raises(RunError, match=r"dialogue of picture 185565 takes \d+ places, and the model has 256"):
         benchmarks.opened(session, str(tmp_path / "long.json"), str(files / "coco")).take()
     (tmp_path / "long_dense_annotations.json").write_text("[")
-    with pytest.raises(RunError, match="long_dense_annotations.json is no JSON"):
+    with pytest.raises(RunError, match=r"long_dense_annotations.json is no JSON"):
         benchmarks.opened(session, str(tmp_path / "long.json"), str(files / "coco"))
+
+
+@torch.no_grad()
+def test_in_half_precision(session, files):
+    half = deepcopy(session)
+    half.model.language.bfloat16()
+    half.model.encoder.bfloat16()
+    for name, folder in (("visdial_1.0_val.json", "coco"), ("val.story-in-sequence.json", "photos")):
+        whole, told = (opened(s, files, name, folder).take() for s in (session, half))
+        assert whole.keys() == told.keys()
+        assert all(0 <= value <= 10 for value in told.values())
 
 
 def test_other_models(files):
     llava = Session(replace(tiny(config.load_recipe("llava")), stages=()), seed=0)
-    with pytest.raises(RunError, match=r"Visual Dialog is measured with a model that finds pictures \(fusion Retrieval, FROMAGe\); this one's fusion is Prefix"):
+    with pytest.raises(
+        RunError,
+        match=r"Visual Dialog is measured with a model that finds pictures \(fusion Retrieval, FROMAGe\); this one's fusion is Prefix",
+    ):
         opened(llava, files, "visdial_1.0_val.json", "coco")
 
 
