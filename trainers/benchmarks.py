@@ -1,4 +1,4 @@
-"""FROMAGe's two exams on published files (arXiv:2301.13823, sections 4.1 and 4.2): Visual Storytelling and Visual Dialog.
+"""FROMAGe's two exams on published files (arXiv:2301.13823, section 4): Visual Storytelling and Visual Dialog.
 
     mmfast eval RUN --data val.story-in-sequence.json --images val/
     mmfast eval RUN --data visdial_1.0_val.json --images VisualDialog_val2018/

@@ -1,5 +1,5 @@
 """Visual Dialog v1.0 (VisDial, arXiv:1611.08669): pictures found by their dialogues, and answers ranked among a hundred (FROMAGe,
-arXiv:2301.13823, section 4.2).
+arXiv:2301.13823, section 4).
 
 ``visdial_1.0_val.json`` is ``{"data": {"dialogs": [..], "questions": [..], "answers": [..]}, ..}``; a dialogue has ``image_id``, ``caption`` and
 ``dialog``, rounds of ``question``, ``answer``, ``answer_options`` (numbers into the two lists) and ``gt_index``. Its dense annotations are a list

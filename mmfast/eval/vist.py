@@ -1,4 +1,4 @@
-"""Visual Storytelling (VIST, arXiv:1604.03968): stories of five pictures, whose last is to be found (FROMAGe, arXiv:2301.13823, section 4.1).
+"""Visual Storytelling (VIST, arXiv:1604.03968): stories of five pictures, whose last is to be found (FROMAGe, arXiv:2301.13823, section 4).
 
 The file is one of the data set's ``sis/*.story-in-sequence.json``: ``{"images": [..], "annotations": [[{..}], ..]}``, of which every sentence is
 a list of one object with ``story_id``, ``photo_flickr_id``, ``worker_arranged_photo_order`` (0 .. 4), ``text`` (tokenised) and

@@ -9,6 +9,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from mmfast import spec
 from mmfast.models import build, fromage, load_fromage, retrieval, save_fromage
+from mmfast.models.generate import Reading
 from mmfast.models.tokenizer import word_tokenizer
 
 WORDS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", *"abcdefghijklmnop")
@@ -320,3 +321,5 @@ def test_losses_of_answers_token_by_token(batch):
             assert unshifted[number].item() == pytest.approx(-sum(logps[i, t].item() for i, t in zip(at, answer, strict=True)), abs=1e-4)
     with pytest.raises(ValueError, match="at least one answer, each of at least one token"):
         retrieval.answer_losses(model, prompt, [[1], []], **images)
+    with pytest.raises(ValueError, match="padded on the left go on token by token"):
+        Reading(model, prompt, torch.ones_like(prompt), **images).logits_of(prompt)
