@@ -105,7 +105,11 @@ def parser() -> Parser:
     sub = add("eval", "measure a trained run: on held-out scenes of the shapes world, on easy-vqa's test part, or on records")
     sub.add_argument("run", type=Path)
     sub.add_argument("--scenes", type=int, default=500)
-    sub.add_argument("--data", metavar="FILE", help="records to measure loss, right answers and found pictures on")
+    sub.add_argument(
+        "--data",
+        metavar="FILE",
+        help="records to measure loss, right answers and found pictures on; or VIST's or VisDial's own file (FROMAGe)",
+    )
     sub.add_argument("--images", metavar="DIR", help="folder of the records' pictures (default: beside the file)")
     sub.add_argument(
         "--shots", metavar="YAML", help="how few-shot episodes are asked, as in '{prompt: flamingo, shots: 4, induction: true}'"
@@ -231,7 +235,7 @@ def opened(folder: Path, device: str | None):
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    from . import records
+    from . import benchmarks, records
     from .checkpoint import Run
     from .runs import measure, to_measure
 
@@ -246,11 +250,16 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.generate and records.compares(recipe):
         raise UsageError(f"{args.run}: its last stage compares pictures with texts and answers nothing; leave --generate out")
     try:
-        given = None if args.data is None else to_measure(recipe, args.data, args.images, args.shots)
-    except RunError as error:
+        exam = None if args.data is None else benchmarks.opened(session, args.data, args.images)
+        if exam is not None and (args.generate or args.shots is not None):
+            raise UsageError(f"{args.data}: {exam.name} has its own prompts and decodes nothing; leave --generate and --shots out")
+        given = None if args.data is None or exam is not None else to_measure(recipe, args.data, args.images, args.shots)
+    except (RunError, ValueError) as error:
         raise UsageError(str(error)) from error
     measured, _, _ = measure(session, recipe, scenes=args.scenes)
     run = Run(args.run, resume=True)
+    if exam is not None:
+        measured |= exam.take()
     if given is not None:
         told, said = records.measure(session, recipe, given, decoding=options if args.generate else None)
         measured |= told

@@ -54,12 +54,15 @@ def likelihood(session: Any, template: str, texts: list[str], states: Tensor, ba
 
 
 @torch.no_grad()
-def scores(session: Any, texts: Sequence[Sequence[int]], states: Tensor) -> Tensor:
-    """Cosines ``[texts, pictures]`` of FROMAGe's space; texts by their token ids up to [RET]."""
+def scores(session: Any, texts: Sequence[Sequence[int]], states: Tensor, shown: Sequence[Sequence[int]] | None = None) -> Tensor:
+    """Cosines ``[texts, pictures]`` of FROMAGe's space; texts by their token ids up to [RET], with ``shown``, the numbers of the pictures among
+    ``states`` that stand in each."""
     model = session.model.eval()
     rets: list[Tensor] = [states.new_empty(0)] * len(texts)
     for numbers, ids in alike(texts):
-        for number, hidden in zip(numbers, model.hidden(ids.to(session.place.device))[:, -1], strict=True):
+        rows = [] if shown is None else [picture for number in numbers for picture in shown[number]]
+        images = {"image_states": states[torch.tensor(rows, device=states.device)]} if rows else {}
+        for number, hidden in zip(numbers, model.hidden(ids.to(session.place.device), **images)[:, -1], strict=True):
             rets[number] = hidden
     return model.fusion.texts(torch.stack(rets)) @ model.fusion.pictures(model.connector.pooled(states)).T
 

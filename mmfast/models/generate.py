@@ -97,6 +97,13 @@ class Reading:
             self._positions = self._positions[:, -1:] + 1
         self._read(token[:, None])
 
+    def logits_of(self, ids: Tensor) -> Tensor:
+        """Goes on with ``ids [B, T]`` at once: what it makes of the token behind each, ``[B, T, V]`` in fp32. What pads a row on the right is not
+        seen by what stands before it."""
+        if self._mask is not None:
+            raise ValueError("logits_of: rows that are padded on the left go on token by token")
+        return self.model.language.get_output_embeddings()(self._read(ids)).float()
+
     def __copy__(self) -> Reading:
         """One that can go on otherwise: what was read is copied, pictures are not."""
         new = object.__new__(Reading)
@@ -115,13 +122,14 @@ class Reading:
         """Goes on from these rows ``[B]``, each of which has the prompt and the pictures of the one whose place it takes."""
         self._cache.reorder_cache(rows)
 
-    def _read(self, ids: Tensor) -> None:
+    def _read(self, ids: Tensor) -> Tensor:
         model, masks = self.model, {} if self._mask is None else {"attention_mask": self._mask, "position_ids": self._positions}
         hidden, self._cache = model.fusion(
             model.language, ids, self._images, model.image_token, past_key_values=self._cache, use_cache=True, **masks
         )
         self.any_logits = model.language.get_output_embeddings()(hidden[:, -1]).float()
         self._images = model.fusion.carry(ids, self._images, model.image_token)
+        return hidden
 
 
 def next_token(logits: Tensor, *, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from mmfast.models.build import MultimodalModel
+from mmfast.models.generate import Reading
 from mmfast.models.generate import generate as say
 from mmfast.models.interleaved import Part, encode
 from mmfast.models.tokenizer import plain_text
 
-__all__ = ["Index", "encode", "generate", "log_likelihood"]
+__all__ = ["Index", "answer_losses", "encode", "generate", "log_likelihood"]
 
 Prompt = Sequence[Part]
 
@@ -140,3 +142,31 @@ def log_likelihood(model: MultimodalModel, tokenizer: Any, prompts: Prompt, *, b
     """Mean log-probability of a prompt's text tokens; the first token of all has none."""
     ids, images = encode(model, tokenizer, prompts, begin_each=begin_each)
     return -model(ids, labels=ids.masked_fill(ids == model.image_token, -100), **images).loss.item()
+
+
+@torch.no_grad()
+def answer_losses(
+    model: MultimodalModel, prompt: Tensor, answers: Sequence[Sequence[int]], *, batch: int = 20, **images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, summed over its tokens, of each of C answers behind a prompt ``[1, T]``, which is read once: two tensors ``[C]``.
+
+    The first scores each token by what stands before it. The second as FROMAGe's released script for VisDial does, which does not shift its
+    labels: each token by the logits at its own place, where it has just been read. Its published figures are those of the second.
+
+    Args:
+        answers: token ids; theirs begin with a beginning token, which is scored too.
+        batch: answers that are read together. images: as for ``model.hidden``.
+    """
+    if not answers or not all(answers):
+        raise ValueError("answer_losses: expected at least one answer, each of at least one token")
+    read, losses = Reading(model, prompt, **images), []
+    for first in range(0, len(answers), batch):
+        some, reading = answers[first : first + batch], copy(read)
+        reading.spread(len(some))
+        longest = max(map(len, some))
+        ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in some], device=prompt.device)
+        scored = torch.arange(longest, device=ids.device) < torch.tensor([len(ids) for ids in some], device=ids.device)[:, None]
+        logps = torch.cat([reading.any_logits[:, None], reading.logits_of(ids)], 1).log_softmax(-1)
+        told = torch.stack([by.gather(-1, ids[..., None])[..., 0] for by in (logps[:, :-1], logps[:, 1:])])
+        losses.append(-(told * scored).sum(-1))
+    return tuple(torch.cat(losses, 1))

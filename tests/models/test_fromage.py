@@ -9,6 +9,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from mmfast import spec
 from mmfast.models import build, fromage, load_fromage, retrieval, save_fromage
+from mmfast.models.generate import Reading
 from mmfast.models.tokenizer import word_tokenizer
 
 WORDS = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", *"abcdefghijklmnop")
@@ -300,3 +301,25 @@ def test_an_index_in_a_file(tmp_path):
     torch.save({"paths": index.names, "embeddings": index.embeddings}, tmp_path / "index.pkl")
     with pytest.raises(ValueError, match=r"index.pkl is no index of pictures in safetensors \(a pickle is not read, it can run code\)"):
         retrieval.Index.load(tmp_path / "index.pkl")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 20])
+def test_losses_of_answers_token_by_token(batch):
+    """Each answer on its own behind picture and prompt, through transformers' class; the second loss is not shifted, as in the released script."""
+    model, tokenizer = made(tokens=4)
+    plain, embed = stock(model)
+    prompt, images = retrieval.encode(model, tokenizer, [picture(3), "a b c"])
+    answers = [[1, 7, 8], [1], [1, 9, 10, 11, 12], [1, 7]]
+    shifted, unshifted = retrieval.answer_losses(model, prompt, answers, batch=batch, **images)
+    prefix = model.connector.linear(model.encoder.vision(picture(3)[None]).pooler_output).view(4, -1)
+    with torch.no_grad():
+        for number, answer in enumerate(answers):
+            line = torch.cat([prefix, embed(prompt[0, 4:]), embed(torch.tensor(answer))])[None]
+            logps = plain(inputs_embeds=line).logits[0].log_softmax(-1)
+            at = range(prompt.shape[1], prompt.shape[1] + len(answer))
+            assert shifted[number].item() == pytest.approx(-sum(logps[i - 1, t].item() for i, t in zip(at, answer, strict=True)), abs=1e-4)
+            assert unshifted[number].item() == pytest.approx(-sum(logps[i, t].item() for i, t in zip(at, answer, strict=True)), abs=1e-4)
+    with pytest.raises(ValueError, match="at least one answer, each of at least one token"):
+        retrieval.answer_losses(model, prompt, [[1], []], **images)
+    with pytest.raises(ValueError, match="padded on the left go on token by token"):
+        Reading(model, prompt, torch.ones_like(prompt), **images).logits_of(prompt)
