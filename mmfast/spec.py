@@ -386,7 +386,7 @@ class Fixed:
 # Data sets that need no path; mmfast.data.supervised makes them.
 BUILT_IN = (
     "shapes", "shapes_captions", "shapes_text", "shapes_single", "shapes_episodes", "shapes_told", "shapes_crowded", "shapes_drawing", "shapes_grounded",
-    "easy_vqa",
+    "shapes_instructions", "easy_vqa",
 )  # fmt: skip
 
 

@@ -6,12 +6,14 @@ for captions and questions, which every model of the shapes world's words takes 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from mmfast.data import supervised
 from mmfast.data.episodes import ATTRIBUTES, Episode, Plan, Pool, Prompts, mixed, most_similar, orderings, prompts_of
 from mmfast.data.synthetic import COLOURS, SHAPES, Draws
 from mmfast.models.generate import option_logps
@@ -136,10 +138,22 @@ def answers(
     return said
 
 
+def instructed(session: Any, system: System, *, scenes: int = 300) -> dict[str, float]:
+    """``instructions/right``: the share of instructions in text about held-out captions that are answered exactly; ``instructions/constant``: that
+    of the answer which is right most often."""
+    shown = session.world.scenes("eval", scenes)
+    asked = [supervised.instruction(session.world, scene, i)[0] for i, scene in enumerate(shown)]
+    said = answers(session, [(text, ()) for text, _ in asked], session.states(session.exam_pictures(shown[:1])))
+    right = [got == answer for got, (_, answer) in zip(said, asked, strict=True)]
+    commonest = Counter(answer for _, answer in asked).most_common(1)[0][1]
+    return {"instructions/right": sum(right) / len(asked), "instructions/constant": commonest / len(asked)}
+
+
 EXAMS: dict[str, Callable[[Any, System], dict[str, float]]] = {
     "shapes_captions": captions_exam,
     "shapes_single": few_shot,
     "shapes_episodes": in_context,
     "shapes_drawing": drawing_exam,
     "shapes_grounded": grounded,
+    "shapes_instructions": instructed,
 }

@@ -179,12 +179,12 @@ class Session:
         """The stages of a system mostly read the same data: it is made once. ``compared``: as a Q-Former's text side reads it."""
         key = repr((data, None if compared else template, max_length))
         if key not in self._sources:
-            self._sources[key] = self._make_source(data, self.text_side(max_length) if compared else self.encoder(template, max_length))
+            self._sources[key] = self._make_source(data, template, max_length, compared)
             self._sources[key].asked = None if compared else self.questions
         return self._sources[key]
 
-    def _make_source(self, data: Data | Mixture, encode: chat.Encoder | chat.TextSide):
-        plan = self.system.image
+    def _make_source(self, data: Data | Mixture, template: str, max_length: int, compared: bool):
+        plan, encode = self.system.image, self.text_side(max_length) if compared else self.encoder(template, max_length)
         parts, by_tokens = parts_of(data), isinstance(data, Mixture) and data.by == "tokens"
         if all(part.path is not None for part in parts):
             if any(part.streaming for part in parts):
@@ -193,9 +193,10 @@ class Session:
                 return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, plan=plan)
             return Conversations([Records(part) for part in parts], encode, plan=plan, seed=self.seed, by_tokens=by_tokens)
         if all(part.path is None and part.name in BUILT_IN for part in parts):
-            made = [supervised.make(part, self.world, encode) for part in parts]
-            weights = [part.weight for part in parts]
-            return made[0] if len(made) == 1 else supervised.mixture(made, weights, self.seed, by_tokens=by_tokens)
+            if isinstance(data, Data):
+                return supervised.make(data, self.world, encode)
+            made = [self.source(part, template, max_length, compared=compared) for part in parts]  # which other mixtures may have, too
+            return made[0] if len(made) == 1 else supervised.mixture(made, [p.weight for p in parts], self.seed, by_tokens=by_tokens)
         name = next(part.name for part in parts if part.path is None)
         raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
 

@@ -55,7 +55,10 @@ RUNS: dict[str, dict[str, list[str]]] = {
     "kosmos_1": {
         "": [],
         "blind": [
-            word for kind in ("text", "captions", "episodes") for word in (f"--stages.pretrain.data.parts.shapes_{kind}.blind", "true")
+            word
+            for stage, kinds in (("pretrain", ()), ("instruct", ("instructions",)))
+            for kind in (*kinds, "text", "captions", "episodes")
+            for word in (f"--stages.{stage}.data.parts.shapes_{kind}.blind", "true")
         ],
     },
     "kosmos_2": {"": [], "blind": ["--stages.pretrain.data.blind", "true", "--stages.instruct.data.blind", "true"]},

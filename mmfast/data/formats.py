@@ -34,7 +34,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TURN_NAMES = ("from", "value", "role", "content")
 NAMES = (
     "id", "image_id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "answers",
-    "caption", "captions", "instruction", "input", "output", "choices", "hint", "lecture", "solution", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
+    "caption", "captions", "instruction", "input", "output", "instances", "reformulations", "instruction_with_input", "inputs", "targets", "choices", "hint", "lecture", "solution", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
 )  # fmt: skip
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
 MAX_CHARACTERS = 1_000_000
@@ -53,6 +53,8 @@ INSTRUCTIONS = (
     (f"<image><grounding><phrase>The object</phrase>{REGION} is", "{expression}."),
 )
 
+# Where a line of Unnatural Instructions has its pairs.
+INSTANCES = ("instances", "reformulations")
 # How a question with choices is put, and answered: as LLaVA's converter for ScienceQA writes it (arXiv:2304.08485, its mode LEA), and as
 # LLaMA-Adapter's figure shows it (arXiv:2303.16199).
 CHOICES = {
@@ -166,6 +168,30 @@ def parse(
     return replace(record, image_id=_name(reader.row["image_id"], "image_id")) if "image_id" in reader.row else record
 
 
+def split(row: Any, columns: dict[str, str] | None = None) -> list[Any]:
+    """A line of Unnatural Instructions as rows of one pair each; any other row, and one that is not as it should be, as it is.
+
+    As the README of orhonovich/unnatural-instructions has it (arXiv:2212.09689), a line of core_data.jsonl is an ``instruction`` and a list
+    ``instances`` of objects with ``instruction_with_input``, ``input``, ``constraints`` and ``output``; in full_data.jsonl a list of
+    ``reformulations``, objects alike, is beside it. Hub copies hold such a list as an object of lists, too."""
+    if not isinstance(row, dict):
+        return [row]
+    theirs = {ours: name for name, ours in (columns or {}).items()}
+    names = [theirs.get(name, name) for name in INSTANCES]
+    told = [[] if _null(row.get(name)) else _rows(row[name]) for name in names]
+    if None in told or not any(told):
+        return [row]
+    rest = {name: value for name, value in row.items() if name not in names}
+    return [{**rest, names[0]: [pair]} for pairs in told for pair in pairs]
+
+
+def _rows(value: Any) -> list[Any] | None:
+    """A list, or an object of lists of one length as a list of objects; None for what is neither."""
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()) and len({*map(len, value.values())}) == 1:
+        return [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
+    return list(value) if isinstance(value, list | tuple) else None
+
+
 def name_of(row: Any, number: int, columns: dict[str, str] | None = None) -> str:
     """A row's id, ``#number`` where it has none."""
     value = _rename(row, columns or {}).get("id") if isinstance(row, dict) else None
@@ -255,6 +281,8 @@ class _Reader:
         for name in ("conversations", "messages"):
             if has(name):
                 return self.conversation(self.said(row[name], name), llava=name == "conversations")
+        if has("instances") or has("reformulations"):
+            return self.instance()
         if has("texts") or has("text_list") or has("items"):
             return self.document(*self.interleaved())
         if has("question_image") or has("image_1"):
@@ -265,7 +293,7 @@ class _Reader:
             return self.answered()
         if has("choices") and not isinstance(row.get("answer"), str):  # whose answer is a text is a question like others
             return self.chosen_from()
-        for question, answer in (("prompt", "completion"), ("question", "answer")):
+        for question, answer in (("prompt", "completion"), ("question", "answer"), ("inputs", "targets")):  # the last are FLAN's
             if has(question) or has(answer):
                 if not (has(question) and has(answer)):
                     missing, there = (answer, question) if has(question) else (question, answer)
@@ -320,6 +348,22 @@ class _Reader:
             [*self.said(row["question"], "question", "user"), *self.said(learnt, "answer", "assistant")], llava=False
         )
         return replace(record, answers=tuple(answers))
+
+    def instance(self) -> Record:
+        """One pair of a line of Unnatural Instructions (``split``): its ``instruction_with_input`` is the question, its ``output`` the answer. The
+        ``constraints`` beside them were told to what wrote the outputs, and are not told here."""
+        pairs = [pair for name in INSTANCES for pair in self.sequence(self.row.get(name, []), name)]
+        if len(pairs) != 1:
+            why = "several at once are not read from a tar; use JSONL or parquet" if pairs else 'there is nothing in its "instances"'
+            raise ValueError(f"has {len(pairs)} pairs of instruction and output: {why}")
+        if not isinstance(pairs[0], dict):
+            raise ValueError(f"its instance is {_kind(pairs[0])}, expected an object with instruction_with_input and output")
+        pair = _rename(pairs[0], self.columns)
+        for name in ("instruction_with_input", "output"):
+            if name not in pair:
+                raise ValueError(f'its instance has no "{name}"')
+        asked = self.said(pair["instruction_with_input"], "instruction_with_input", "user")
+        return self.conversation([*asked, *self.said(pair["output"], "output", "assistant")], llava=False)
 
     def chosen_from(self) -> Record:
         """ScienceQA: a question, its choices and the number of the right one, with a hint, a lecture and a solution that may be empty."""

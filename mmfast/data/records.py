@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from mmfast.data.formats import NAMES, TURN_NAMES, Record, cleaned, name_of, paired, parse
+from mmfast.data.formats import INSTANCES, NAMES, TURN_NAMES, Record, cleaned, name_of, paired, parse, split
 from mmfast.data.images import SUFFIXES, Picture
 from mmfast.spec import Data, Pairs, nearest
 
@@ -66,10 +66,11 @@ class Records:
         else:
             kind, files = _files(data)
             if kind in ("json", "tsv"):
-                lists = [_read_text(file, data.split) for file in files]
-                self.rows = [row for rows, _ in lists for row in rows]
-                self._starts = [sum(len(rows) for rows, _ in lists[:i]) for i in range(len(lists))]
-                identity = [digest for _, digest in lists]
+                read = [_read_text(file, data.split) for file in files]
+                lists = [[one for row in rows for one in split(row, data.columns)] for rows, _ in read]
+                self.rows = [row for rows in lists for row in rows]
+                self._starts = [sum(map(len, lists[:i])) for i in range(len(lists))]
+                identity = [digest for _, digest in read]
             else:
                 _one_folder(data, files)
                 self.rows, self._starts = _load(kind, files, streaming=False), [0]
@@ -79,6 +80,8 @@ class Records:
             raise ValueError(f"{self.name}: holds no record")
         self._json = _json_columns(self.rows)
         self._check_names()
+        if not isinstance(self.rows, list) and {data.columns.get(name, name) for name in self.rows.column_names} & {*INSTANCES}:
+            self.rows = [one for i in range(len(self)) for one in split(self._row(i), data.columns)]
         settings = [self._roots, sorted(data.columns.items()), data.frames]
         self.fingerprint = hashlib.sha256(json.dumps([identity, settings]).encode()).hexdigest()
 
@@ -170,7 +173,7 @@ class Stream:
             rows.load_state_dict(state["rows"])
         reading, as_json = self._reading(rows), _json_columns(rows)
         while True:
-            block = list(itertools.islice(reading, self.block))
+            block = [one for row in itertools.islice(reading, self.block) for one in split(_plain(row, as_json), self.data.columns)]
             if not block:
                 break
             order = range(len(block))
@@ -181,7 +184,7 @@ class Stream:
                 # "rows" stays what it was before the block: who resumes reads the block again.
                 state = self._state = {**state, "at": at + 1}
                 number = state["number"] + order[at]
-                if (state["number"] + at) % self.part[1] == self.part[0] and (record := self._record(block[order[at]], number, as_json)):
+                if (state["number"] + at) % self.part[1] == self.part[0] and (record := self._record(block[order[at]], number)):
                     yield record
             number = state["number"] + len(block)
             state = self._state = {**state, "block": state["block"] + 1, "number": number, "at": 0, "rows": rows.state_dict()}
@@ -209,9 +212,9 @@ class Stream:
         except Exception as error:  # whatever a reader of files raises
             raise ValueError(f"{self.name}: cannot be read on: {_cause(error)}") from None
 
-    def _record(self, row: Any, number: int, as_json: dict[str, Any]) -> Record | None:
+    def _record(self, row: Any, number: int) -> Record | None:
         try:
-            record = _parse(_plain(row, as_json), number, self.data, self._root)
+            record = _parse(row, number, self.data, self._root)
             drawn = hashlib.sha256(f"{self.seed} {self._state['epoch']} {number}".encode()).digest()
             record = record.telling(int.from_bytes(drawn[:7], "big") % record.tellings)
             if self.open_pictures:

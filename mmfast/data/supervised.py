@@ -148,6 +148,20 @@ def shapes_told(world: World, encode: chat.Encoder, count: int = 10_000) -> Sour
     return Source(nothing, [chat.Rows(rows, encode.pad_token)], encode.pad_token, [[]] * len(rows))
 
 
+def shapes_instructions(world: World, encode: chat.Encoder, count: int = 3000) -> Source:
+    """Instructions of text alone: a caption is the input, and whether, or how often, it tells of something is asked. Only the answer is learnt."""
+    rows = [encode(instruction(world, scene, i)) for i, scene in enumerate(world.scenes("train", count))]
+    nothing = np.empty((0, world.config.pixels, world.config.pixels, 3), np.uint8)
+    return Source(nothing, [chat.Rows(rows, encode.pad_token)], encode.pad_token, [[]] * len(rows))
+
+
+def instruction(world: World, scene: Scene, number: int) -> list[tuple[str, str]]:
+    """The instruction of a scene and its answer: "yes" or "no", and for every other ``number`` a count."""
+    asked = world.count_turns(scene) if number % 2 else world.turns(scene, 1)
+    question, answer = asked[number // 2 % len(asked)]
+    return [(f"{question} {world.caption(scene).text}", answer)]
+
+
 class Grounded(Source):
     """The shapes world with places: of every scene a caption, half of them with boxes behind what they name, and questions for places, a class a
     turn. The clean caption; several boxes of one phrase in reading order."""
@@ -309,6 +323,7 @@ def make(data: Data, world: World, encode: chat.Encoder) -> Source:
         "shapes_episodes": lambda: shapes_episodes(world, encode),
         "shapes_told": lambda: shapes_told(world, encode),
         "shapes_grounded": lambda: Grounded(world, encode),
+        "shapes_instructions": lambda: shapes_instructions(world, encode),
         "shapes_crowded": lambda: shapes_crowded(world, encode),
         "shapes_drawing": lambda: shapes_drawing(world, encode),
     }[data.name]()

@@ -45,6 +45,11 @@ STAND_INS: dict[str, tuple[Data | Mixture, Optim]] = {
     "llava_cc3m_595k": (_DATA, _SHORT),
     # What has learnt words moves slowly, or the steps in which the language model cannot read yet undo it.
     "kosmos_web": (_WEB, replace(_LONG, steps=800, lr_of={"last_block": 2e-4, "connector": 1e-3})),
+    # Long enough for answers to half of the instructions, short and slow enough for what was learnt from pictures to stay.
+    "kosmos_instruct": (
+        replace(_WEB, name="kosmos_instruct", parts=(Data("shapes_instructions", weight=1.0), *_WEB.parts)),
+        replace(_SHORT, lr=7e-4, steps=100, schedule="linear"),
+    ),
     "kosmos_2_pretrain": (
         Data("shapes_grounded"),
         replace(_LONG, steps=1700, batch=16, lr_of={"encoder": 2e-4, "connector": 1e-3}),

@@ -176,6 +176,25 @@ ROWS = {
     "an answer that is a number": ({"question": "q", "answers": ["a", 2]}, "answers[1] is a number, expected text"),
     "an answer that is another object": ({"question": "q", "answers": [{"said": "a"}]}, "answers[0] is null, expected text"),
     "a question's answers without it": ({"answers": ["a"]}, 'it has "answers"'),
+    "inputs without targets": ({"inputs": "q", "task": "t"}, 'has "inputs" but no "targets"'),
+    "empty targets": ({"inputs": "q", "targets": " "}, "answer 0 is empty"),
+    "instances that are text": ({"instruction": "q", "instances": "a"}, '"instances" is text, expected a list'),
+    "no instances": ({"instruction": "q", "instances": []}, 'has 0 pairs of instruction and output: there is nothing in its "instances"'),
+    "an instance that is text": ({"instruction": "q", "instances": ["a"]}, "its instance is text, expected an object with"),
+    "an instance without output": ({"instances": [{"instruction_with_input": "q", "input": "i"}]}, 'its instance has no "output"'),
+    "an instance without a question": ({"instances": [{"input": "i", "output": "a"}]}, 'its instance has no "instruction_with_input"'),
+    "an instance of a wrong type": (
+        {"instances": [{"instruction_with_input": 3, "output": "a"}]},
+        '"instruction_with_input" is a number, expected a list',
+    ),
+    "reformulations that are text": (
+        {"instances": [{"instruction_with_input": "q", "output": "a"}], "reformulations": "r"},
+        '"reformulations" is text, expected a list',
+    ),
+    "instances of lists of unlike length": (
+        {"instances": {"instruction_with_input": ["q", "q"], "output": ["a"]}},
+        '"instances" is an object, expected a list',
+    ),
     "a caption without image": ({"caption": "a"}, 'has a "caption" but no "image"'),
     "a choice that is none": (
         {"question": "q", "choices": ["x", "y"], "answer": 2},

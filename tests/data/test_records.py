@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mmfast.data import images
-from mmfast.data.formats import parse
+from mmfast.data.formats import parse, split
 from mmfast.data.images import Picture
 from mmfast.data.mixtures import Mixed
 from mmfast.data.records import Record, Records, Stream, check
@@ -166,6 +166,11 @@ FORMS = {
         {"instruction": "q", "input": "i", "output": "a", "image": "c.jpg"},
         Record(7, "#7", (("<image>\nq\n\n### Input:\ni", "a"),), pictures=shown("c.jpg")),
     ),
+    "one pair of unnatural instructions": (
+        {"instruction": "q", "instances": [{"instruction_with_input": "q i", "input": "i", "constraints": "None.", "output": "a"}]},
+        Record(7, "#7", (("q i", "a"),)),
+    ),
+    "flan": ({"inputs": "q", "targets": "a", "task": "cot", "_template_idx": 3}, Record(7, "#7", (("q", "a"),))),
     "prompt and completion": (
         {"prompt": [{"role": "system", "content": "s"}, ask], "completion": [say("a")]},
         Record(7, "#7", (("q", "a"),), "s"),
@@ -279,12 +284,12 @@ def test_documented_examples_are_records(tmp_path):
     examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
     animated(tmp_path / "clip.gif")
     records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
-    assert len(records) == 23
-    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 6, 0, 1, 2, *[1] * 4, 3, 2, *[1] * 4, 8]
-    assert [len(r.boxes) for r in records] == [0] * 18 + [1, 1, 0, 0, 0]
-    assert [len(r.captions) for r in records] == [0] * 8 + [2] + [0] * 14
-    assert [len(r.answers) for r in records] == [0] * 5 + [3] + [0] * 17
-    assert [r.chosen for r in records] == [None] * 20 + ["A cat."] * 2 + [None]
+    assert len(records) == 25
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 6, 0, 0, 0, 1, 2, *[1] * 4, 3, 2, *[1] * 4, 8]
+    assert [len(r.boxes) for r in records] == [0] * 20 + [1, 1, 0, 0, 0]
+    assert [len(r.captions) for r in records] == [0] * 8 + [2] + [0] * 16
+    assert [len(r.answers) for r in records] == [0] * 5 + [3] + [0] * 19
+    assert [r.chosen for r in records] == [None] * 22 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():
@@ -764,6 +769,76 @@ def test_problems_by_id(tmp_path):
         Records(Data("scienceqa", path=str(tmp_path / "problems.json"), split="tran"))
     (tmp_path / "pair.json").write_text(json.dumps({"prompt": ask, "chosen": say("a"), "rejected": say("b")}))
     assert Records(Pairs("mine", path=str(tmp_path / "pair.json")))[0].rejected == "b"
+
+
+# ------------------------------------------------------------------------------------------------- lines that tell several
+
+
+def instance(name, **more):
+    return {"instruction_with_input": f"do {name}", "input": name, "output": f"done {name}", **more}
+
+
+# core_data.jsonl and full_data.jsonl of Unnatural Instructions, among records that tell one thing each.
+SEVERAL = [
+    {"instruction": "do", "instances": [instance("a", constraints="None."), instance("b", constraints="None.")]},
+    {"inputs": "do c", "targets": "done c"},
+    {"instruction": "do", "instances": [instance("d", constraints="None.")], "reformulations": [instance("e"), instance("f")]},
+    {"instruction": "do", "instances": [instance("g", constraints="None.")], "reformulations": None},
+]
+PAIRS = [Record(i, f"#{i}", ((f"do {name}", f"done {name}"),)) for i, name in enumerate("abcdefg")]
+
+
+def several(folder, kind):
+    if kind == "parquet":
+        datasets = pytest.importorskip("datasets")
+        names = {name for row in SEVERAL for name in row}
+        datasets.Dataset.from_list([{name: row.get(name) for name in names} for row in SEVERAL]).to_parquet(str(folder / "s.parquet"))
+        return str(folder / "s.parquet")
+    (folder / "s").mkdir(exist_ok=True)
+    write(folder / "s" / f"1{kind}", SEVERAL[:2])
+    write(folder / "s" / f"2{kind}", SEVERAL[2:])
+    return str(folder / "s")
+
+
+@pytest.mark.parametrize("kind", [".json", ".jsonl", "parquet"])
+def test_a_line_of_instances_is_a_record_for_each(tmp_path, kind):
+    data = Data("mine", several(tmp_path, kind))
+    assert list(Records(data)) == PAIRS
+    if kind != ".json":
+        pytest.importorskip("datasets")
+        assert list(Stream(data)) == PAIRS
+
+
+def test_a_stream_of_such_lines_continues_exactly(tmp_path):
+    pytest.importorskip("datasets")
+    data = Data("mine", several(tmp_path, ".jsonl"))
+    for seed in (None, 4):
+        whole = [r.number for r in Stream(data, seed=seed, block=2)]
+        assert sorted(whole) == list(range(7))
+        for stop in range(8):
+            first = Stream(data, seed=seed, block=2)
+            got = [record.number for _, record in zip(range(stop), first, strict=False)]
+            second = Stream(data, seed=seed, block=2)
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+            assert got + [r.number for r in second][: 7 - stop] == whole, f"stopped after {stop}"
+
+
+def test_instances_by_other_names_and_as_columns(tmp_path):
+    """``data.columns`` reaches the lists and what is in them; hub copies have an object of lists in place of a list of objects."""
+    row = {"examples": [{"ask": "do a", "output": "done a"}, {"ask": "do b", "output": "done b"}]}
+    columns = {"examples": "instances", "ask": "instruction_with_input"}
+    data = Data("mine", write(tmp_path / "a.jsonl", [row]), columns=columns)
+    assert list(Records(data)) == PAIRS[:2]
+    lists = {"instruction_with_input": ["do a", "do b"], "output": ["done a", "done b"]}
+    assert list(Records(Data("mine", write(tmp_path / "b.jsonl", [{"instruction": "do", "instances": lists}])))) == PAIRS[:2]
+
+
+def test_what_is_no_such_line_stays_as_it_is():
+    for row in (None, 3, {"text": "a"}, {"instances": []}, {"instances": "a"}, {"instances": [1, 2], "reformulations": "a"}):
+        assert split(row) == [row]
+    assert split({"instances": {"output": ["a", "b"], "instruction_with_input": ["q"]}}) == [
+        {"instances": {"output": ["a", "b"], "instruction_with_input": ["q"]}}
+    ]
 
 
 def test_answers_are_cleaned_as_captions_are(tmp_path):

@@ -83,6 +83,31 @@ def test_captions_as_text_alone():
         assert (labels != -100).sum() == row.index(tokenizer.eos_token_id), "all but the beginning, the end among it"
 
 
+def test_instructions_of_text_alone():
+    """Only the answer and the end are learnt, the words are known, and the caption that is the input tells the answer."""
+    from mmfast.data import chat
+    from mmfast.data.synthetic import COUNTS, parse
+    from mmfast.models.tokenizer import plain_text, word_tokenizer
+
+    world = World()
+    tokenizer = word_tokenizer(world.vocabulary)
+    source = supervised.shapes_instructions(world, chat.Encoder(tokenizer, "bare", 2, 4, tokenizer.pad_token_id), 200)
+    batch = source.batch(torch.arange(200))
+    assert (len(source), source.picture_count, len(batch["image_rows"])) == (200, 0, 0)
+    assert not (batch["input_ids"] == tokenizer.unk_token_id).any()
+    heard = set()
+    for row, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        learnt = [i for i, label in enumerate(labels) if label != chat.IGNORE]
+        end = row.index(tokenizer.eos_token_id)
+        assert learnt == [end - 1, end]
+        said, answer = plain_text(tokenizer, row[1 : end - 1]), tokenizer.convert_ids_to_tokens(labels[end - 1])
+        asked, *told = parse(said)
+        number = sum(m.count for m in told if (m.colour, m.shape) == (asked.colour, asked.shape))
+        assert answer == (["zero", *COUNTS][number] if said.startswith("how many") else "yes" if number else "no"), said
+        heard.add(answer)
+    assert {"yes", "no", "zero", "one", "two"} <= heard
+
+
 def test_easy_vqa_source():
     pytest.importorskip("easy_vqa")
     source = supervised.EasyVQA(spell, 0)

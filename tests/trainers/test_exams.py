@@ -11,7 +11,7 @@ from mmfast.trainers.session import Session
 
 from mmfast.data import chat, supervised
 from mmfast.data.episodes import ATTRIBUTES, Plan, Pool
-from mmfast.data.synthetic import World
+from mmfast.data.synthetic import COUNTS, World, parse
 from mmfast.models.tokenizer import word_tokenizer
 
 PICTURES = 2  # tokens of one
@@ -143,6 +143,22 @@ def test_a_blind_twin_is_shown_black_pictures():
     session.blind = False
     exams.few_shot(session, recipe, episodes=5)
     assert min(seen - {-1}) >= 0
+
+
+def test_instructions_in_text():
+    def follow(pictures, text):
+        assert not pictures
+        asked, *said = parse(text)
+        number = sum(m.count for m in said if (m.colour, m.shape) == (asked.colour, asked.shape))
+        return (["zero", *COUNTS][number] if text.startswith("how many") else "yes" if number else "no") + " <eos>"
+
+    assert exams.instructed(*session_of(follow), scenes=80)["instructions/right"] == 1
+    always = {
+        word: exams.instructed(*session_of(lambda *_, word=word: f"{word} <eos>"), scenes=80) for word in ("yes", "no", "one", "zero")
+    }
+    assert all(measured["instructions/constant"] < 0.4 for measured in always.values())
+    assert max(measured["instructions/right"] for measured in always.values()) == always["no"]["instructions/constant"]
+    assert exams.instructed(*session_of(lambda *_: "no yes no yes no yes no yes no"), scenes=8)["instructions/right"] == 0
 
 
 def test_interleaved_prompts_are_answered_in_their_order():

@@ -1,11 +1,14 @@
 """Kosmos' recipes: published numbers, what does not go together, and what the exam of places measures."""
 
+import json
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from mmfast.trainers import config, grounding
 from mmfast.trainers.session import Session
+from PIL import Image
 
 from mmfast import spec
 from mmfast.data import regions
@@ -15,7 +18,8 @@ KOSMOS_1, KOSMOS_2 = (config.load_recipe(name) for name in ("kosmos_1", "kosmos_
 
 
 def test_published_hyper_parameters():
-    for stage, (lr, steps) in zip((*KOSMOS_1.stages, *KOSMOS_2.stages), ((2e-4, 300_000), (2e-4, 60_000), (1e-5, 10_000)), strict=True):
+    published = ((2e-4, 300_000), (1e-5, 10_000), (2e-4, 60_000), (1e-5, 10_000))  # the second of them is Kosmos-2's
+    for stage, (lr, steps) in zip((*KOSMOS_1.stages, *KOSMOS_2.stages), published, strict=True):
         optim = stage.optim
         assert (optim.lr, optim.steps, optim.warmup, optim.schedule, stage.dropout, stage.max_length) == (
             lr,
@@ -31,9 +35,62 @@ def test_published_hyper_parameters():
     assert {p.name: p.weight for p in KOSMOS_2.stages[0].data.parts} == {
         "text": 93, "image_text_pairs": 1117, "grit": 1117, "interleaved": 47,
     }  # fmt: skip
+    rows = {"language_instructions": 117, "llava_instruct": 351, "grit": 1404, "text": 30, "interleaved": 15}
+    assert {p.name: p.weight for p in KOSMOS_2.stages[1].data.parts} == rows
+    assert KOSMOS_2.stages[1].optim.batch == sum(rows.values())
+    assert {p.name: (p.weight, p.full) for p in KOSMOS_1.stages[0].data.parts} == {
+        "text": (0.5, True), "image_text_pairs": (0.5, False), "interleaved": (0.2, False),
+    }  # fmt: skip
     assert KOSMOS_2.regions.bins == 32
     assert len(KOSMOS_2.regions.tokens) == 1024 + 6
     assert KOSMOS_2.added_tokens[:2] == ("</image>", "<phrase>")
+
+
+def test_instructions_of_text_among_the_data_of_the_first_stage(tmp_path):
+    """Kosmos-1's second stage on files of all its sets: of an instruction the output and the end are learnt, of the others their text, and a mixture
+    of as many draws as there are records has as many of each as its weights say."""
+    pretrain, instruct = KOSMOS_1.stages
+    assert instruct.train == pretrain.train
+    assert {p.name for p in instruct.data.parts} == {p.name for p in pretrain.data.parts} | {"language_instructions"}
+    assert instruct.optim.batch == sum(p.weight for p in instruct.data.parts)
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    unnatural = {"instruction": "what", "instances": [
+        {"instruction_with_input": "what is red", "input": "red", "constraints": "no", "output": "a red circle"},
+        {"instruction_with_input": "what is blue", "input": "blue", "constraints": "no", "output": "a blue square"},
+    ]}  # fmt: skip
+    files = {
+        "language_instructions": [unnatural, {"inputs": "is there a square", "targets": "yes", "task": "t"}],
+        "text": [{"text": "we see red"}] * 3,
+        "image_text_pairs": [{"image": "a.png", "caption": "a green circle"}] * 500,
+        "interleaved": [{"items": [{"text": "we see"}, {"image": "a.png"}, {"text": "a circle"}]}] * 40,
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parts = tuple(replace(part, path=str(tmp_path / f"{part.name}.jsonl")) for part in instruct.data.parts)
+    system = tiny(KOSMOS_1)
+    own = replace(instruct, data=replace(instruct.data, parts=parts))
+    session = Session(replace(system, stages=(*system.stages[:-1], own)), seed=0, with_model=False)
+    source = session.source_of(own)
+
+    drawn = Counter(source.items[i][0] for i in source.permutation(0).tolist())
+    names = [part.name for part in parts]
+    assert len(source) == sum(drawn.values())
+    for at, part in enumerate(parts):
+        assert abs(drawn[at] - len(source) * part.weight / instruct.optim.batch) < 1, part.name
+    heard = {name: set() for name in names}
+    for i in range(len(source)):
+        batch, words = source.batch(torch.tensor([i])), session.tokenizer.convert_ids_to_tokens
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        prompt, learnt = (
+            " ".join(words(row.tolist())) for row in (ids[(labels == -100) & (ids != session.image_token)], labels[labels != -100])
+        )
+        heard[names[source.items[i][0]]].add((prompt, learnt))
+    assert heard["language_instructions"] == {
+        ("<bos> what is red", "a red circle <eos>"), ("<bos> what is blue", "a blue square <eos>"), ("<bos> is there a square", "yes <eos>"),
+    }  # fmt: skip
+    assert heard["text"] == {("<bos> <bos> <bos>", "we see red <eos> we see red <eos> we see red <eos>")}
+    assert heard["image_text_pairs"] == {("<bos> <image> </image>", "a green circle <eos>")}
+    assert heard["interleaved"] == {("<bos> </image>", "we see <image> a circle <eos>")}
 
 
 @pytest.mark.parametrize(

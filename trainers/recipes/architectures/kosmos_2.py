@@ -5,33 +5,34 @@ and without it this learns from scratch. The paper trains everything. The releas
 layers that should not be is undone at once), and is not followed; positions are the released model's, sinusoidal. Pictures are squashed, as
 in the released demo, so that boxes are of the whole picture; the training code crops unless told otherwise (``image.fit: crop``). A batch is
 93 rows of text, 1,117 captions, 1,117 grounded captions and 47 documents, 419,000 tokens. Which tokens of instructions are scored is not
-published; here the answers. Nor is how many of the 1,404 grounded rows of that stage are instructions and how many captions; here half.
+published; here the answers. LLaVA-Instruct is to come without the pictures that RefCOCO's tests show, as the paper's did. Nor is how many of the 1,404 grounded rows of that stage are instructions and how many captions; here half.
 """
 
 from dataclasses import replace
 
-from mmfast.spec import BoxTokens, Data, Fixed, Mixture, Pages
+from mmfast.spec import BoxTokens, Data, Fixed, Mixture
 
+from .kosmos_1 import CAPTIONS, INSTRUCTIONS, PAGES, TEXT
 from .kosmos_1 import RECIPE as KOSMOS_1
 
 GRIT = Data("grit", boxes=0.5, min_side=200)
 PRETRAIN = Mixture(
     "kosmos_2_pretrain",
     (
-        Data("text", weight=93, full=True),
-        Data("image_text_pairs", weight=1117),
+        replace(TEXT, weight=93),
+        replace(CAPTIONS, weight=1117),
         replace(GRIT, weight=1117),
-        Data("interleaved", weight=47, pages=Pages(pictures=5, single=0.5)),
+        replace(PAGES, weight=47),
     ),
 )
 INSTRUCT = Mixture(
     "kosmos_2_instruct",
     (
-        Data("language_instructions", weight=117),
+        INSTRUCTIONS,
         Data("llava_instruct", weight=351),
         replace(GRIT, weight=1404, boxes=1.0, instruct=0.5),
-        Data("text", weight=30, full=True),
-        Data("interleaved", weight=15, pages=Pages(pictures=5, single=0.5)),
+        replace(TEXT, weight=30),
+        replace(PAGES, weight=15),
     ),
 )
 STAGE = replace(KOSMOS_1.stages[0], train=("encoder", "connector", "language", "embeddings"), data=PRETRAIN)
