@@ -31,7 +31,7 @@ def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None) -> Mu
     """Read a Hugging Face folder (or hub name) of a known ``model_type``; frozen and in evaluation mode.
 
     Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model; ``blip-2`` and ``instructblip`` with a causal language
-    model, and ``blip-2`` as Blip2ForImageTextRetrieval, which is a ``mmfast.models.Matcher``; ``kosmos-2``, ``chameleon``, ``idefics``. Anything
+    model or T5, and ``blip-2`` as Blip2ForImageTextRetrieval, which is a ``mmfast.models.Matcher``; ``kosmos-2``, ``chameleon``, ``idefics``. Anything
     else raises ``ValueError`` with what was found.
     """
     config, name = config_of(str(path)), Path(path).name
