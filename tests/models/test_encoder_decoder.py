@@ -99,3 +99,194 @@ def test_what_is_said_varies(kind, tmp_path):
     assert len(set(said.flatten().tolist())) > 5
     other = ours.generate(**{**inputs, "pixel_values": inputs["pixel_values"].flip(0)}, end=END, max_new_tokens=12)
     assert said.tolist() != other.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- rows that are cut
+
+LANGUAGE = spec.LanguageModel(family="t5", weights=None, vocab=60, width=16, depth=2, heads=2, kv_heads=2, ffn=32)
+SYSTEM = spec.System(
+    "test",
+    encoder=spec.Eva(weights=None, width=24, depth=2, heads=3, ffn=48, patch=14, size=28),
+    connector=spec.QFormer(tokens=4, width=32, depth=3, heads=4, ffn=64, vocab=37, positions=64, shared=8, dropout=0.0),
+    language=LANGUAGE,
+    image=spec.Fixed(size=28),
+)
+
+
+def rows(model):
+    """A picture, a prompt and an answer of three lengths each, padded; one row has no answer."""
+    g = torch.Generator().manual_seed(1)
+    parts = [
+        (torch.randint(3, 55, (n,), generator=g), torch.randint(3, 55, (m,), generator=g)) for n, m in ((2, 3), (0, 6), (5, 1), (3, 0))
+    ]
+    ids, labels = torch.full((4, 12), PAD), torch.full((4, 12), -100)
+    for i, (prompt, answer) in enumerate(parts):
+        row = torch.cat([torch.full((4,), model.image_token), prompt, answer])
+        ids[i, : len(row)] = row
+        labels[i, len(row) - len(answer) : len(row)] = answer
+    return ids, labels, parts, torch.randn(4, 3, 28, 28, generator=g)
+
+
+def test_rows_are_cut_before_their_first_label():
+    labels = torch.tensor([[-100, -100, 5, -100], [-100, 5, 6, 7], [7, 5, -100, -100], [-100] * 4, [7, -100, -100, 5]])
+    assert cuts(labels).tolist() == [2, 1, 1, 4, 3]
+
+
+def test_states_of_cut_rows_are_the_stock_model_s_one_at_a_time():
+    torch.manual_seed(0)
+    model = build(SYSTEM).eval()
+    ids, labels, parts, pixels = rows(model)
+    head = model.language.get_output_embeddings()
+    with torch.no_grad():
+        logits = head(model.hidden(ids, labels=labels, pixel_values=pixels))
+        seen = model.connector(model.encode(pixels))
+        for i, (prompt, answer) in enumerate(parts[:3]):
+            read = torch.cat([seen[i], model.language.shared(prompt)])[None]
+            want = model.language(inputs_embeds=read, labels=answer[None]).logits[0]
+            first = 4 + len(prompt) - 1  # a state stands before the token that it predicts
+            torch.testing.assert_close(logits[i, first : first + len(answer)], want, atol=1e-5, rtol=0)
+            assert (logits[i, :first] == 0).all()
+        assert (logits[3, :-1] == 0).all()
+
+
+def test_a_row_s_gradients_are_the_stock_model_s():
+    """All of the loss's gradient reaches the connector, and none the language model that is frozen."""
+    torch.manual_seed(0)
+    model = build(SYSTEM)
+    trained = {id(p) for p in model.train_only(("connector",))}
+    ids, labels, parts, pixels = rows(model)
+    logits = model.language.get_output_embeddings()(model.hidden(ids, labels=labels, pixel_values=pixels))
+    cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").backward()
+    reached = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {id(model.get_parameter(name)) for name in reached} == trained
+    assert {name.partition(".")[0] for name in reached} == {"connector"}
+    model.zero_grad()
+    for i, (prompt, answer) in enumerate(parts[:3]):
+        seen = model.connector(model.encode(pixels[i : i + 1]))[0]
+        read = torch.cat([seen, model.language.shared(prompt)])[None]
+        (model.language(inputs_embeds=read, labels=answer[None]).loss * len(answer)).backward()
+    for name, grad in reached.items():
+        torch.testing.assert_close(grad, model.get_parameter(name).grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_recomputed_activations_change_nothing():
+    torch.manual_seed(0)
+    model = build(SYSTEM)
+    model.train_only(("connector",))
+    ids, labels, _, pixels = rows(model)
+
+    def gradient():
+        model.zero_grad()
+        model.train()
+        model.hidden(ids, labels=labels, pixel_values=pixels).square().sum().backward()
+        return model.connector.query_tokens.grad.clone()
+
+    plain = gradient()
+    model.checkpoint_activations()
+    torch.testing.assert_close(gradient(), plain, atol=1e-6, rtol=1e-5)
+
+
+def test_a_picture_behind_the_first_label_is_refused():
+    model = build(SYSTEM).eval()
+    ids, labels, _, pixels = rows(model)
+    labels[0, 1] = 7
+    with pytest.raises(
+        ValueError, match=r"a picture stands behind the first word that is learnt, and t5 reads pictures in its encoder alone"
+    ):
+        model.hidden(ids, labels=labels, pixel_values=pixels)
+
+
+def test_options_are_what_forward_says_of_them():
+    torch.manual_seed(0)
+    model = build(SYSTEM).eval()
+    ids, pixels = torch.tensor([[model.image_token] * 4 + [7, 8]]), torch.randn(1, 3, 28, 28)
+    options = [[5], [6, 9], [6, 4, 11]]
+    got = option_logps(model, ids, options, pixel_values=pixels)[0]
+    for option, logp in zip(options, got, strict=True):
+        with torch.no_grad():
+            said = model(ids, pixel_values=pixels, labels=torch.tensor([option])).logits[0].log_softmax(-1)
+        torch.testing.assert_close(logp, said[torch.arange(len(option)), option].sum(), atol=1e-5, rtol=0)
+
+
+def test_a_head_of_its_own_stays_so_when_words_are_added():
+    """transformers ties any T5's head to its embeddings when it resizes them."""
+    torch.manual_seed(0)
+    language = build(SYSTEM).language
+    head, table = (weight.detach().clone() for weight in (language.lm_head.weight, language.shared.weight))
+    assert not torch.equal(head, table)
+    resize_embeddings(language, 63)
+    for weight, old in ((language.lm_head.weight, head), (language.shared.weight, table)):
+        assert torch.equal(weight[:60], old)
+        torch.testing.assert_close(weight[60:], old.mean(0).expand(3, -1))
+    tied = build(replace(SYSTEM, language=replace(LANGUAGE, tied=True))).language
+    resize_embeddings(tied, 63)
+    assert tied.lm_head.weight is tied.shared.weight
+
+
+# ------------------------------------------------------------------------------------------------------ files, and sizes
+
+
+def test_lavis_s_names_there_and_back(tmp_path):
+    torch.manual_seed(0)
+    one, two = build(SYSTEM), build(SYSTEM)
+    save_lavis(one, tmp_path / "a.pth", "t5_proj")
+    held = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert "t5_proj.weight" in held["model"]
+    held["model"] |= {f"t5_model.{name}": value for name, value in one.language.state_dict().items()}
+    torch.save(held, tmp_path / "b.pth")
+    one.connector.ln_vision.eps = 1e-5  # LAVIS's
+    ids, labels, _, pixels = rows(one)
+    for file, same in (("a.pth", False), ("b.pth", True)):
+        load_lavis(two, tmp_path / file)
+        with torch.no_grad():
+            seen, other = (model.connector(model.encode(pixels)) for model in (one, two))
+            got, want = (model.hidden(ids, labels=labels, image_embeds=seen) for model in (two, one))
+        assert torch.equal(seen, other)
+        assert torch.equal(got, want) == same
+    with pytest.raises(ValueError, match=r"b\.pth: t5_model\.shared\.weight: expected \[61, 16\], got \[60, 16\]"):
+        load_lavis(build(replace(SYSTEM, language=replace(LANGUAGE, vocab=61))), tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    ("width", "ffn", "heads", "projection", "whole"),
+    [(2048, 5120, 32, 1_574_912, 2_849_757_184), (4096, 10240, 64, 3_149_824, 11_135_332_352)],
+)
+def test_published_sizes(width, ffn, heads, projection, whole):
+    """FlanT5-XL and XXL, and what a second stage trains before them, on no memory."""
+    language = spec.LanguageModel(family="t5", weights=None, vocab=32128, width=width, depth=24, heads=heads, kv_heads=heads, ffn=ffn)
+    with torch.device("meta"):
+        model = build(spec.System("g", encoder=spec.Eva(weights=None), connector=spec.QFormer(), language=language))
+    assert sum(p.numel() for p in model.language.parameters()) == whole
+    assert sum(p.numel() for p in model.connector.projection.parameters()) == projection
+    assert sum(p.numel() for p in model.train_only(("connector",))) == 105_137_664 + 24_576 + 2_816 + projection
+
+
+def test_other_encoder_decoders_are_told(tmp_path):
+    from transformers import MT5Config
+
+    MT5Config(d_model=16, vocab_size=20).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type 'mt5' is no causal language model, nor an encoder-decoder that is known \(t5\)"):
+        build(replace(SYSTEM, language=spec.LanguageModel(weights=str(tmp_path))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"fusion": spec.GatedCrossAttention(), "connector": spec.Resampler()}, "fusion: GatedCrossAttention goes into a causal language model, and t5 is"),
+        ({"fusion": spec.Retrieval(), "connector": spec.Tokens()}, "fusion: Retrieval goes into a causal language model, and t5 is"),
+        ({"fusion": spec.Prefix("<image>", "</image>")}, "fusion.begin: <image> is learnt behind a text, and t5 reads pictures in its encoder alone"),
+        ({"compute": spec.Compute(precision="fp16")}, "compute.precision: t5 overflows in fp16; set bf16"),
+        ({"compute": spec.Compute(packing=True)}, "compute.packing: the decoder of t5 cannot keep packed rows apart"),
+    ],
+)  # fmt: skip
+def test_what_needs_a_causal_model_is_told(changes, sentence):
+    assert any(wrong.startswith(sentence) for wrong in spec.misfits(replace(SYSTEM, **changes)))
+    assert not any(
+        wrong.startswith(sentence) for wrong in spec.misfits(replace(SYSTEM, **changes, language=replace(LANGUAGE, family="llama")))
+    )
+
+
+def test_no_other_stock_class_has_it(tmp_path):
+    model = build(replace(SYSTEM, encoder=spec.Clip(weights=None, width=24, depth=2, heads=3, ffn=48, size=28), connector=spec.Linear()))
+    with pytest.raises(ValueError, match="no class of transformers has a model of Linear and Prefix over t5"):
+        model.save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ a caption, which template ``blip2_t5_prompt`` does with records whose question i
 from dataclasses import replace
 
 from mmfast.spec import Compute, LanguageModel
+
 from .blip2 import RECIPE as BLIP2
 
 _SEE, _SPEAK = BLIP2.stages
