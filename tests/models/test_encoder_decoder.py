@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers import Blip2Config, Blip2ForConditionalGeneration, InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from mmfast import spec
-from mmfast.models import build, from_pretrained, load_lavis, save_lavis
+from mmfast.data.chat import Encoder
+from mmfast.models import build, from_pretrained, load_lavis, save_lavis, tokenizer_for
 from mmfast.models.encoder_decoder import cuts
 from mmfast.models.generate import option_logps
 from mmfast.models.pretrained import resize_embeddings
@@ -290,3 +291,42 @@ def test_no_other_stock_class_has_it(tmp_path):
     model = build(replace(SYSTEM, encoder=spec.Clip(weights=None, width=24, depth=2, heads=3, ffn=48, size=28), connector=spec.Linear()))
     with pytest.raises(ValueError, match="no class of transformers has a model of Linear and Prefix over t5"):
         model.save_pretrained(tmp_path)
+
+
+def test_flan_t5_s_folder_brings_sizes_words_and_a_head_of_its_own(tmp_path):
+    """Weights and tokenizer of transformers' classes: no beginning token, and <image> is added behind its words."""
+    from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((f"▁{w}", -2.0) for w in ("a", "dog", "what", "is", "this")),
+        ("▁", -3.0),
+        ("s", -4.0),
+    ]
+    words = T5Tokenizer(vocab=pieces, extra_ids=0)
+    words.save_pretrained(tmp_path)
+    config = T5Config(
+        vocab_size=len(words), d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    theirs = T5ForConditionalGeneration(config)
+    theirs.lm_head.weight = torch.nn.Parameter(torch.randn(len(words), 16))
+    theirs.save_pretrained(tmp_path)
+
+    system = replace(SYSTEM, language=spec.LanguageModel(weights=str(tmp_path)))
+    tokenizer = tokenizer_for(system)
+    model = build(system, tokenizer=tokenizer).eval()
+    language = model.system.language
+    assert (language.family, language.width, language.ffn, language.heads, language.tied) == ("t5", 16, 24, 2, False)
+    assert model.image_token == len(words)
+    assert torch.equal(model.language.lm_head.weight[: len(words)], theirs.lm_head.weight)
+    encode = Encoder(tokenizer, "blip2_t5_vqa", 4, model.image_token, tokenizer.pad_token_id)
+    ids, labels = encode([("<image>what is this", "a dog")])
+    assert ids[:4] == [model.image_token] * 4
+    assert tokenizer.decode(ids[4:]).endswith("</s> a dog</s>")
+    assert " what is this " in tokenizer.decode(ids[4:])
+    assert tokenizer.decode([label for label in labels if label != -100]) == "a dog</s>"
+    assert encode.end_token == tokenizer.eos_token_id == 1
