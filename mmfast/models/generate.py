@@ -75,8 +75,8 @@ def steps(
 class Reading:
     """Rows of tokens that a model has read, and what it makes of what comes next.
 
-    ``told``: the prompts ``[B, T]``; of an encoder-decoder, whose encoder has these, the decoder's start token. ``any_logits``: of every next token, ``[B, V]`` in fp32; ``logits``: those of codes of pictures, which
-    text cannot have, at minus infinity.
+    ``told``: the prompts ``[B, T]``; of an encoder-decoder, whose encoder has these, the decoder's start token. ``any_logits``: of every next
+    token, ``[B, V]`` in fp32; ``logits``: those of codes of pictures, which text cannot have, at minus infinity.
     """
 
     def __init__(self, model: MultimodalModel, input_ids: Tensor, attention_mask: Tensor | None = None, **images: Tensor | None):
