@@ -343,9 +343,14 @@ class BoxTokens:
         return (*tags, *(f"<patch_index_{place:04}>" for place in range(self.bins**2)))
 
 
+ENCODER_DECODERS = (
+    "t5",
+)  # families of language models that read a row up to its first label with one stack, and say the rest with another
+
+
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model; ``family`` is its transformers model type."""
+    """A causal language model, or one of ``ENCODER_DECODERS``; ``family`` is its transformers model type."""
 
     family: str = "llama"
     weights: str | None = "lmsys/vicuna-7b-v1.1"
@@ -362,6 +367,11 @@ class LanguageModel:
     norm: Literal["before", "after"] = "before"  # chameleon: each sub-layer's norm stands before it, or over what it adds (its 34B)
     init: float = 0.02
     words: str | None = None  # the folder or hub name of a tokenizer, for a model that starts from nothing
+
+    @property
+    def encodes(self) -> bool:
+        """Whether it is an encoder and a decoder."""
+        return self.family in ENCODER_DECODERS
 
 
 @dataclass(frozen=True)
@@ -748,7 +758,19 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append("fusion: begin and end stand around a picture together; set both, or neither")
     if language.words and language.weights:
         out.append("language.words: language.weights bring a tokenizer of their own; take one of them out")
-    if system.compute.packing and language.family in ("kosmos_2_text_model", "mpt", "opt"):
+    fusion, family = type(system.fusion).__name__, language.family
+    if language.encodes and not isinstance(system.fusion, Prefix):
+        out.append(
+            f"fusion: {fusion} goes into a causal language model, and {family} is an encoder and a decoder; set Prefix, or another language model"
+        )
+    if language.encodes and system.borders:
+        out.append(
+            f'fusion.begin: {system.borders[0]} is learnt behind a text, and {family} reads pictures in its encoder alone; set begin and end "", or a '
+            "causal language model"
+        )
+    if language.encodes and system.compute.precision == "fp16":
+        out.append(f"compute.precision: {family} overflows in fp16; set bf16")
+    if system.compute.packing and language.family in ("kosmos_2_text_model", "mpt", "opt", *ENCODER_DECODERS):
         out.append(f"compute.packing: the decoder of {language.family} cannot keep packed rows apart; leave packing off")
     if system.weights and isinstance(system.fusion, AdapterPrompts | Retrieval):  # no published class has one; the others are looked into
         out.append(

@@ -11,6 +11,7 @@ from torch import Tensor
 from mmfast.data import chat
 from mmfast.data.synthetic import PROMPT
 from mmfast.eval import chair
+from mmfast.ops import linear_logp
 from mmfast.spec import Retrieval, System
 
 from . import queries
@@ -43,12 +44,14 @@ def captions_exam(session: Any, system: System, *, scenes: int = 500) -> dict[st
 def likelihood(session: Any, template: str, texts: list[str], states: Tensor, batch: int = 100) -> float:
     """Mean log-probability of the tokens of captions under pictures given by their states."""
     model, encode = session.model.eval(), session.encoder(template)
+    head = model.language.get_output_embeddings()
     rows = chat.Rows([encode([(f"<image> {PROMPT}", text)]) for text in texts], encode.pad_token)
     total, tokens = 0.0, 0
     for index in torch.arange(len(texts)).split(batch):
         ids, labels, _ = (part.to(session.place.device) for part in rows.batch(index))
         scored = int((labels[:, 1:] != chat.IGNORE).sum())
-        total -= model(ids, labels=labels, image_states=states[index], **session.beside(ids, labels)).loss.item() * scored
+        hidden = model.hidden(ids, labels=labels, image_states=states[index], **session.beside(ids, labels))
+        total += linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias).sum().item()
         tokens += scored
     return total / max(tokens, 1)
 

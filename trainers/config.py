@@ -588,6 +588,12 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
             "template",
             f"{job.template} learns what stands before the question, so that a Q-Former would not read it; choose another, or leave connector.instructed off",
         )
+    family = system.language.family
+    rules(
+        not (form is not None and form.mark and system.language.encodes and getattr(job, "objective", "lm") == "lm"),
+        "template",
+        f"{job.template} learns what stands before the question, so that the encoder of {family} would not read it; choose another",
+    )
     level = not job.optim.level_new or "new_tokens" in job.train
     rules(level, "optim.level_new", "gives rows of new_tokens their norm, and these do not train; take it out")
     known = job.template in chat.TEMPLATES

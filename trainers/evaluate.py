@@ -126,7 +126,7 @@ def measure_answers(session: Session, source: Any, *, batch: int = 64, limit: in
         for index in torch.arange(min(len(source), limit or len(source))).split(batch):
             rows = session.place.to(source.batch(index))
             images = see(session, rows, states)
-            hidden = model.hidden(rows["input_ids"], **images)[:, :-1]
+            hidden = model.hidden(rows["input_ids"], labels=rows["labels"], **images)[:, :-1]
             labels = model.targets(rows["labels"], rows["input_ids"], **images)[:, 1:]
             scored = labels != -100
             logits = head(hidden[scored].to(head.weight.dtype)).float()

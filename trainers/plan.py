@@ -152,6 +152,8 @@ def unknown(recipe: System | Alignment, job: Stage | Alignment) -> str | None:
     at = f"{recipe.name}, {job.name}: the plan knows"
     if objective not in ("lm", "words", "queries"):
         return f"{at} the memory of objectives lm, words and queries, not of {objective}; this stage has to be tried"
+    if system.language.encodes and objective == "lm":
+        return f"{at} the memory of causal language models, not of {system.language.family}; this stage has to be tried"
     if isinstance(system.encoder, Vqgan):
         return f"{at} the memory of towers of transformers, not of {type(system.encoder).__name__}; this stage has to be tried"
     if not isinstance(system.fusion, kinds):

@@ -80,7 +80,7 @@ def hidden_states(session: Session, batch: dict[str, Tensor], states: Tensor | N
 
 
 def _hidden(session: Session, batch: dict[str, Tensor], images: dict[str, Tensor]) -> Tensor:
-    hidden = session.model.hidden(batch["input_ids"], position_ids=batch.get("position_ids"), **images)
+    hidden = session.model.hidden(batch["input_ids"], position_ids=batch.get("position_ids"), labels=batch["labels"], **images)
     return hidden if images else hidden + idle(session.model)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Template:
     chunk: str = ""  # in a document, before every picture but the first and at the end: what was said of the one before is over
     only_seen: bool = False  # of a document only what follows a picture is supervised, up to the end of its chunk
     learn_begin: bool = False  # ... which is learnt
+    end_asked: bool = False  # the end token behind the first question, as an encoder reads its texts
+    prefix: bool = False  # of what is learnt a beginning is read instead: so many tokens, none to all but the last, drawn once a text
     tight: bool = False  # no spaces beside a picture in a question
     whole: bool = False  # all between two pictures or ends is tokenised as one text, else questions and answers each by themselves
 
@@ -80,6 +83,7 @@ _V0 = Template(
     whole=True,
 )
 _V1 = Template(system=_USER + _POLITE.format("user"), after_system=" ", before="USER: ", between=" ASSISTANT: ", whole=True)
+_T5 = Template(end_each=False, picture_first=True, end_asked=True)
 
 TEMPLATES = {
     # Nothing but the words: the tiny models.
@@ -98,6 +102,12 @@ TEMPLATES = {
     "blip2_prompt": Template(end_each=False, end="\n", picture_first=True),
     "blip2_caption": Template(before="a photo of", end_each=False, keep_question=False, end="\n", picture_first=True),
     "blip2_vqa": Template(before="Question: ", between=" Answer:", end_each=False, end="\n", picture_first=True),
+    # BLIP-2 with FlanT5, as its paper has it: the picture, then a text of which the encoder reads a beginning and the decoder learns the rest. With
+    # a prompt, and in the released code's pre-training without (a record's question is empty there), the encoder reads up to an end token.
+    "blip2_t5": Template(end_each=False, keep_question=False, picture_first=True, prefix=True),
+    "blip2_t5_prompt": _T5,
+    "blip2_t5_caption": replace(_T5, before="a photo of", keep_question=False),
+    "blip2_t5_vqa": replace(_T5, before="Question: ", between=" Answer:"),
     # Vicuna v1, LLaVA's instruction stage; the same with the first release's sentence, and with a picture between tags.
     "vicuna_v1": _V1,
     "llava_v1": replace(_V1, system=_HUMAN + _POLITE.format("human")),
@@ -205,6 +215,8 @@ def encode(
         asked = form.before + (words if form.system_asked and first else "") + question.replace("<image>", form.picture) + between
         line.add(form.mark, supervised=not last_alone)
         line.add(re.sub(" *<image> *", "<image>", asked) if form.tight else asked)
+        if form.end_asked and first:
+            line.end(supervised=False)
         line.add(role, supervised=not last_alone and answer is not None)
         if answer is None:
             if len(line) > max_length:
@@ -219,7 +231,7 @@ def encode(
             line.add(form.mark, supervised=True)
         if form.end_each or (i == len(turns) - 1 and not form.after):
             line.end(supervised=learnt)
-    return line.cut(max_length)
+    return line.cut(max_length, form.prefix)
 
 
 def encode_document(
@@ -236,7 +248,7 @@ def encode_document(
     else:
         line.add(text, supervised=True)
     line.end(supervised=not form.only_seen)
-    return line.cut(max_length)
+    return line.cut(max_length, form.prefix)
 
 
 def encode_parts(
@@ -348,7 +360,8 @@ class _Line:
         self.ids.append(token)
         self.labels.append(token if supervised else IGNORE)
 
-    def cut(self, max_length: int) -> tuple[list[int], list[int]]:
+    def cut(self, max_length: int, prefix: bool = False) -> tuple[list[int], list[int]]:
+        """ids and labels, at most so many; with ``prefix`` the first labels are not learnt, as many as their tokens draw."""
         whole = len(self)
         end = next((first for first, last in self.pictures if first < max_length < last), max_length)
         ids, labels = self.ids[:end], self.labels[:end]
@@ -358,6 +371,9 @@ class _Line:
             raise ValueError(
                 f"nothing to learn is left after the cut at max_length={max_length}; the whole has {whole} tokens with its pictures"
             )
+        if prefix and (learnt := [i for i, label in enumerate(labels) if label != IGNORE]):
+            for i in learnt[: Random(repr(labels)).randrange(len(learnt))]:
+                labels[i] = IGNORE
         return ids, labels
 
 

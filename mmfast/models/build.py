@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from mmfast import spec
+from mmfast.data.chat import IGNORE
 from mmfast.losses.lm import token_cross_entropy
-from mmfast.models import chameleon, pretrained
+from mmfast.models import chameleon, encoder_decoder, pretrained
 from mmfast.models.fusions import AdapterFusion, GatedFusion, PrefixFusion, RetrievalFusion, SharedTokensFusion, blocks
 from mmfast.models.lavis import load_bert
 from mmfast.models.lora import lora_dropouts, lora_parameters
@@ -196,7 +197,10 @@ def queries(choice: spec.QFormer, width_in: int, width_out: int) -> QueryConnect
 
 
 # Sizes that some families call otherwise than Llama.
-_OTHER_NAMES = (("intermediate_size", "ffn_dim"), ("rms_norm_eps", "layer_norm_eps"), ("initializer_range", "init_std"))
+_OTHER_NAMES = (
+    ("intermediate_size", "ffn_dim"), ("intermediate_size", "d_ff"), ("rms_norm_eps", "layer_norm_eps"), ("rms_norm_eps", "layer_norm_epsilon"),
+    ("initializer_range", "init_std"),
+)  # fmt: skip
 
 
 def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) -> nn.Module:
@@ -225,7 +229,12 @@ def _language(choice: spec.LanguageModel, tokenizer, dtype: torch.dtype | None) 
     for ours, theirs in _OTHER_NAMES:
         if not hasattr(kind, ours) and hasattr(kind, theirs):
             sizes[theirs] = sizes.pop(ours)
-    sizes |= {name: 0.0 for name in ("dropout", "attention_dropout") if hasattr(kind, name)}  # a stage's own
+    sizes |= {name: 0.0 for name in ("dropout", "attention_dropout", "dropout_rate") if hasattr(kind, name)}  # a stage's own
+    if choice.encodes:  # FlanT5's form (T5 1.1); its weights start as wide as T5's own rule says
+        first = sizes.setdefault("pad_token_id", kind.pad_token_id)
+        sizes |= dict(
+            num_decoder_layers=choice.depth, d_kv=choice.width // choice.heads, feed_forward_proj="gated-gelu", decoder_start_token_id=first
+        )
     language = pretrained.new_language(AutoConfig.for_model(choice.family, **sizes))
     if hasattr(language, "start_anew"):
         language.start_anew(choice.init)
@@ -484,10 +493,17 @@ class MultimodalModel(nn.Module):
         ids = self.fusion.tokens(input_ids, self.embed_images(image_embeds=image_embeds, image_rows=image_rows), self.image_token)
         return labels.where(labels != self.image_token, ids)
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the language model reads a row up to its first label and says the rest (``mmfast.models.encoder_decoder``)."""
+        return encoder_decoder.is_encoder_decoder(self.language.config)
+
     def hidden(
-        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, **images: Tensor | None
-    ) -> Tensor:
-        """Last hidden states [B, T, D]; ``images`` as for ``embed_images``.
+        self, input_ids: Tensor, *, attention_mask: Tensor | None = None, position_ids: Tensor | None = None, labels: Tensor | None = None,
+        **images: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Last hidden states [B, T, D]; ``images`` as for ``embed_images``. ``labels`` [B, T] tell an encoder-decoder where its rows are cut (None:
+        they are prompts); a causal model needs none.
 
         Without ``attention_mask`` padding must be on the right: under the causal mask no real token sees it, so no mask is needed.
         ``position_ids`` that start anew keep rows apart that lie end to end in one.
@@ -497,6 +513,14 @@ class MultimodalModel(nn.Module):
             places = torch.arange(input_ids.shape[1], device=input_ids.device)
             position_ids = (places - attention_mask.long().argmax(-1, keepdim=True)).clamp_min(0)
         masks = {k: v for k, v in (("attention_mask", attention_mask), ("position_ids", position_ids)) if v is not None}
+        if self.is_encoder_decoder and labels is not None:
+            masks["cut"] = cut = encoder_decoder.cuts(labels)
+            said = torch.arange(input_ids.shape[1], device=input_ids.device) >= cut[:, None]
+            if (said & (input_ids == self.image_token)).any():
+                raise ValueError(
+                    f"{self.system.name}: a picture stands behind the first word that is learnt, and {self.language.config.model_type} reads pictures "
+                    "in its encoder alone; put them before it (a question, a caption behind its picture), or take a causal language model"
+                )
         return self.fusion(self.language, input_ids, self.embed_images(**images), self.image_token, use_cache=False, **masks)[0]
 
     def forward(
@@ -513,15 +537,34 @@ class MultimodalModel(nn.Module):
     ) -> Output:
         """input_ids, attention_mask, position_ids, labels, token_weights [B, T]; pixel_values [M, 3, H, W], or one of ``embed_images``' other forms.
 
-        The loss is the weighted mean over scored tokens, labels shifted inside (``mmfast.losses.token_cross_entropy``).
+        The loss is the weighted mean over scored tokens, labels shifted inside (``mmfast.losses.token_cross_entropy``). With an encoder-decoder
+        input_ids are what its encoder reads and labels, token_weights [B, S] what its decoder says, as for the stock classes; logits are [B, S, V]
+        (without labels those of the first token, [B, 1, V]).
         """
         input_ids = self.with_slots(input_ids, images)
         seen = self.embed_images(pixel_values, **images)
+        if self.is_encoder_decoder:
+            return self._said(input_ids, attention_mask, labels, token_weights, total, seen)
         hidden = self.hidden(input_ids, attention_mask=attention_mask, position_ids=position_ids, image_embeds=seen)
         labels = labels if labels is None else self.targets(labels, input_ids, seen)
         logits = self.language.get_output_embeddings()(hidden)
         loss = None if labels is None else token_cross_entropy(logits, labels, token_weights=token_weights, total=total)
         return Output(logits, loss)
+
+    def _said(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, weights: Tensor | None, total: Tensor | float | None,
+        seen: Tensor | None,
+    ) -> Output:  # fmt: skip
+        """``forward`` of an encoder-decoder: what is read and what is said as one row, which is cut there again."""
+        said = input_ids[:, :0] if labels is None else labels.where(labels != IGNORE, self.language.config.pad_token_id)
+        ids, cut = torch.cat([input_ids, said], 1), torch.cat([torch.full_like(input_ids, IGNORE), said], 1)
+        mask = None if attention_mask is None else torch.cat([attention_mask, torch.ones_like(said)], 1)
+        hidden = self.hidden(ids, attention_mask=mask, labels=cut, image_embeds=seen)[:, input_ids.shape[1] - 1 :]
+        logits = self.language.get_output_embeddings()(hidden)
+        if labels is None:
+            return Output(logits)
+        labels, weights = F.pad(labels, (1, 0), value=IGNORE), None if weights is None else F.pad(weights, (1, 0))
+        return Output(logits[:, :-1], token_cross_entropy(logits, labels, token_weights=weights, total=total))
 
     def generate(self, input_ids: Tensor, **kwargs) -> Tensor:
         """See ``mmfast.models.generate``."""

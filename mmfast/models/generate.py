@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from mmfast.models import encoder_decoder
 from mmfast.models.decoding import check_repetition, unrepeating
 from mmfast.models.tokenizer import plain_text
 
@@ -74,16 +75,19 @@ def steps(
 class Reading:
     """Rows of tokens that a model has read, and what it makes of what comes next.
 
-    ``told``: the prompts ``[B, T]``. ``any_logits``: of every next token, ``[B, V]`` in fp32; ``logits``: those of codes of pictures, which
-    text cannot have, at minus infinity.
+    ``told``: the prompts ``[B, T]``; of an encoder-decoder, whose encoder has these, the decoder's start token. ``any_logits``: of every next
+    token, ``[B, V]`` in fp32; ``logits``: those of codes of pictures, which text cannot have, at minus infinity.
     """
 
     def __init__(self, model: MultimodalModel, input_ids: Tensor, attention_mask: Tensor | None = None, **images: Tensor | None):
-        self.model, self.told = model, model.with_slots(input_ids, images)
-        self._cache, self._mask = DynamicCache(config=model.language.config), attention_mask
+        self.model, config = model, model.language.config
+        input_ids = model.with_slots(input_ids, images)
+        split = model.is_encoder_decoder
+        self.told = torch.full_like(input_ids[:, :1], encoder_decoder.start_token(config)) if split else input_ids
+        self._cache, self._mask = encoder_decoder.empty_cache() if split else DynamicCache(config=config), attention_mask
         self._positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)
         self._images = model.embed_images(**images)
-        self._read(self.told)
+        self._read(input_ids)
 
     @property
     def logits(self) -> Tensor:

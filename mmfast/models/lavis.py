@@ -1,7 +1,7 @@
 """BLIP-2's own files: LAVIS's names of tower, Q-Former and heads (arXiv:2301.12597), and those of the BERT that a Q-Former starts from.
 
-A file is ``{"model": {name: tensor}}`` and holds what was trained, mostly without the frozen tower; the language model is never in it. Two
-names are one tensor here: the masked-word head's last map is the table of words. A tower's keys have no bias there and one of zeros here.
+A file is ``{"model": {name: tensor}}`` and holds what was trained, mostly without the frozen tower. A language model that is in it is read, and
+none is written. Two names are one tensor here: the masked-word head's last map is the table of words. A tower's keys have no bias there and one of zeros here.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ _TOWER = {
     "visual_encoder.blocks.{}.attn.proj.": "encoder.layers.{}.self_attn.projection.",
     "visual_encoder.blocks.{}.mlp.": "encoder.layers.{}.mlp.",
 }
+_LANGUAGE = {name: "" for name in ("opt_model.", "t5_model.", "llm_model.")}  # transformers' names behind
 # The word table's second names, and what is no weight.
 _TWICE = ("cls.predictions.decoder.", "bert.embeddings.position_ids", "bert.embeddings.token_type_embeddings.")
 
@@ -90,7 +91,7 @@ def load_lavis_state(model: MultimodalModel, state: dict[str, Tensor], where: st
         ValueError: a name that is no part of BLIP-2, or a tensor of another size than the model's.
     """
     connector, vision = _connector(model), model.encoder.vision
-    own, tower, changes = connector.state_dict(), vision.state_dict(), []
+    own, tower, language, changes = connector.state_dict(), vision.state_dict(), model.language.state_dict(), []
     biases: dict[str, dict[str, Tensor]] = {}
     for name, value in state.items():
         if name.removeprefix("Qformer.").startswith(_TWICE):
@@ -99,8 +100,9 @@ def load_lavis_state(model: MultimodalModel, state: dict[str, Tensor], where: st
             biases.setdefault(f"encoder.layers.{found[1]}.self_attn.qkv.bias", {})[found[2]] = value
             continue
         to, parts = _renamed(name, _CONNECTOR), own
-        if to is None:
-            to, parts = _renamed(name, _TOWER), tower
+        for table, others in ((_TOWER, tower), (_LANGUAGE, language)):
+            if to is None:
+                to, parts = _renamed(name, table), others
         if to is None:
             raise ValueError(f"{where} holds {name}, which is no part of BLIP-2")
         value = value.view(1) if name == "temp" else value  # a scalar there

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     Blip2VisionModel,
     ChameleonForConditionalGeneration,
@@ -139,16 +140,29 @@ def tower_config(choice: spec.Clip | spec.Siglip | spec.Dino) -> PretrainedConfi
 
 def language_config(choice: spec.LanguageModel) -> PretrainedConfig:
     config = config_of(choice.weights, "language.weights")
-    if config.model_type not in (*LANGUAGES, "chameleon") and type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"language.weights {choice.weights}: model_type {config.model_type!r} is no causal language model")
+    known = config.model_type in (*LANGUAGES, *spec.ENCODER_DECODERS, "chameleon")
+    if not known and type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"language.weights {choice.weights}: model_type {config.model_type!r} is no causal language model, nor an encoder-decoder that is known "
+            f"({', '.join(spec.ENCODER_DECODERS)})"
+        )
     check_head(config, f"language.weights {choice.weights}")
     return config
 
 
 def new_language(config: PretrainedConfig) -> nn.Module:
-    """A causal language model with random weights."""
-    kind = LANGUAGES.get(config.model_type)
-    return AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
+    """A language model with random weights."""
+    kind = _language_class(config)
+    model = kind(config) if kind in LANGUAGES.values() else kind.from_config(config)
+    if config.model_type in spec.ENCODER_DECODERS and not language_sizes(spec.LanguageModel(weights=None), config).tied:
+        # transformers ties the head of every T5, until it reads one that has its own.
+        model.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(model.lm_head.weight, std=config.d_model**-0.5)
+    return model
+
+
+def _language_class(config: PretrainedConfig) -> type:
+    return LANGUAGES.get(config.model_type, AutoModelForSeq2SeqLM if config.model_type in spec.ENCODER_DECODERS else AutoModelForCausalLM)
 
 
 def check_head(config: PretrainedConfig, where: str) -> None:
@@ -240,9 +254,9 @@ def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec
         depth=config.num_hidden_layers,
         heads=heads,
         kv_heads=first("num_key_value_heads", default=heads),
-        ffn=first("intermediate_size", "ffn_dim", "n_inner", default=4 * config.hidden_size),
-        context=config.max_position_embeddings,
-        tied=bool(config.tie_word_embeddings),
+        ffn=first("intermediate_size", "ffn_dim", "d_ff", "n_inner", default=4 * config.hidden_size),
+        context=first("max_position_embeddings", default=choice.context),  # T5's relative positions have no end
+        tied=bool(first("scale_decoder_outputs", "tie_word_embeddings")),  # of T5 the former says so
         norm="after" if getattr(config, "swin_norm", False) else "before",
         norm_eps=first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=choice.norm_eps),
         init=first("initializer_range", "init_std", default=choice.init),
@@ -378,7 +392,7 @@ def interpolated(vision: nn.Module, side: int) -> nn.Module:
 
 
 def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) -> nn.Module:
-    """The causal language model of some weights, fp32 unless said otherwise; linear layers in 4 bits where the choice asks for it."""
+    """The language model of some weights, fp32 unless said otherwise; linear layers in 4 bits where the choice asks for it."""
     language_config(choice)
     options = {}
     if choice.quantize == "4bit":
@@ -393,8 +407,7 @@ def load_language(choice: spec.LanguageModel, dtype: torch.dtype | None = None) 
         dtype = dtype or torch.bfloat16
     if language_config(choice).model_type == "chameleon":
         return without_pictures(load_weights(ChameleonForConditionalGeneration, choice.weights, "language.weights", dtype or torch.float32))
-    kind = LANGUAGES.get(config_of(choice.weights, "language.weights").model_type, AutoModelForCausalLM)
-    return load_weights(kind, choice.weights, "language.weights", dtype or torch.float32, **options)
+    return load_weights(_language_class(language_config(choice)), choice.weights, "language.weights", dtype or torch.float32, **options)
 
 
 def load_weights(kind, weights: str, where: str, dtype: torch.dtype, **options) -> nn.Module:
@@ -425,7 +438,13 @@ def resize_embeddings(language: nn.Module, vocab: int) -> None:
     old = table.num_embeddings
     if old >= vocab:
         return
+    head = language.get_output_embeddings().weight
     language.resize_token_embeddings(vocab, mean_resizing=False)
+    if head is not table.weight and language.get_output_embeddings().weight is language.get_input_embeddings().weight:
+        # transformers has tied a T5's own head to its embeddings, as it does with any.
+        own = head.new_zeros(vocab, head.shape[1])
+        own[:old] = head.detach()
+        language.get_output_embeddings().weight = nn.Parameter(own, requires_grad=head.requires_grad)
     weights = {id(p): p for m in (language.get_input_embeddings(), language.get_output_embeddings()) for p in m.parameters()}
     with torch.no_grad():
         for weight in weights.values():  # once where they are tied

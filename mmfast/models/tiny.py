@@ -118,7 +118,7 @@ def tiny_system(system: System) -> System:
             words=None,
             vocab=0,
             width=64,
-            depth=3,
+            depth=2 if system.language.encodes else 3,  # of each stack
             heads=4,
             kv_heads=4,
             ffn=128,

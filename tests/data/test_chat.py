@@ -431,6 +431,35 @@ def test_blip2_s_soft_prompt_comes_before_the_beginning_token():
     assert chat.end_token(Speller(), "two tokens") == chat.end_token(Speller()) == EOS
 
 
+def test_an_encoder_s_text_ends_and_a_beginning_is_read():
+    """T5 has no beginning token here either: what is read ends with an end token, or is a beginning of the text, drawn by the text."""
+
+    class T5(Speller):
+        bos_token_id = None
+
+    def t5(template, turns, **kwargs):
+        return chat.encode(T5(), template, turns, image_tokens=2, image_token=IMAGE, **kwargs)
+
+    ids, labels = t5("blip2_t5_vqa", [("<image>Who?", "a dog")])
+    assert read(ids) == "@@Question: Who? Answer:</s> a dog</s>"
+    assert scored(ids, labels) == " a dog</s>"
+    assert t5("blip2_t5_vqa", [("<image>Who?", None)])[0] == ids[: ids.index(EOS) + 1]
+    assert read(t5("blip2_t5_caption", [("<image>whatever", "a dog")])[0]) == "@@a photo of</s> a dog</s>"
+    assert read(t5("blip2_t5_prompt", [("<image>", "a dog")])[0]) == "@@</s>a dog</s>"
+    assert read(t5("blip2_t5_prompt", [("<image>Hi", "a"), ("So", "b")])[0]) == "@@Hi</s> aSo b</s>"
+
+    told = {scored(*t5("blip2_t5", [("<image>whatever", f"a dog {i:02}")])) for i in range(60)}
+    assert {text[-4:] for text in told} == {"</s>"}
+    lengths = {len(text.removesuffix("</s>")) for text in told}
+    assert lengths == set(range(9)), "from all of it to the end token alone"
+    ids, labels = t5("blip2_t5", [("<image>", "a dog")])
+    assert read(ids) == "@@a dog</s>"
+    assert t5("blip2_t5", [("<image>", "a dog")]) == (ids, labels)
+    assert read(t5("blip2_t5", [("<image>", None)])[0]) == "@@"
+    _, labels = chat.encode_document(T5(), "<image>a dog", image_tokens=2, image_token=IMAGE, template="blip2_t5")
+    assert labels == t5("blip2_t5", [("<image>", "a dog")])[1]
+
+
 def test_a_text_side_reads_answers_alone():
     class Whole(Speller):
         def __call__(self, text, add_special_tokens):

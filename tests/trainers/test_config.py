@@ -327,6 +327,18 @@ RULES = [
     ),
     ("blip2", ["--stages.see.max_length", "65"], "stages.see.max_length: 65 words are more than the Q-Former's 64 positions; at most 64"),
     ("blip2", ["--stages.see.optim.batch", "1"], "stages.see.optim.batch: a text is compared with other pictures of its micro-batch"),
+    (
+        "blip2_flan_t5",
+        ["--stages.speak.template", "llava_v0"],
+        "stages.speak.template: llava_v0 learns what stands before the question, so that the encoder of t5 would not read it; choose another",
+    ),
+    ("blip2_flan_t5", ["--compute.packing", "true"], "compute.packing: the decoder of t5 cannot keep packed rows apart"),
+    (
+        "flamingo",
+        ["--language.family", "t5"],
+        "fusion: GatedCrossAttention goes into a causal language model, and t5 is an encoder and a decoder",
+    ),
+    ("kosmos_1", ["--language.family", "t5"], "fusion.begin: <image> is learnt behind a text, and t5 reads pictures in its encoder alone"),
     ("llava", ["--compute.bad_steps", "0"], "compute.bad_steps: expected at least 1, got 0"),
     ("llava", ["--encoder.heads", "7"], "encoder.width: 64 is not a multiple of encoder.heads 7"),
     ("llava", ["--encoder.heads", "0"], "encoder.heads: expected at least 1, got 0"),

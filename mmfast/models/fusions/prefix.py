@@ -3,22 +3,31 @@
 import torch
 from torch import Tensor, nn
 
+from mmfast.models import encoder_decoder
+
 
 def blocks(language: nn.Module) -> nn.ModuleList:
-    """A language model's layers, whatever its family calls them."""
-    return next(m for m in language.get_decoder().modules() if isinstance(m, nn.ModuleList))
+    """A language model's layers, whatever its family calls them; an encoder's first."""
+    stacks = [language.get_encoder()] if encoder_decoder.is_encoder_decoder(language.config) else []
+    found = [next(m for m in stack.modules() if isinstance(m, nn.ModuleList)) for stack in (*stacks, language.get_decoder())]
+    return found[0] if len(found) == 1 else nn.ModuleList([layer for stack in found for layer in stack])
 
 
 def run_decoder(language: nn.Module, embeds: Tensor, **kwargs) -> tuple[Tensor, object]:
-    """The decoder on input embeddings: last hidden states in the head's type, and the key/value cache. Embeddings (and a head that is tied to
-    them) learn in fp32 over layers that may be held in half precision. ``position_ids`` count from 0, whatever the family does."""
+    """The language model without its head on input embeddings: last hidden states in the head's type, and the key/value cache. Embeddings (and a
+    head that is tied to them) learn in fp32 over layers that may be held in half precision. ``position_ids`` count from 0, whatever the family
+    does."""
     if "position_ids" in kwargs and (first := getattr(language, "first_position", 0)):
         kwargs["position_ids"] = kwargs["position_ids"] + first
     for half in {p.dtype for p in blocks(language)[0].parameters()} & {torch.bfloat16, torch.float16}:
         embeds = embeds.to(half)
-    out, head = language.get_decoder()(inputs_embeds=embeds, **kwargs), language.get_output_embeddings().weight
-    hidden = out.last_hidden_state
-    return hidden.to(head.dtype) if head.is_floating_point() else hidden, out.past_key_values
+    if encoder_decoder.is_encoder_decoder(language.config):
+        hidden, cache = encoder_decoder.run(language, embeds, **kwargs)
+    else:
+        out = language.get_decoder()(inputs_embeds=embeds, **kwargs)
+        hidden, cache = out.last_hidden_state, out.past_key_values
+    head = language.get_output_embeddings().weight
+    return hidden.to(head.dtype) if head.is_floating_point() else hidden, cache
 
 
 def starts(position_ids: Tensor) -> Tensor | None:
@@ -48,7 +57,7 @@ class PrefixFusion(nn.Module):
     ) -> tuple[Tensor, object]:
         """input_ids [B, T], image_embeds [M, N, D] or None -> (hidden [B, T, D], key/value cache or None).
 
-        ``kwargs`` go to the decoder: attention_mask, position_ids, past_key_values, use_cache.
+        ``kwargs`` go to the language model: attention_mask, position_ids, past_key_values, use_cache, an encoder-decoder's cut.
         """
         embed = language.get_input_embeddings()
         if image_embeds is None:

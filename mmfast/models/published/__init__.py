@@ -31,7 +31,7 @@ def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None) -> Mu
     """Read a Hugging Face folder (or hub name) of a known ``model_type``; frozen and in evaluation mode.
 
     Known: ``llava`` with a CLIP, SigLIP or DINOv2 tower and any causal language model; ``blip-2`` and ``instructblip`` with a causal language
-    model, and ``blip-2`` as Blip2ForImageTextRetrieval, which is a ``mmfast.models.Matcher``; ``kosmos-2``, ``chameleon``, ``idefics``. Anything
+    model or T5, and ``blip-2`` as Blip2ForImageTextRetrieval, which is a ``mmfast.models.Matcher``; ``kosmos-2``, ``chameleon``, ``idefics``. Anything
     else raises ``ValueError`` with what was found.
     """
     config, name = config_of(str(path)), Path(path).name
@@ -59,18 +59,21 @@ def save_pretrained(model: MultimodalModel, path: str | Path) -> None:
 
 def class_of(system: spec.System) -> ModuleType:
     """The module of the stock class that has a form for a system's choices."""
-    match system.connector, system.fusion:
-        case (spec.Linear() | spec.Mlp(), spec.Prefix()):
-            return llava
-        case (spec.AttentionPool(), spec.Prefix()):
-            return kosmos2
-        case (spec.QFormer(instructed=True), spec.Prefix()):
+    match system.connector, system.fusion, system.language.encodes:
+        case (spec.QFormer(instructed=True), spec.Prefix(), _):
             return instructblip
-        case (spec.QFormer(), spec.Prefix()):
+        case (spec.QFormer(), spec.Prefix(), _):
             return blip2
-        case (spec.NoConnector(), spec.SharedTokens()):
+        case (spec.Linear() | spec.Mlp(), spec.Prefix(), False):
+            return llava
+        case (spec.AttentionPool(), spec.Prefix(), False):
+            return kosmos2
+        case (spec.NoConnector(), spec.SharedTokens(), _):
             return chameleon
-        case (spec.Resampler() | spec.NoConnector(), spec.GatedCrossAttention(block="idefics")):
+        case (spec.Resampler() | spec.NoConnector(), spec.GatedCrossAttention(block="idefics"), _):
             return idefics
-    parts = f"{type(system.connector).__name__} and {type(system.fusion).__name__}"
+    parts = (
+        f"{type(system.connector).__name__} and {type(system.fusion).__name__}"
+        + f" over {system.language.family}" * system.language.encodes
+    )
     raise ValueError(f"{system.name}: no class of transformers has a model of {parts}")

@@ -1,4 +1,4 @@
-"""BLIP-2: ``Blip2ForConditionalGeneration`` with a causal language model; what compares pictures with texts is in ``blip2_retrieval``."""
+"""BLIP-2: ``Blip2ForConditionalGeneration`` with a causal language model or T5; what compares pictures with texts is in ``blip2_retrieval``."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def system_of(config: Blip2Config, name: str) -> spec.System:
 
 
 def whole(config: Blip2Config | InstructBlipConfig, name: str, paper: str, **words: bool) -> spec.System:
-    """The choices of a stock class with a causal language model; ``words`` as of ``choices``."""
-    if not config.use_decoder_only_language_model:
+    """The choices of a stock class; ``words`` as of ``choices``."""
+    if not config.use_decoder_only_language_model and config.text_config.model_type not in spec.ENCODER_DECODERS:
         raise ValueError(
-            f"{name}: its language model is a {config.text_config.model_type}, an encoder and a decoder; expected a causal one"
+            f"{name}: its language model is a {config.text_config.model_type}, an encoder and a decoder; expected a causal one, or "
+            f"{', '.join(spec.ENCODER_DECODERS)}"
         )
     if config.image_token_index is None:
         raise ValueError(f"{name}: image_token_index is null, so nothing in a text says where a picture stands; set it in config.json")
@@ -102,6 +103,8 @@ def filled(model: MultimodalModel, kind: type, config: Blip2Config | InstructBli
     if getattr(model.language, "is_quantized", False):
         raise ValueError(f"{model.system.name}: 4-bit weights are not written back; load them with language.quantize=none")
     config.text_config, config.image_token_index = model.language.config, model.image_token
+    config.is_encoder_decoder = model.is_encoder_decoder
+    config.use_decoder_only_language_model = not model.is_encoder_decoder
     with torch.device("meta"):
         stock = kind(config)
     with merged(model):
