@@ -18,8 +18,8 @@ inline ScalarType wide_type(const Tensor& x) { return x.scalar_type() == ScalarT
 
 namespace mmfast {
 
-// The function lives in libtorch_cuda, which a CPU build of torch lacks and which Python loads for itself alone, so that neither a strong nor a
-// weak reference from here would find it: it is asked of the library that is loaded already.
+// The function lives in libtorch_cuda, which a CPU build of torch lacks and which Python loads for itself alone, so that neither a strong
+// nor a weak reference from here would find it: it is asked of the library that is loaded already.
 inline void* current_stream(const char* op, int32_t device) {
   using Get = AOTITorchError (*)(int32_t device, void** stream);
   static const Get get = [] {
