@@ -823,8 +823,7 @@ class _GradInForward(torch.autograd.Function):
         # fp16 has no room for derivatives before the loss scale comes, in backward: they are brought to the size of 1 and kept in fp32.
         narrow = hidden.dtype == torch.float16
         grad_hidden = torch.zeros_like(flat, dtype=wide if narrow else None) if needs[0] else None
-        # Several chunks add up in fp32, whatever the head's type.
-        grad_weight = weight.new_zeros(weight.shape, dtype=wide if narrow or len(chunks) > 1 else weight.dtype) if needs[1] else None
+        grad_weight = weight.new_zeros(weight.shape, dtype=wide) if needs[1] and narrow else None
         grad_bias = weight.new_zeros(V, dtype=wide) if needs[2] else None
         buffer = hidden.new_empty(max((len(c) for c in chunks), default=0) * V, dtype=kind)
         for i, rows in enumerate(chunks):
@@ -854,10 +853,12 @@ class _GradInForward(torch.autograd.Function):
                 grad_hidden.index_copy_(0, rows, part if scale is None else part.to(wide) * scale)
             if needs[1]:
                 if scale is None:
-                    grad_weight = _accumulate(grad_weight, z.t(), h, grad_weight.dtype != z.dtype)
+                    grad_weight = _accumulate(grad_weight, z.t(), h, len(chunks) > 1)  # several add up in fp32, whatever the head's type
                 else:
                     for a in range(0, V, 8192):  # in pieces: the product and its multiple are as large as the head
                         grad_weight[a : a + 8192].add_(_wide_product(z[:, a : a + 8192].t(), h) * scale)
+        if needs[1] and grad_weight is None:  # nothing was scored
+            grad_weight = torch.zeros_like(weight)
         ctx.grads = (None if grad_hidden is None else grad_hidden.view(hidden.shape), grad_weight, grad_bias)
         ctx.types = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return total
