@@ -88,6 +88,8 @@ def dialogs(raw: dict[str, Any], name: str = "dialogs") -> list[Dialog]:
 def _line(lines: Sequence[str], number: int) -> str:
     if not 0 <= number < len(lines):
         raise IndexError(number)
+    if not isinstance(lines[number], str):
+        raise TypeError(f"the question or answer of number {number} is {lines[number]!r}, expected text")
     return lines[number]
 
 
