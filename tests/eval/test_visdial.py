@@ -89,7 +89,7 @@ def test_what_is_refused(dialog, sentence):
         visdial.dialogs(file((1, dialog)), "val.json")
     with pytest.raises(ValueError, match="holds no dialogue"):
         visdial.dialogs(file())
-    with pytest.raises(ValueError, match="dialogue 0, round 1 is not in .* the question or answer of number 0 is None, expected text"):
+    with pytest.raises(ValueError, match=r"dialogue 0, round 1 is not in .* the question or answer of number 0 is None, expected text"):
         visdial.dialogs({"data": file((1, [turn(0, 0)]))["data"] | {"questions": [None]}})
     for part in ("dialogs", "questions", "answers"):
         for wrong in (None, {"a": 1}):
