@@ -288,9 +288,8 @@ class _Reader:
         for name in ("conversations", "messages"):
             if has(name):
                 return self.conversation(self.said(row[name], name), llava=name == "conversations")
-        if (has("instances") or has("reformulations")) and not (
-            has("image") or has("images")
-        ):  # beside a picture they are things that it shows
+        shown = has("image") or has("images")  # beside a picture instances are things that it shows
+        if not shown and (has("instances") or has("reformulations")):
             return self.instance()
         if has("texts") or has("text_list") or has("items"):
             return self.document(*self.interleaved())
