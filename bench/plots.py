@@ -119,7 +119,7 @@ GOALS = [
            "launches at these sizes; dropout's random numbers", {"op": ("qformer",), "mode": ("forward",), "dtype": (dtype,)})
       for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))),
     Goal("nearest code, 32 images on 8192 x 256", True, "vq",
-         {"cdist + argmin, fp32": ("cdist+argmin", 12), "compiled, tf32": ("addmm+argmin, compiled", 3), "cuVS": ("cuvs", 4)},
+         {"cdist + argmin, fp32": ("cdist+argmin", 12), "compiled, tf32": ("addmm+argmin, compiled, tf32", 3), "cuVS": ("cuvs", 4)},
          "the rate of mma.sync in fp16; the next step is wgmma behind the same interface",
          {"mode": ("search",), "shape": ("(32768, 8192, 256)",)}),
     Goal("codebook training step, 32 images", True, "vq", {"vector-quantize-pytorch": ("vector-quantize-pytorch", 20)},

@@ -94,14 +94,14 @@ if not '$dry':  # else every test would skip, and the run look well
     assert mmfast.build_info()['cuda'], 'this mmfast has no CUDA kernels'"
 }
 
-# run_tests SECONDS LOG MARK COMMAND ..: COMMAND is put before Python. Every test's verdict is in the log at once, so that a run that is cut off says
-# what failed. The dry run takes the CPU's tests of one file instead.
+# run_tests SECONDS LOG MARK COMMAND ..: COMMAND is put before Python. Every test's verdict is in the log at once (-vv, for our settings have -q), so
+# that a run that is cut off says what failed. The dry run takes the CPU's tests of one file instead.
 run_tests() {
   local seconds=$1 log=$2 mark="gpu${3:+ and $3}" paths=(tests/ops tests/nn tests/test_abi.py "--ignore-glob=*_emulated.py") workers=()
   shift 3
   [[ -n $dry ]] && mark="reduced and not gpu" paths=(tests/ops/test_preference.py)
   ((!$#)) && "$python" -c 'import xdist' 2>/dev/null && workers=(-n "${MMFAST_GPU_WORKERS:-6}")
-  within "$seconds" "$log" "$@" "$python" -m pytest -v -p no:cacheprovider --tb=short -rs "${workers[@]}" -m "$mark" "${paths[@]}" | grep -v " PASSED \| PASSED$" | tail -n 60
+  within "$seconds" "$log" "$@" "$python" -m pytest -vv -p no:cacheprovider --tb=short -rs "${workers[@]}" -m "$mark" "${paths[@]}" | grep -v " PASSED \| PASSED$" | tail -n 60
 }
 
 # All tools at once over the tests marked `reduced`, only our kernels instrumented.

@@ -3,6 +3,7 @@ their GPU branches on a stand-in for CUDA."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -68,7 +69,16 @@ def test_all_stages_in_order(checkout):
     assert set(stages(done.stdout).values()) == {"ok"}
     for file in ("bench/card.py", "bench_vq.py", "bench_linear_logp.py", "bench_attention.py", "bench_ppo.py", "bench/steps.py"):
         assert file in done.stdout
-    assert done.stdout.count("-m pytest -v -p no:cacheprovider") == 5  # the tests and four tools
+    assert done.stdout.count("-m pytest -vv -p no:cacheprovider") == 5  # the tests and four tools
+
+
+def test_every_verdict_is_told_at_once():
+    """With the script's own flags, beside those of our settings: dots would not say what failed before a run is cut off."""
+    flags = re.search(r"-m pytest (-\S.*?) -rs", (ROOT / "scripts" / "gpu.sh").read_text())[1].split()
+    file = "tests/eval/test_ranking.py"
+    done = subprocess.run([sys.executable, "-m", "pytest", *flags, file], capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert f"{file}::test_" in done.stdout, done.stdout + done.stderr
+    assert " PASSED" in done.stdout
 
 
 def test_groups_and_single_stages(checkout):

@@ -77,6 +77,15 @@ def test_goals_without_a_gpu_are_not_run(plots):
     assert all(r is None for *_, r, _ in plots.measured(goal, [gpu]))
 
 
+def test_goals_name_peers_as_the_benchmarks_do(plots):
+    """One that no benchmark writes would stay "not measured" for ever."""
+    for goal in plots.GOALS:
+        source = (ROOT / "bench" / "ops" / f"bench_{goal.file}.py").read_text()
+        for provider, _ in goal.peers.values():
+            assert f'"{provider.rstrip("*")}' in source, f"{goal.what}: {provider}"
+            assert provider.endswith("*") or f'"{provider}"' in source, f"{goal.what}: {provider}"
+
+
 def test_no_gpu_figure_without_its_file(plots):
     devices = plots.load(ROOT / "bench" / "results")
     if any(not d.cpu for d in devices):

@@ -105,9 +105,12 @@ def _pooled(session: Any, files: Sequence[Path], *, skip: bool = False, batch: i
 def _encode(session: Any, parts: Sequence[str | None], what: str, before: int = 0) -> list[int]:
     """Token ids of a prompt, or of what follows one of so many tokens; every text has its own beginning token."""
     system, context = session.system, session.model.system.language.context
-    ids = chat.encode_parts(
-        session.tokenizer, parts, image_tokens=system.image_places, image_token=session.image_token, begin="each"
-    )  # fmt: skip
+    try:
+        ids = chat.encode_parts(
+            session.tokenizer, parts, image_tokens=system.image_places, image_token=session.image_token, begin="each"
+        )  # fmt: skip
+    except ValueError as error:
+        raise RunError(f"{what}: {error}") from None
     if before + len(ids) > context:
         raise RunError(f"{what} takes {before + len(ids)} places, and the model has {context}")
     return ids
@@ -173,9 +176,10 @@ def _dialogs(session: Any, raw: dict[str, Any], path: Path, folder: Path) -> Cal
     rated = []
     if beside.exists():
         try:
-            rated = visdial.dense(json.loads(beside.read_text(encoding="utf-8")), dialogs, beside.name)
-        except json.JSONDecodeError as error:
+            notes = json.loads(beside.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
             raise RunError(f"{beside} is no JSON: {error}") from None
+        rated = visdial.dense(notes, dialogs, beside.name)
     _say(
         f"Visual Dialog: {len(dialogs)} dialogues; "
         + (f"{len(rated)} rated rounds" if rated else f"no {beside.name} beside them, so no ndcg")

@@ -173,16 +173,23 @@ def split(row: Any, columns: dict[str, str] | None = None) -> list[Any]:
 
     As the README of orhonovich/unnatural-instructions has it (arXiv:2212.09689), a line of core_data.jsonl is an ``instruction`` and a list
     ``instances`` of objects with ``instruction_with_input``, ``input``, ``constraints`` and ``output``; in full_data.jsonl a list of
-    ``reformulations``, objects alike, is beside it. Hub copies hold such a list as an object of lists, too."""
+    ``reformulations``, objects alike, is beside it. Hub copies hold such a list as an object of lists, too. What else is called so, as the
+    things that a picture shows, is none."""
     if not isinstance(row, dict):
         return [row]
     theirs = {ours: name for name, ours in (columns or {}).items()}
     names = [theirs.get(name, name) for name in INSTANCES]
     told = [[] if _null(row.get(name)) else _rows(row[name]) for name in names]
-    if None in told or not any(told):
+    if None in told or not any(told) or not _are_pairs([pair for pairs in told for pair in pairs], columns or {}):
         return [row]
     rest = {name: value for name, value in row.items() if name not in names}
     return [{**rest, names[0]: [pair]} for pairs in told for pair in pairs]
+
+
+def _are_pairs(told: list[Any], columns: dict[str, str]) -> bool:
+    """Whether one of them has a name that a pair of instruction and output has."""
+    names = {columns.get(name, name) for pair in told if isinstance(pair, dict) for name in pair}
+    return not names.isdisjoint(("instruction_with_input", "output"))
 
 
 def _rows(value: Any) -> list[Any] | None:
@@ -281,7 +288,8 @@ class _Reader:
         for name in ("conversations", "messages"):
             if has(name):
                 return self.conversation(self.said(row[name], name), llava=name == "conversations")
-        if has("instances") or has("reformulations"):
+        shown = has("image") or has("images")  # beside a picture instances are things that it shows
+        if not shown and (has("instances") or has("reformulations")):
             return self.instance()
         if has("texts") or has("text_list") or has("items"):
             return self.document(*self.interleaved())
@@ -353,15 +361,16 @@ class _Reader:
         """One pair of a line of Unnatural Instructions (``split``): its ``instruction_with_input`` is the question, its ``output`` the answer. The
         ``constraints`` beside them were told to what wrote the outputs, and are not told here."""
         pairs = [pair for name in INSTANCES for pair in self.sequence(self.row.get(name, []), name)]
+        if others := [pair for pair in pairs if not isinstance(pair, dict)]:
+            raise ValueError(f"its instance is {_kind(others[0])}, expected an object with instruction_with_input and output")
+        pairs = [_rename(pair, self.columns) for pair in pairs]
+        for name in ("instruction_with_input", "output"):
+            if any(name not in pair for pair in pairs):
+                raise ValueError(f'its instance has no "{name}"')
         if len(pairs) != 1:
             why = "several at once are not read from a tar; use JSONL or parquet" if pairs else 'there is nothing in its "instances"'
             raise ValueError(f"has {len(pairs)} pairs of instruction and output: {why}")
-        if not isinstance(pairs[0], dict):
-            raise ValueError(f"its instance is {_kind(pairs[0])}, expected an object with instruction_with_input and output")
-        pair = _rename(pairs[0], self.columns)
-        for name in ("instruction_with_input", "output"):
-            if name not in pair:
-                raise ValueError(f'its instance has no "{name}"')
+        (pair,) = pairs
         asked = self.said(pair["instruction_with_input"], "instruction_with_input", "user")
         return self.conversation([*asked, *self.said(pair["output"], "output", "assistant")], llava=False)
 

@@ -50,6 +50,11 @@ def dialogs(raw: dict[str, Any], name: str = "dialogs") -> list[Dialog]:
         ValueError: a round that lacks something (a test split has no answers to score), numbers that point nowhere, unlike counts of options.
     """
     data, made = raw["data"], []
+    for part in ("dialogs", "questions", "answers"):
+        if not isinstance(data.get(part), list):
+            raise ValueError(
+                f'{name}: its data has no list of {part}, expected "dialogs", "questions" and "answers" as in visdial_1.0_val.json'
+            )
     for number, dialog in enumerate(data["dialogs"]):
         rounds, at = [], f"dialogue {number}"
         try:
@@ -64,7 +69,7 @@ def dialogs(raw: dict[str, Any], name: str = "dialogs") -> list[Dialog]:
                 raise KeyError("dialog")
             made.append(Dialog(int(dialog["image_id"]), tuple(rounds)))
         except KeyError as error:
-            hint = "; a test split has no answers to score" if error.args[0] in ("answer", "gt_index") else ""
+            hint = "; a test split has no answers to score" if error.args[0] in ("answer", "answer_options", "gt_index") else ""
             raise ValueError(f"{name}: {at} lacks {error}{hint}") from None
         except IndexError as error:
             raise ValueError(f"{name}: {at} has the number {error}, which is none of what it counts") from None
@@ -83,6 +88,8 @@ def dialogs(raw: dict[str, Any], name: str = "dialogs") -> list[Dialog]:
 def _line(lines: Sequence[str], number: int) -> str:
     if not 0 <= number < len(lines):
         raise IndexError(number)
+    if not isinstance(lines[number], str):
+        raise TypeError(f"the question or answer of number {number} is {lines[number]!r}, expected text")
     return lines[number]
 
 

@@ -37,7 +37,7 @@ def stories(raw: dict[str, Any], name: str = "stories") -> list[Story]:
         sentence = note[0] if isinstance(note, list) and len(note) == 1 else None
         if not isinstance(sentence, dict):
             raise ValueError(f"{name}: annotation {number}: expected a list of one object, as stories in sequence have it")
-        text = sentence.get("text", sentence.get("original_text"))
+        text = sentence.get("text") or sentence.get("original_text")
         try:
             story, place = str(sentence["story_id"]), int(sentence["worker_arranged_photo_order"])
             picture = int(sentence["photo_flickr_id"])

@@ -181,6 +181,8 @@ ROWS = {
     "instances that are text": ({"instruction": "q", "instances": "a"}, '"instances" is text, expected a list'),
     "no instances": ({"instruction": "q", "instances": []}, 'has 0 pairs of instruction and output: there is nothing in its "instances"'),
     "an instance that is text": ({"instruction": "q", "instances": ["a"]}, "its instance is text, expected an object with"),
+    "several instances that are text": ({"instruction": "q", "instances": ["a", "b"]}, "its instance is text, expected an object with"),
+    "instances of other names": ({"instruction": "q", "instances": [{"q": "a"}, {"q": "b"}]}, 'its instance has no "instruction_with_input"'),
     "an instance without output": ({"instances": [{"instruction_with_input": "q", "input": "i"}]}, 'its instance has no "output"'),
     "an instance without a question": ({"instances": [{"input": "i", "output": "a"}]}, 'its instance has no "instruction_with_input"'),
     "an instance of a wrong type": (

@@ -833,6 +833,15 @@ def test_instances_by_other_names_and_as_columns(tmp_path):
     assert list(Records(Data("mine", write(tmp_path / "b.jsonl", [{"instruction": "do", "instances": lists}])))) == PAIRS[:2]
 
 
+def test_things_that_a_picture_shows_are_no_such_pairs(tmp_path):
+    """Detection's files call them instances, too: a record with some is one record of its own form."""
+    things = [{"bbox": [0, 0, 4, 4], "bbox_label": 1}, {"bbox": [2, 2, 8, 8], "bbox_label": 0}]
+    said = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
+    rows = [{"image": "a.png", "conversations": said, "instances": things}, {"image": "a.png", "caption": "a", "instances": things}]
+    records = list(Records(Data("mine", write(tmp_path / "a.jsonl", rows))))
+    assert [r.turns for r in records] == [(("<image>\nq", "a"),), (("<image>", "a"),)]
+
+
 def test_what_is_no_such_line_stays_as_it_is():
     for row in (None, 3, {"text": "a"}, {"instances": []}, {"instances": "a"}, {"instances": [1, 2], "reformulations": "a"}):
         assert split(row) == [row]

@@ -77,6 +77,7 @@ def test_ranks_of_answers():
         ([turn(0, 0) | {"gt_index": 4}], "dialogue 0, round 1 has the number 4, which is none of what it counts"),
         ([turn(0, 0), turn(2, 0)], "dialogue 0, round 2 has the number 2"),
         ([turn(0, 0), {"question": 0}], "dialogue 0, round 2 lacks 'answer'; a test split has no answers to score"),
+        ([{"question": 0, "answer": 0}], "dialogue 0, round 1 lacks 'answer_options'; a test split has no answers to score"),
         ([turn(0, 0, (0, 9))], "dialogue 0, round 1 has the number 9"),
         ([turn(0, 0) | {"question": None}], "dialogue 0, round 1 is not in Visual Dialog's form"),
         ([], "dialogue 0 lacks 'dialog'"),
@@ -88,3 +89,9 @@ def test_what_is_refused(dialog, sentence):
         visdial.dialogs(file((1, dialog)), "val.json")
     with pytest.raises(ValueError, match="holds no dialogue"):
         visdial.dialogs(file())
+    with pytest.raises(ValueError, match=r"dialogue 0, round 1 is not in .* the question or answer of number 0 is None, expected text"):
+        visdial.dialogs({"data": file((1, [turn(0, 0)]))["data"] | {"questions": [None]}})
+    for part in ("dialogs", "questions", "answers"):
+        for wrong in (None, {"a": 1}):
+            with pytest.raises(ValueError, match=f"val.json: its data has no list of {part}, expected"):
+                visdial.dialogs({"data": file((1, dialog))["data"] | {part: wrong}}, "val.json")

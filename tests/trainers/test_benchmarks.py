@@ -244,9 +244,14 @@ def test_what_is_not_there(session, files, tmp_path):
     (tmp_path / "long.json").write_text(json.dumps(raw))
     with pytest.raises(RunError, match=r"dialogue of picture 185565 takes \d+ places, and the model has 256"):
         benchmarks.opened(session, str(tmp_path / "long.json"), str(files / "coco")).take()
-    (tmp_path / "long_dense_annotations.json").write_text("[")
-    with pytest.raises(RunError, match=r"long_dense_annotations.json is no JSON"):
-        benchmarks.opened(session, str(tmp_path / "long.json"), str(files / "coco"))
+    raw["data"]["questions"][0] = "red <image>"
+    (tmp_path / "marked.json").write_text(json.dumps(raw))
+    with pytest.raises(RunError, match=r"the dialogue of picture 185565: the text 'Q: .*' holds <image>"):
+        benchmarks.opened(session, str(tmp_path / "marked.json"), str(files / "coco")).take()
+    for broken in (b"[", b"\xff\xfe[]"):
+        (tmp_path / "long_dense_annotations.json").write_bytes(broken)
+        with pytest.raises(RunError, match=r"long_dense_annotations.json is no JSON"):
+            benchmarks.opened(session, str(tmp_path / "long.json"), str(files / "coco"))
 
 
 @torch.no_grad()

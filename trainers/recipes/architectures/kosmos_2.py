@@ -5,7 +5,8 @@ and without it this learns from scratch. The paper trains everything. The releas
 layers that should not be is undone at once), and is not followed; positions are the released model's, sinusoidal. Pictures are squashed, as
 in the released demo, so that boxes are of the whole picture; the training code crops unless told otherwise (``image.fit: crop``). A batch is
 93 rows of text, 1,117 captions, 1,117 grounded captions and 47 documents, 419,000 tokens. Which tokens of instructions are scored is not
-published; here the answers. LLaVA-Instruct is to come without the pictures that RefCOCO's tests show, as the paper's did. Nor is how many of the 1,404 grounded rows of that stage are instructions and how many captions; here half.
+published; here the answers. Nor is how many of the 1,404 grounded rows of that stage are instructions and how many captions; here half.
+LLaVA-Instruct is to come without the pictures that RefCOCO's validation and test parts show, as the paper's did.
 """
 
 from dataclasses import replace
