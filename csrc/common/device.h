@@ -24,9 +24,9 @@ inline void* current_stream(const char* op, int32_t device) {
   using Get = AOTITorchError (*)(int32_t device, void** stream);
   static const Get get = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    return reinterpret_cast<Get>(dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
   }();
-  MMFAST_CHECK(get, op, ": this torch was built without CUDA");
+  MMFAST_CHECK(get, op, ": this torch was built without CUDA; install a CUDA build of torch, or move the tensors to the CPU");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
