@@ -110,7 +110,12 @@ def test_rows_of_several_answers_are_refused(session, tmp_path):
         session.source(spec.Data("several", path=str(tmp_path / "several.json"), images=str(tmp_path)), "bare")
     assert len(session.source(spec.Data("one", path=str(tmp_path / "one.json"), images=str(tmp_path)), "bare")) == 1
     with pytest.raises(ValueError, match="something stands between"):
-        session.source(spec.Data("shapes"), "bare")
+        session.encoder("bare").document("a dog <image> a cat")
+    # The world's own questions, four a row else, are one.
+    batch = session.source(spec.Data("shapes"), "bare").batch(torch.arange(20))
+    said = (batch["labels"] != -100).int()
+    assert len(said) == 40
+    assert ((said.diff(dim=1) > 0).sum(1) == 1).all()
     # What is asked after earlier answers is read whole.
     ids, _ = session.encoder("blip2_t5_vqa")([*talks[0][:1], ("is it red?", None)])
     assert ids.count(session.tokenizer.eos_token_id) == 1
