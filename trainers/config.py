@@ -25,6 +25,7 @@ from mmfast.spec import (
     PARTS,
     AdapterPrompts,
     Alignment,
+    Compute,
     Contrast,
     Data,
     Lora,
@@ -473,6 +474,8 @@ def check(recipe: Recipe, *, processes: int | None = None) -> list[str]:
     system = recipe.policy if isinstance(recipe, Alignment) else recipe
     _check_model(system, rules.below("policy") if isinstance(recipe, Alignment) else rules)
     _check_compute(recipe.compute, rules.below("compute"))
+    if isinstance(recipe, Alignment):  # the policy's own is that of its stages
+        rules.problems += compute_misfits(system, recipe.compute)
     if recipe.compute.parallel == "fsdp" and any("new_tokens" in job.train for job in (*system.stages, recipe) if hasattr(job, "train")):
         rules.problems.append("compute.parallel: fsdp cannot train single rows of a weight; take new_tokens out of train, or choose ddp")
     if isinstance(recipe, Alignment):
@@ -481,6 +484,11 @@ def check(recipe: Recipe, *, processes: int | None = None) -> list[str]:
     if system is recipe or starts_from_nothing(system):
         _check_stages(system, rules if system is recipe else rules.below("policy"), processes)
     return rules.problems
+
+
+def compute_misfits(system: System, compute: Compute) -> list[str]:
+    """``misfits`` of a model's choices and how it is run."""
+    return [sentence for sentence in misfits(dataclasses.replace(system, compute=compute)) if sentence.startswith("compute.")]
 
 
 def starts_from_nothing(system: System) -> bool:
@@ -593,6 +601,12 @@ def _check_training(job: Any, system: System, rules: _Rules, processes: int) -> 
         not (form is not None and form.mark and system.language.encodes and getattr(job, "objective", "lm") == "lm"),
         "template",
         f"{job.template} learns what stands before the question, so that the encoder of {family} would not read it; choose another",
+    )
+    drawn = form is not None and form.prefix and not isinstance(job, Stage)
+    rules(
+        not drawn,
+        "template",
+        f"{job.template} reads a part of each answer, drawn by its words, and learns the rest; two answers need one that learns all",
     )
     level = not job.optim.level_new or "new_tokens" in job.train
     rules(level, "optim.level_new", "gives rows of new_tokens their norm, and these do not train; take it out")

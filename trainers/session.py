@@ -152,7 +152,7 @@ class Session:
         learn = isinstance(system.fusion, SharedTokens)
         return chat.Encoder(
             t, template, system.image_places, self.image_token, t.pad_token_id, max_length, borders, learn, format_of(system.regions),
-            system.image,
+            system.image, system.language.family if system.language.encodes else "",
         )  # fmt: skip
 
     def text_side(self, max_length: int = 32) -> chat.TextSide:

@@ -44,7 +44,7 @@ class Template:
     chunk: str = ""  # in a document, before every picture but the first and at the end: what was said of the one before is over
     only_seen: bool = False  # of a document only what follows a picture is supervised, up to the end of its chunk
     learn_begin: bool = False  # ... which is learnt
-    end_asked: bool = False  # the end token behind the first question, as an encoder reads its texts
+    end_asked: bool = False  # the end token behind the last question, as an encoder reads its texts
     prefix: bool = False  # of what is learnt a beginning is read instead: so many tokens, none to all but the last, drawn once a text
     tight: bool = False  # no spaces beside a picture in a question
     whole: bool = False  # all between two pictures or ends is tokenised as one text, else questions and answers each by themselves
@@ -215,7 +215,7 @@ def encode(
         asked = form.before + (words if form.system_asked and first else "") + question.replace("<image>", form.picture) + between
         line.add(form.mark, supervised=not last_alone)
         line.add(re.sub(" *<image> *", "<image>", asked) if form.tight else asked)
-        if form.end_asked and first:
+        if form.end_asked and i == len(turns) - 1:
             line.end(supervised=False)
         line.add(role, supervised=not last_alone and answer is not None)
         if answer is None:
@@ -391,10 +391,12 @@ class Encoder:
     learn_pictures: bool = False
     regions: Any = None  # how places are written, a mmfast.data.regions.Format
     plan: Fixed | None = None  # what becomes of a picture, and so of places in it
+    one_run: str = ""  # the family of a language model that learns one run of tokens a row, as an encoder-decoder does
 
     def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
         """ids and labels of turns."""
-        return encode(self.tokenizer, self.template, turns, system=system, **self._sizes())
+        ids, labels = encode(self.tokenizer, self.template, turns, system=system, **self._sizes())
+        return (ids, labels) if turns and turns[-1][1] is None else self._whole(ids, labels)  # labels of a prompt are not looked at
 
     @property
     def end_token(self) -> int:
@@ -413,7 +415,7 @@ class Encoder:
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of an interleaved document, all of it supervised."""
-        return encode_document(self.tokenizer, text, template=self.template, **self._sizes())
+        return self._whole(*encode_document(self.tokenizer, text, template=self.template, **self._sizes()))
 
     def placed(self, record: Any) -> Any:
         """The record's text with its boxes in this system's words, moved as its picture is; one of which too little is left is left out. One
@@ -442,6 +444,15 @@ class Encoder:
         """ids and labels of a preference record's conversation with this answer at its end; earlier answers are part of the prompt."""
         turns = [*record.turns[:-1], (record.turns[-1][0], text)]
         return encode(self.tokenizer, self.template, turns, system=record.system, last_alone=True, **self._sizes())
+
+    def _whole(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        learnt = [i for i, label in enumerate(labels) if label != IGNORE] if self.one_run else []
+        if learnt and learnt[-1] - learnt[0] >= len(learnt):
+            raise ValueError(
+                f"something stands between the texts that are learnt (a second question, a picture), which the decoder of {self.one_run} would read "
+                "in training, and its encoder when it answers; give each answer a record of its own"
+            )
+        return ids, labels
 
     def _sizes(self) -> dict[str, int]:
         return {

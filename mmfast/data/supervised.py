@@ -76,7 +76,8 @@ class Source:
 
 
 class Shapes(Source):
-    """The shapes world: a caption and four packed yes/no turns a scene, planted errors among them, or clean captions alone (``turns`` 0)."""
+    """The shapes world: a caption and four packed yes/no turns a scene (one for a language model that learns one answer a row), planted errors
+    among them, or clean captions alone (``turns`` 0)."""
 
     def __init__(
         self, world: World, encode: Encode, pad_token: int, *, split: str = "train", count: int = 10_000, turns: int = 4, planted: bool = True
@@ -315,7 +316,7 @@ EPISODES = ("shapes_single", "shapes_episodes", "shapes_told")
 def make(data: Data, world: World, encode: chat.Encoder) -> Source:
     """The source of a built-in data set (``mmfast.spec.BUILT_IN``)."""
     source = {
-        "shapes": lambda: Shapes(world, encode, encode.pad_token),
+        "shapes": lambda: Shapes(world, encode, encode.pad_token, turns=1 if getattr(encode, "one_run", "") else 4),
         "shapes_captions": lambda: Shapes(world, encode, encode.pad_token, turns=0, planted=False),
         "shapes_text": lambda: shapes_text(world, encode),
         "easy_vqa": lambda: EasyVQA(encode, encode.pad_token),

@@ -506,15 +506,21 @@ class MultimodalModel(nn.Module):
         they are prompts); a causal model needs none.
 
         Without ``attention_mask`` padding must be on the right: under the causal mask no real token sees it, so no mask is needed.
-        ``position_ids`` that start anew keep rows apart that lie end to end in one.
+        ``position_ids`` that start anew keep rows apart that lie end to end in one. An encoder-decoder reads all of a prompt, its padding too unless
+        the mask says where it is, and has no such ``position_ids``.
         """
         input_ids = self.with_slots(input_ids, images)
+        if self.is_encoder_decoder and position_ids is not None:
+            raise ValueError(
+                f"{self.system.name}: position_ids keep rows apart that lie end to end, which {self.language.config.model_type} cannot; leave packing off"
+            )
         if position_ids is None and attention_mask is not None:  # counted from the first token that is real
             places = torch.arange(input_ids.shape[1], device=input_ids.device)
             position_ids = (places - attention_mask.long().argmax(-1, keepdim=True)).clamp_min(0)
         masks = {k: v for k, v in (("attention_mask", attention_mask), ("position_ids", position_ids)) if v is not None}
         if self.is_encoder_decoder and labels is not None:
             masks["cut"] = cut = encoder_decoder.cuts(labels)
+            masks["most"] = encoder_decoder.steps(labels, cut)
             said = torch.arange(input_ids.shape[1], device=input_ids.device) >= cut[:, None]
             if (said & (input_ids == self.image_token)).any():
                 raise ValueError(

@@ -28,6 +28,12 @@ def cuts(labels: Tensor) -> Tensor:
     return torch.where(learnt.any(1), learnt.int().argmax(1), learnt.shape[1]) + 1
 
 
+def steps(labels: Tensor, cut: Tensor) -> int:
+    """How many the decoder needs of them: from the start token to what tells the last label. What stands behind that is padding."""
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return max(int(((labels != IGNORE) * places).amax(1).sub(cut).max()), 1)
+
+
 def empty_cache() -> EncoderDecoderCache:
     """For a row's first step."""
     return EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -40,13 +46,14 @@ def start_token(config: PretrainedConfig) -> int:
 
 
 def run(
-    language: nn.Module, embeds: Tensor, *, cut: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+    language: nn.Module, embeds: Tensor, *, cut: Tensor | None = None, most: int | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
     past_key_values: EncoderDecoderCache | None = None, use_cache: bool = False,
 ) -> tuple[Tensor, EncoderDecoderCache | None]:  # fmt: skip
     """Input embeddings [B, T, D] -> (states [B, T, D] as the head reads them, cache).
 
     Args:
         cut: ``cuts`` of the rows; None: all is read, and the last position tells the first token that is said.
+        most: ``steps`` of the rows; states behind are 0.
         attention_mask: [B, of all so far]; of what is read, padding may stand on either side.
         position_ids: not read, T5's positions are relative.
         past_key_values: one that has been filled goes on with tokens that the decoder has said.
@@ -69,7 +76,8 @@ def run(
     states = language.encoder(inputs_embeds=embeds[:, :last], attention_mask=mask.long()).last_hidden_state
 
     # Step s of row b is at position cut[b] - 1 + s; rows that are read further have fewer steps.
-    at = cut[:, None] - 1 + torch.arange(length - first + 1, device=embeds.device)  # [B, S]
+    most = length - first + 1 if most is None else most
+    at = cut[:, None] - 1 + torch.arange(most, device=embeds.device)  # [B, S]
     real, at = at < length, at.clamp_max(length - 1)
     start = language.get_input_embeddings()(torch.full_like(at[:, :1], start_token(language.config))).to(embeds.dtype)
     said = embeds.gather(1, at[:, 1:, None].expand(-1, -1, embeds.shape[-1]))

@@ -446,7 +446,7 @@ def test_an_encoder_s_text_ends_and_a_beginning_is_read():
     assert t5("blip2_t5_vqa", [("<image>Who?", None)])[0] == ids[: ids.index(EOS) + 1]
     assert read(t5("blip2_t5_caption", [("<image>whatever", "a dog")])[0]) == "@@a photo of</s> a dog</s>"
     assert read(t5("blip2_t5_prompt", [("<image>", "a dog")])[0]) == "@@</s>a dog</s>"
-    assert read(t5("blip2_t5_prompt", [("<image>Hi", "a"), ("So", "b")])[0]) == "@@Hi</s> aSo b</s>"
+    assert read(t5("blip2_t5_prompt", [("<image>Hi", "a"), ("So", "b")])[0]) == "@@Hi aSo</s> b</s>"
 
     told = {scored(*t5("blip2_t5", [("<image>whatever", f"a dog {i:02}")])) for i in range(60)}
     assert {text[-4:] for text in told} == {"</s>"}

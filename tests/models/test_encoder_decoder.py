@@ -11,7 +11,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, InstructBli
 from mmfast import spec
 from mmfast.data.chat import Encoder
 from mmfast.models import build, from_pretrained, load_lavis, save_lavis, tokenizer_for
-from mmfast.models.encoder_decoder import cuts
+from mmfast.models.encoder_decoder import cuts, steps
 from mmfast.models.generate import option_logps
 from mmfast.models.pretrained import resize_embeddings
 
@@ -131,6 +131,30 @@ def rows(model):
 def test_rows_are_cut_before_their_first_label():
     labels = torch.tensor([[-100, -100, 5, -100], [-100, 5, 6, 7], [7, 5, -100, -100], [-100] * 4, [7, -100, -100, 5]])
     assert cuts(labels).tolist() == [2, 1, 1, 4, 3]
+    assert [steps(row[None], cuts(row[None])) for row in labels] == [1, 3, 1, 1, 1]
+    assert steps(labels, cuts(labels)) == 3
+
+
+def test_padding_costs_no_steps_and_changes_nothing():
+    """A long prompt with a short answer beside a short prompt: the decoder says what is learnt, not all that is as wide as the batch."""
+    torch.manual_seed(0)
+    model = build(SYSTEM).eval()
+    ids, labels, _, pixels = rows(model)
+    ids, labels = torch.nn.functional.pad(ids, (0, 20), value=PAD), torch.nn.functional.pad(labels, (0, 20), value=-100)
+    said = []
+    handle = model.language.decoder.register_forward_hook(lambda m, _, kwargs, out: said.append(out[0].shape[1]), with_kwargs=True)
+    with torch.no_grad():
+        wide = model.hidden(ids, labels=labels, pixel_values=pixels)
+        narrow = model.hidden(ids[:, :12], labels=labels[:, :12], pixel_values=pixels)
+    handle.remove()
+    assert said == [6, 6]
+    torch.testing.assert_close(wide[:3, :12], narrow[:3], atol=1e-6, rtol=0)
+
+
+def test_rows_end_to_end_are_refused():
+    model = build(SYSTEM).eval()
+    with pytest.raises(ValueError, match="position_ids keep rows apart that lie end to end, which t5 cannot; leave packing off"):
+        model.hidden(torch.tensor([[7, 8, 7, 8]]), labels=torch.tensor([[-100, 8, -100, 8]]), position_ids=torch.tensor([[0, 1, 0, 1]]))
 
 
 def test_states_of_cut_rows_are_the_stock_model_s_one_at_a_time():

@@ -91,3 +91,46 @@ def test_preferences_are_those_of_what_the_decoder_says(session, tmp_path):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses[-1] < 0.5
     assert logged(tmp_path / "run", "rewards/accuracies")[-1] == 1
+
+
+def test_rows_of_several_answers_are_refused(session, tmp_path):
+    """The decoder would read the second question in training, and the encoder in use."""
+    from PIL import Image
+
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    talks = [
+        [("<image>\nwhat is in the picture?", "a red circle"), ("is it red?", "yes")],
+        [("<image>\nis it red?", "yes")],
+    ]
+    for name, turns in zip(("several", "one"), talks, strict=True):
+        said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"id": "x7", "image": "a.png", "conversations": said}]))
+    sentence = "x7.*something stands between the texts that are learnt .* the decoder of t5 would read in training"
+    with pytest.raises(Exception, match=sentence):
+        session.source(spec.Data("several", path=str(tmp_path / "several.json"), images=str(tmp_path)), "bare")
+    assert len(session.source(spec.Data("one", path=str(tmp_path / "one.json"), images=str(tmp_path)), "bare")) == 1
+    with pytest.raises(ValueError, match="something stands between"):
+        session.encoder("bare").document("a dog <image> a cat")
+    # The world's own questions, four a row else, are one.
+    batch = session.source(spec.Data("shapes"), "bare").batch(torch.arange(20))
+    said = (batch["labels"] != -100).int()
+    assert len(said) == 40
+    assert ((said.diff(dim=1) > 0).sum(1) == 1).all()
+    # What is asked after earlier answers is read whole.
+    ids, _ = session.encoder("blip2_t5_vqa")([*talks[0][:1], ("is it red?", None)])
+    assert ids.count(session.tokenizer.eos_token_id) == 1
+    assert ids[-1] == session.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"compute": spec.Compute(packing=True)}, "compute.packing: the decoder of t5 cannot keep packed rows apart; leave packing off"),
+        ({"compute": spec.Compute(device="cuda", precision="fp16")}, "compute.precision: t5 overflows in fp16; set bf16"),
+        ({"template": "blip2_t5"}, "template: blip2_t5 reads a part of each answer, drawn by its words, and learns the rest"),
+    ],
+)  # fmt: skip
+def test_what_an_alignment_of_it_cannot_do(changes, sentence):
+    own = replace(DPO, policy=config.load_recipe("blip2_flan_t5"))
+    assert not [problem for problem in config.check(own) if problem.startswith(sentence.partition(":")[0])]
+    assert any(problem.startswith(sentence) for problem in config.check(replace(own, **changes)))

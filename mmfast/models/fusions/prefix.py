@@ -57,7 +57,7 @@ class PrefixFusion(nn.Module):
     ) -> tuple[Tensor, object]:
         """input_ids [B, T], image_embeds [M, N, D] or None -> (hidden [B, T, D], key/value cache or None).
 
-        ``kwargs`` go to the language model: attention_mask, position_ids, past_key_values, use_cache, an encoder-decoder's cut.
+        ``kwargs`` go to the language model: attention_mask, position_ids, past_key_values, use_cache, an encoder-decoder's cut and most.
         """
         embed = language.get_input_embeddings()
         if image_embeds is None:

@@ -1,4 +1,4 @@
-"""InstructBLIP: ``InstructBlipForConditionalGeneration`` a BLIP-2 whose Q-Former reads the question too."""
+"""InstructBLIP: ``InstructBlipForConditionalGeneration``, a BLIP-2 whose Q-Former reads the question too."""
 
 from __future__ import annotations
 
