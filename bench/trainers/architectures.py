@@ -41,7 +41,11 @@ RUNS: dict[str, dict[str, list[str]]] = {
         "short stage 2, no stage 1": [*_SHORT, "--stages.see", "null"],
         "stage 1": ["--stages.speak", "null"],
     },
-    "blip2_flan_t5": {"": [], "blind": ["--stages.speak.data.blind", "true"]},
+    "blip2_flan_t5": {
+        "": [],
+        "blind": ["--stages.speak.data.blind", "true"],
+        "captions whole": ["--stages.speak.template", "blip2_t5_prompt"],
+    },
     "chameleon": {
         "": [],
         "blind": ["--stages.pretrain.data.blind", "true", "--stages.anneal.data.blind", "true", "--stages.sft.data.blind", "true"],
