@@ -306,9 +306,12 @@ class GatedCrossAttention:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """A prefix, and a token whose last hidden state is compared with pictures in a space of ``shared`` dimensions (FROMAGe, arXiv:2301.13823)."""
+    """A prefix, and a token whose hidden states are compared with pictures in a space of ``shared`` dimensions (FROMAGe, arXiv:2301.13823)."""
 
     shared: int = 256
+    layers: tuple[int, ...] = (
+        -1,
+    )  # whose states: 0 is what the first block reads, -1 the last, after the norm; their projections are summed
     token: ClassVar[str] = "[RET]"  # the template "fromage" ends texts with it
 
 
@@ -801,6 +804,10 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
         out.append(
             f"connector: Retrieval compares a picture's pooled state, which {type(system.connector).__name__} does not have; set Tokens"
         )
+    if isinstance(system.fusion, Retrieval) and (read or not language.weights):
+        layers, count = system.fusion.layers, max(language.depth, 0) + 1
+        if not layers or len({layer % count for layer in layers}) < len(layers) or not all(-count <= layer < count for layer in layers):
+            out.append(f"fusion.layers: expected some of {-count} to {count - 1}, no state twice, got {list(layers)}")
     if shared and not (isinstance(system.connector, NoConnector) and isinstance(encoder, Vqgan)):
         out.append("fusion: SharedTokens goes with encoder Vqgan and connector NoConnector; set all three")
     if language.norm == "after" and language.family != "chameleon":

@@ -65,8 +65,9 @@ def scores(session: Any, texts: Sequence[Sequence[int]], states: Tensor, shown: 
     for numbers, ids in alike(texts):
         rows = [] if shown is None else [picture for number in numbers for picture in shown[number]]
         images = {"image_states": states[torch.tensor(rows, device=states.device)]} if rows else {}
-        for number, hidden in zip(numbers, model.hidden(ids.to(session.place.device), **images)[:, -1], strict=True):
-            rets[number] = hidden
+        _, last = model.fusion.read(model, ids.to(session.place.device), (slice(None), -1), **images)
+        for number, state in zip(numbers, last, strict=True):
+            rets[number] = state
     return model.fusion.texts(torch.stack(rets)) @ model.fusion.pictures(model.connector.pooled(states)).T
 
 

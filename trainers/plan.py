@@ -401,6 +401,8 @@ def _trace(system: System, its: Setting, precision: str, rows: int, pictures: in
         small = replace(small, encoder=replace(encoder, depth=min(full["encoder"], _TRACED) + behind, layer=-behind - 1, **more))
     if isinstance(system.fusion, AdapterPrompts):
         small = replace(small, fusion=replace(system.fusion, layers=min(system.fusion.layers, small.language.depth)))
+    if isinstance(system.fusion, Retrieval):  # what is compared is a place a row; fewer blocks need not have its layers
+        small = replace(small, fusion=replace(system.fusion, layers=(-1,)))
     if isinstance(system.fusion, GatedCrossAttention):
         full["adapter"] = sum((i + system.fusion.offset) % system.fusion.every == 0 for i in range(language.depth))
         small = replace(small, fusion=replace(system.fusion, every=1, offset=0))

@@ -31,9 +31,8 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
     model, place, k = session.model, session.place, session.system.image_places
     head, fusion = model.language.get_output_embeddings(), model.fusion
 
-    def likelihood(ids: Tensor, labels: Tensor, **images: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = model.hidden(ids, **images)
-        return linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias).sum(), hidden
+    def likelihood(hidden: Tensor, labels: Tensor) -> Tensor:
+        return linear_logp(hidden[:, :-1], head.weight, labels[:, 1:], head.bias).sum()
 
     def step(batch: dict[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor | float]]:
         ids, labels, images = batch["input_ids"], batch["labels"], batch["image_rows"]
@@ -50,12 +49,13 @@ def retrieval_objective(session: Session, states: Tensor | None, contrast: float
         rows = ids
         if len(ids) > 1 and torch.rand(()) < 0.5:
             rows, told = joined(ids, told, model.image_token)
-        captions, _ = likelihood(rows, told, image_embeds=model.embed_images(image_states=seen), image_rows=images)
-        texts, hidden = likelihood(ids[:, k:], labels[:, k:])
+        captions = likelihood(model.hidden(rows, image_embeds=model.embed_images(image_states=seen), image_rows=images), told)
+        hidden, rets = fusion.read(model, ids[:, k:], (last[0], last[1] - k))
+        texts = likelihood(hidden, labels[:, k:])
 
         # Scaled before they are gathered: each process adds its own rows' gradient of the scale, as of all else.
         u = place.gather(fusion.logit_scale.exp() * fusion.pictures(model.connector.pooled(seen))[images])
-        t = place.gather(fusion.texts(hidden[last[0], last[1] - k]))
+        t = place.gather(fusion.texts(rets))
         with torch.autocast(place.device.type, enabled=False):  # a product in half precision would round what the scale magnifies
             logits, own = u @ t.T, torch.arange(len(u), device=u.device)
         nce = image_text_contrast(logits, logits.T, own, own, smoothing=0.0)

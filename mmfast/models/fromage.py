@@ -23,8 +23,6 @@ _ROW = "ret_input_embeddings.weight"
 _GIVEN = ("model.lm.", "model.visual_model.", "model.input_embeddings.")
 _PUBLISHED = {
     "model.logit_scale": "fusion.logit_scale",
-    "model.text_hidden_fcs.0.0.weight": "fusion.text_hidden_fcs.0.0.weight",
-    "model.text_hidden_fcs.0.0.bias": "fusion.text_hidden_fcs.0.0.bias",
     "model.visual_embeddings.weight": "connector.linear.weight",
     "model.visual_embeddings.bias": "connector.linear.bias",
     "model.visual_fc.weight": "fusion.visual_fc.weight",
@@ -33,14 +31,7 @@ _PUBLISHED = {
 
 
 def system_of(args: dict[str, Any], base: spec.System) -> spec.System:
-    """``base`` with the choices that a ``model_args.json`` stands for; what it says beyond them is ignored.
-
-    Raises:
-        ValueError: other layers than the last are read, which no published model does.
-    """
-    layers = args.get("text_emb_layers", [-1])
-    if list(layers) != [-1]:
-        raise ValueError(f"{ARGS}: text_emb_layers is {layers}; [RET] is read at the last layer, [-1], here")
+    """``base`` with the choices that a ``model_args.json`` stands for; what it says beyond them is ignored."""
     given = {"weights": args[name]} if (name := "opt_version") in args else {}
     seen = {"weights": args[name]} if (name := "visual_encoder") in args else {}
     return replace(
@@ -48,14 +39,13 @@ def system_of(args: dict[str, Any], base: spec.System) -> spec.System:
         encoder=replace(base.encoder, **seen),
         language=replace(base.language, **given),
         connector=replace(base.connector, tokens=args.get("n_visual_tokens", 1)),
-        fusion=replace(base.fusion, shared=args.get("shared_emb_dim", 256)),
+        fusion=replace(base.fusion, shared=args.get("shared_emb_dim", 256), layers=tuple(args.get("text_emb_layers", (-1,)))),
     )
 
 
 def fromage_state(model: MultimodalModel) -> dict[str, Tensor]:
     """What was learnt by its published names, ``ret_input_embeddings.weight`` [1, D] the row of [RET]."""
-    own = _own(model)
-    state = {name: own[ours].detach() for name, ours in _PUBLISHED.items()}
+    state = {name: weight.detach() for name, weight in _own(model).items()}
     return state | {_ROW: model.language.get_input_embeddings().weight.detach()[list(model.new_tokens)]}
 
 
@@ -70,17 +60,17 @@ def load_fromage_state(model: MultimodalModel, state: dict[str, Tensor], where: 
     whole = state.get("model.input_embeddings.weight")
     if _ROW not in state and whole is not None:
         state[_ROW] = whole[-1:]
-    if strange := sorted(name for name in state if name not in (*_PUBLISHED, _ROW) and not name.startswith(_GIVEN)):
+    if strange := sorted(name for name in state if name not in (*own, _ROW) and not name.startswith(_GIVEN)):
         raise ValueError(f"{where} holds {strange[0]}, which is no weight of FROMAGe")
-    shapes = {**{name: own[ours].shape for name, ours in _PUBLISHED.items()}, _ROW: (1, table.shape[1])}
+    shapes = {**{name: weight.shape for name, weight in own.items()}, _ROW: (1, table.shape[1])}
     for name, shape in shapes.items():
         if name not in state:
             raise ValueError(f"{where} holds no {name}")
         if tuple(state[name].shape) != tuple(shape):
             raise ValueError(f"{where}: {name}: expected {list(shape)}, got {list(state[name].shape)}")
     with torch.no_grad():
-        for name, ours in _PUBLISHED.items():
-            own[ours].copy_(state[name])
+        for name, weight in own.items():
+            weight.copy_(state[name])
         table[list(model.new_tokens)] = state[_ROW].to(table)
 
 
@@ -93,7 +83,7 @@ def save_fromage(model: MultimodalModel, folder: str | Path) -> None:
     args = {
         "opt_version": system.language.weights, "visual_encoder": system.encoder.weights, "task": "multitask", "freeze_lm": True,
         "freeze_vm": True, "n_visual_tokens": system.connector.tokens, "image_embed_dropout_prob": 0.0, "text_embed_dropout_prob": 0.0,
-        "shared_emb_dim": system.fusion.shared, "text_emb_layers": [-1], "retrieval_token_idx": model.new_tokens[0],
+        "shared_emb_dim": system.fusion.shared, "text_emb_layers": list(system.fusion.layers), "retrieval_token_idx": model.new_tokens[0],
     }  # fmt: skip
     (folder / ARGS).write_text(json.dumps(args, indent=2) + "\n")
 
@@ -111,6 +101,9 @@ def read_args(folder: str | Path) -> dict[str, Any]:
 
 
 def _own(model: MultimodalModel) -> dict[str, torch.nn.Parameter]:
+    """What was learnt apart from the row of [RET], by its published names; ``text_hidden_fcs`` has a map for each layer."""
     if not isinstance(model.system.fusion, spec.Retrieval):
         raise ValueError(f"{model.system.name}: its fusion is {type(model.system.fusion).__name__}; FROMAGe's is Retrieval")
-    return dict(model.named_parameters())
+    maps = (f"text_hidden_fcs.{name}" for name, _ in model.fusion.text_hidden_fcs.named_parameters())
+    names = _PUBLISHED | {f"model.{name}": f"fusion.{name}" for name in maps}
+    return {name: model.get_parameter(ours) for name, ours in names.items()}

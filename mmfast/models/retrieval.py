@@ -65,10 +65,10 @@ class Index:
             raise ValueError(f"{path}: {len(index.names)} names for {len(index.embeddings)} pictures")
         return index
 
-    def scores(self, model: MultimodalModel, hidden: Tensor) -> Tensor:
-        """Scaled cosines [.., M] of [RET]'s hidden states [.., D] with all pictures."""
-        pictures = torch.nn.functional.normalize(self.embeddings.to(hidden.device), dim=-1)
-        return model.fusion.logit_scale.exp() * model.fusion.texts(hidden) @ pictures.T
+    def scores(self, model: MultimodalModel, states: Tensor) -> Tensor:
+        """Scaled cosines [.., M] of [RET]'s states [.., D], as ``model.fusion.read`` gives them, with all pictures."""
+        pictures = torch.nn.functional.normalize(self.embeddings.to(states.device), dim=-1)
+        return model.fusion.logit_scale.exp() * model.fusion.texts(states) @ pictures.T
 
 
 @torch.no_grad()
@@ -110,7 +110,7 @@ def generate(
     said = ids[0, start:].tolist()
     found = [start + i for i, token in enumerate(said) if token == ret][:max_num_rets]
     # The whole once more: the hidden state of the last token is not among those that generated it.
-    scores = index.scores(model, model.hidden(ids, **images)[0, found]) if index is not None and found else None
+    scores = index.scores(model, model.fusion.read(model, ids, (0, found), **images)[1]) if index is not None and found else None
     out, seen, before = [], [], start
     for number, place in enumerate(found):
         out.append(_text(model, tokenizer, ids[0, before:place]) + f" {model.system.fusion.token}")

@@ -26,6 +26,7 @@ from mmfast.spec import (
     Optim,
     QFormer,
     Resampler,
+    Retrieval,
     Siglip,
     Stage,
     System,
@@ -146,6 +147,8 @@ def _small(choice):
             return replace(choice, weights=None, width=64, depth=depth, heads=4, ffn=128, patch=16, size=64)
         case Tokens():
             return replace(choice, init=choice.init and 4e-3)
+        case Retrieval():  # the last of the four states that a tiny language model has
+            return replace(choice, layers=tuple(range(-min(len(choice.layers), 4), 0)))
         case NfResnet():
             return replace(choice, size=64, stem=32, blocks=(1,) * len(choice.blocks), width=128)
         case QFormer():  # it reads the language model's words, as there are no others

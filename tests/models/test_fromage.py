@@ -25,10 +25,11 @@ SYSTEM = spec.System(
 )
 
 
-def made(seed=0, tokens=1):
+def made(seed=0, tokens=1, layers=(-1,)):
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(WORDS, SYSTEM.added_tokens)
-    return build(replace(SYSTEM, connector=replace(SYSTEM.connector, tokens=tokens)), tokenizer=tokenizer).eval(), tokenizer
+    system = replace(SYSTEM, connector=replace(SYSTEM.connector, tokens=tokens), fusion=replace(SYSTEM.fusion, layers=layers))
+    return build(system, tokenizer=tokenizer).eval(), tokenizer
 
 
 def picture(seed):
@@ -95,8 +96,9 @@ def test_published_ids(tmp_path):
     assert ids.tolist() == [[50_265, 2, 4, 5, 50_266]]  # OPT's beginning token is </s>, 2
 
 
-def test_published_files_both_ways(tmp_path):
-    (model, _), (other, _) = made(1), made(2)
+@pytest.mark.parametrize("layers", [(-1,), (-1, 1)])
+def test_published_files_both_ways(tmp_path, layers):
+    (model, _), (other, _) = made(1, layers=layers), made(2, layers=layers)
     other.language.load_state_dict(model.language.state_dict())
     other.encoder.load_state_dict(model.encoder.state_dict())
     with torch.no_grad():
@@ -104,12 +106,15 @@ def test_published_files_both_ways(tmp_path):
     save_fromage(model, tmp_path)
     saved = torch.load(tmp_path / "pretrained_ckpt.pth.tar", weights_only=True)
     assert saved.keys() == {"state_dict"}
+    maps = {name for name in saved["state_dict"] if "hidden" in name}
+    assert maps == {f"model.text_hidden_fcs.{i}.0.{name}" for i in range(len(layers)) for name in ("weight", "bias")}
     load_fromage(other, tmp_path)
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
     args = json.loads((tmp_path / "model_args.json").read_text())
     assert args["retrieval_token_idx"] == model.new_tokens[0]
-    assert (args["n_visual_tokens"], args["shared_emb_dim"], args["text_emb_layers"]) == (1, 8, [-1])
+    assert (args["n_visual_tokens"], args["shared_emb_dim"], args["text_emb_layers"]) == (1, 8, list(layers))
+    assert fromage.system_of(args, SYSTEM).fusion == model.system.fusion
 
 
 def test_checkpoints_of_other_makers():
@@ -144,8 +149,15 @@ def test_the_arguments_of_a_release_are_a_system():
     system = fromage.system_of(args | leftovers, SYSTEM)
     assert (system.language.weights, system.encoder.weights) == ("facebook/opt-1.3b", "openai/clip-vit-base-patch16")
     assert (system.connector.tokens, system.fusion.shared) == (4, 128)
-    with pytest.raises(ValueError, match=r"text_emb_layers is \[0, -1\]; \[RET\] is read at the last layer"):
-        fromage.system_of({"text_emb_layers": [0, -1]}, SYSTEM)
+    assert system.fusion.layers == (-1,)
+    assert fromage.system_of({"text_emb_layers": [0, -1]}, SYSTEM).fusion.layers == (0, -1)
+
+
+@pytest.mark.parametrize("layers", [(), (3,), (-4,), (-1, 2), (0, 1, 0)])
+def test_layers_that_are_not_there(layers):
+    with pytest.raises(ValueError) as error:
+        made(layers=layers)
+    assert str(error.value) == f"test: fusion.layers: expected some of -3 to 2, no state twice, got {list(layers)}"
 
 
 # --------------------------------------------------------------------------------------------------------- what is computed
@@ -159,10 +171,10 @@ def stock(model):
     return plain, plain.get_input_embeddings()
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_the_whole_against_transformers(tokens):
-    """Logits of [picture, text], and the score of a text with a picture, from CLIP's pooler_output and OPT's last hidden state alone."""
-    (model, tokenizer), seen = made(tokens=tokens), torch.stack([picture(0), picture(1)])
+@pytest.mark.parametrize(("tokens", "layers"), [(1, (-1,)), (4, (-1,)), (1, (-1, 1)), (4, (0, 2)), (1, (1,))])
+def test_the_whole_against_transformers(tokens, layers):
+    """Logits of [picture, text], and the score of a text with a picture, from CLIP's pooler_output and OPT's hidden states alone."""
+    (model, tokenizer), seen = made(tokens=tokens, layers=layers), torch.stack([picture(0), picture(1)])
     plain, embed = stock(model)
     pooled = model.encoder.vision(seen).pooler_output
     ids, images = retrieval.encode(model, tokenizer, [seen[0], "a b c", seen[1], "d [RET]"])
@@ -171,13 +183,18 @@ def test_the_whole_against_transformers(tokens):
     mixed = torch.cat([prefix[0], embed(ids[0, tokens : tokens + 4]), prefix[1], embed(ids[0, -2:])])[None]
     want = plain(inputs_embeds=mixed, output_hidden_states=True)
     torch.testing.assert_close(model(ids, **images).logits, want.logits, atol=1e-5, rtol=1e-5)
-    text, picture_side = model.fusion.text_hidden_fcs[0][0], model.fusion.visual_fc
-    t = text(want.hidden_states[-1][0, -1])
+    texts, picture_side = model.fusion.text_hidden_fcs, model.fusion.visual_fc
+    t = sum(text[0](want.hidden_states[layer][0, -1]) for layer, text in zip(layers, texts, strict=True))
     u = picture_side(pooled)
     cosine = (u @ t) / u.norm(dim=1) / t.norm()
     index = retrieval.Index.of(model, [(["x"], seen[:1]), (["y"], seen[1:])])
     torch.testing.assert_close(index.embeddings, u)
-    got = index.scores(model, model.hidden(ids, **images)[0, -1])
+    hidden, states = model.fusion.read(model, ids, (0, -1), **images)
+    assert torch.equal(hidden, model.hidden(ids, **images))
+    assert layers != (-1,) or torch.equal(states, hidden[0, -1])
+    got = index.scores(model, states)
+    (_, found) = retrieval.generate(model, tokenizer, [seen[0], "a b c", seen[1], "d [RET]"], index, num_words=0, max_img_per_ret=2)
+    assert dict(found) == pytest.approx(dict(zip("xy", got.tolist(), strict=True)))
     torch.testing.assert_close(got, cosine / 0.07, atol=1e-4, rtol=1e-4)
     line = torch.log_softmax(want.logits[0, :-1], -1).gather(1, ids[0, 1:, None])[:, 0]
     scored = ids[0, 1:] != 4

@@ -438,6 +438,8 @@ RULES = [
         ["--fusion.kind", "Prefix"],
         "stages.pairs.objective: retrieval compares pictures with texts, and Prefix does not; choose lm",
     ),
+    ("fromage", ["--fusion.layers", "[-1, 3]"], "fusion.layers: expected some of -4 to 3, no state twice, got [-1, 3]"),
+    ("fromage", ["--fusion.layers", "[]"], "fusion.layers: expected some of -4 to 3, no state twice, got []"),
     ("fromage", ["--stages.pairs.template", "bare"], "stages.pairs.template: retrieval ends texts with [RET]; choose fromage"),
     ("fromage", ["--compute.packing", "true"], "stages.pairs.objective: retrieval compares rows; set compute.packing false"),
     ("fromage", ["--stages.pairs.contrast", "-1"], "stages.pairs.contrast: expected at least 0, got -1.0"),

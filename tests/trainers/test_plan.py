@@ -98,6 +98,14 @@ def test_counts_are_those_of_the_built_tiny_model(name):
         assert predicted.trainable == sum(p.numel() for p in model.train_only(job.train)) + head
 
 
+def test_a_trace_of_fewer_blocks_need_not_have_the_layers_that_are_read():
+    recipe = config.load_recipe("fromage", tiny=True)
+    deep = replace(recipe, language=replace(recipe.language, depth=9))
+    read = replace(deep, fusion=replace(deep.fusion, layers=(7, -1)))
+    job = deep.stages[1]  # the text stage
+    assert plan.predict(read, job).memory["activations"] == plan.predict(deep, job).memory["activations"] > 0
+
+
 def test_the_word_head_is_the_one_that_trains():
     from mmfast.trainers import supervised
 
@@ -117,6 +125,10 @@ def test_published_counts():
         "language": 6_738_415_616 - 32_000 * 4096,
         "embeddings": 32_000 * 4096,
     }
+    fromage = config.load_recipe("fromage")
+    two = replace(fromage, fusion=replace(fromage.fusion, layers=(16, -1)))
+    adapters = [plan.count(system, plan.Setting()).parts["adapter"] for system in (fromage, two)]
+    assert adapters == [262_400 + 1_048_832 + 1, 262_400 + 2 * 1_048_832 + 1]
     larger = replace(llava, language=replace(llava.language, width=5120, depth=40, heads=40, kv_heads=40, ffn=13824))
     assert plan.count(larger, plan.Setting()).parts["connector"] == 5_248_000
     newer = replace(llava, encoder=replace(llava.encoder, size=336), image=Fixed(size=336), connector=Mlp(2))

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from mmfast.trainers import retrieval, supervised
+from mmfast.trainers import captions, retrieval, supervised
 from mmfast.trainers.captions import recall
 from mmfast.trainers.checkpoint import Run, RunError
 from mmfast.trainers.loop import Options
@@ -24,12 +24,19 @@ def few(monkeypatch):
     monkeypatch.setattr(data, "Shapes", partial(data.Shapes, count=24))
 
 
-def opened(tokens=1, **stage):
+def opened(tokens=1, layers=(-1,), **stage):
     torch.manual_seed(0)
-    system = replace(TINY, connector=replace(TINY.connector, tokens=tokens), stages=(replace(PAIRS, **stage),))
+    fusion = replace(TINY.fusion, layers=layers)
+    system = replace(TINY, connector=replace(TINY.connector, tokens=tokens), fusion=fusion, stages=(replace(PAIRS, **stage),))
     session = supervised.Session(system, seed=0)
     session.let_train(PAIRS.train, None)
     return session, session.source(system.stages[0].data, PAIRS.template, system.stages[0].max_length)
+
+
+def projected(model, states):
+    """What a text's last token becomes in the shared space, from all hidden states that transformers gives out."""
+    maps = zip(model.system.fusion.layers, model.fusion.text_hidden_fcs, strict=True)
+    return sum(F.linear(states[layer][0, -1], each[0].weight, each[0].bias) for layer, each in maps)
 
 
 def by_hand(session, batch, pairs):
@@ -59,7 +66,7 @@ def by_hand(session, batch, pairs):
         out = lm(torch.tensor([ids]), output_hidden_states=True)
         text += F.cross_entropy(out.logits[0, :-1], torch.tensor(ids[1:]), reduction="sum")
         words += len(ids) - 1
-        t.append(model.fusion.text_hidden_fcs[0][0](out.hidden_states[-1][0, -1]))
+        t.append(projected(model, out.hidden_states))
     t, u = torch.stack(t), model.fusion.visual_fc(pooled)
     t, u = t / t.norm(dim=1, keepdim=True), model.fusion.logit_scale.exp() * u / u.norm(dim=1, keepdim=True)
     own = torch.arange(len(t))
@@ -68,9 +75,9 @@ def by_hand(session, batch, pairs):
 
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize(("coin", "pairs"), [(0.9, [(0,), (1,), (2,), (3,), (4,)]), (0.1, [(0, 1), (2, 3), (4,)])])
-@pytest.mark.parametrize("cached", [True, False])
-def test_losses_row_by_row(monkeypatch, tokens, coin, pairs, cached):
-    session, source = opened(tokens)
+@pytest.mark.parametrize(("cached", "layers"), [(True, (-1,)), (False, (-1,)), (True, (1, -1)), (True, (3, 0, -2))])
+def test_losses_row_by_row(monkeypatch, tokens, coin, pairs, cached, layers):
+    session, source = opened(tokens, layers)
     states = session.states_of(source) if cached else None
     source.with_pictures = not cached
     batch = source.batch(torch.tensor([3, 8, 20, 5, 11]))
@@ -85,6 +92,36 @@ def test_losses_row_by_row(monkeypatch, tokens, coin, pairs, cached):
     wants = torch.autograd.grad(sum(by_hand(session, batch, pairs)), [p for p in session.model.parameters() if p.requires_grad])
     for g, w in zip(grads, wants, strict=True):
         torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_texts_are_compared_by_the_states_of_their_layers():
+    """Texts of several lengths, as exams compare them, with a picture in each."""
+    session, _ = opened(layers=(1, -1))
+    model = session.model.eval()
+    pictures = torch.randn(3, session.system.encoder.tokens, session.system.encoder.width)
+    texts = [[session.image_token, *range(5, 5 + n), session.tokenizer.convert_tokens_to_ids("[RET]")] for n in (3, 5, 3)]
+    got = captions.scores(session, texts, pictures, [[0], [1], [2]])
+    embed, seen = model.language.get_input_embeddings(), model.connector.linear(model.connector.pooled(pictures))
+    lines = [torch.cat([image[None], embed(torch.tensor(ids[1:]))])[None] for image, ids in zip(seen, texts, strict=True)]
+    t = torch.stack([projected(model, model.language(inputs_embeds=line, output_hidden_states=True).hidden_states) for line in lines])
+    u = model.fusion.visual_fc(model.connector.pooled(pictures))
+    torch.testing.assert_close(got, F.normalize(t, dim=-1) @ F.normalize(u, dim=-1).T, atol=1e-5, rtol=1e-5)
+
+
+def test_recomputed_blocks_give_the_same_gradients_of_inner_layers():
+    session, source = opened(layers=(0, 1, -1))
+    batch, wanted = source.batch(torch.arange(5)), [p for p in session.model.parameters() if p.requires_grad]
+    grads = []
+    for recompute in (False, True):
+        if recompute:
+            session.model.checkpoint_activations()
+        torch.manual_seed(1)
+        loss, _ = retrieval.retrieval_objective(session, session.states_of(source))(batch, batch["counts"])
+        grads.append(torch.autograd.grad(loss, wanted))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+    assert not any(block._forward_pre_hooks for block in session.model.blocks), "a block is listened to while it is read, and no longer"
 
 
 def test_the_contrast_has_a_weight_and_sees_a_micro_batch(monkeypatch):
