@@ -309,7 +309,9 @@ class Retrieval:
     """A prefix, and a token whose hidden states are compared with pictures in a space of ``shared`` dimensions (FROMAGe, arXiv:2301.13823)."""
 
     shared: int = 256
-    layers: tuple[int, ...] = (-1,)  # whose states: 0 what the first block reads, -1 the last, behind the norm; their maps' results are summed
+    layers: tuple[int, ...] = (
+        -1,
+    )  # whose states: 0 what the first block reads, -1 the last, behind the norm; their maps' results are summed
     token: ClassVar[str] = "[RET]"  # the template "fromage" ends texts with it
 
 

@@ -18,6 +18,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
         "caption/recall", "caption/gain", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "retrieval/chance@1",
         "matching/accuracy",
     ),
+    "blip2_flan_t5": ("caption/recall", "caption/gain", "caption/chair_s"),
     "chameleon": ("codebook/usage", "drawn/asked", "drawn/chance", "drawn/ceiling", "caption/class", "caption/chance"),
     "flamingo": (
         "few_shot/0", "few_shot/4", "few_shot/1", "few_shot/chance", "few_shot/0_told", "ranked/4", "ranked/4_swapped", "naming/inner_1",
