@@ -314,7 +314,8 @@ __global__ void __launch_bounds__(kThreads, 4) grad_kernel(LogpGradArgs a, Cap<t
   const A g = upstream(a.g), e = upstream(a.e), q = upstream(a.q), k = a.z0.data ? upstream(a.k) : A(0);
   const A top = known(kShift), log_sum = known(kLogSum), top0 = k != A(0) ? known(kShift0) : A(0),
           log_sum0 = k != A(0) ? known(kLogSum0) : A(0);
-  const A line = k + upstream(a.r) - g - (e != A(0) ? e * known(kEntropy) : A(0)) - (q != A(0) ? 2 * q * known(kSquares) : A(0));
+  const A rest = k + upstream(a.r), entropy = e != A(0) ? known(kEntropy) : A(0), squares = q != A(0) ? known(kSquares) : A(0);
+  const A line = rest - g - e * entropy - 2 * q * squares;
   const bool idle = label == rows.ignore_index || (line == A(0) && g == A(0) && e == A(0) && q == A(0) && k == A(0));
   const Row<E> z(a.z, r, int(rows.columns)), z0(a.z0, r, z), to(a.grad, r, z);
   const int at = label >= rows.first && label - rows.first < rows.columns ? int(label - rows.first) : -kGradColumns;
@@ -337,6 +338,8 @@ __global__ void __launch_bounds__(kThreads, 4) grad_kernel(LogpGradArgs a, Cap<t
         for (int u = 0; u < kPack<E>; ++u) {
           const A t = v[u] - top - log_sum, p = exponential(t);
           d[u] = p * (line - e * fmax(t, kFar<A>) + 2 * q * p);
+          // Near p = 1 these terms cancel one by one, and must before they meet.
+          if (i + u == at) d[u] = p * (rest - e * (entropy + fmax(t, kFar<A>)) + 2 * q * (p - squares)) + g * (1 - p);
         }
         if (k != A(0)) {
           A v0[kPack<E>];
@@ -345,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, 4) grad_kernel(LogpGradArgs a, Cap<t
           for (int u = 0; u < kPack<E>; ++u) d[u] -= k * exponential(v0[u] - top0 - log_sum0);
         }
 #pragma unroll
-        for (int u = 0; u < kPack<E>; ++u) pieces[f].values[u] = E::narrow((d[u] + (i + u == at ? g : A(0))) * cap.slope(v[u]));
+        for (int u = 0; u < kPack<E>; ++u) pieces[f].values[u] = E::narrow(d[u] * cap.slope(v[u]));
       }
     }
 #pragma unroll
