@@ -309,9 +309,8 @@ class Retrieval:
     """A prefix, and a token whose hidden states are compared with pictures in a space of ``shared`` dimensions (FROMAGe, arXiv:2301.13823)."""
 
     shared: int = 256
-    layers: tuple[int, ...] = (
-        -1,
-    )  # whose states: 0 what the first block reads, -1 the last, behind the norm; their maps' results are summed
+    # Whose states: 0 what the first block reads, -1 the last, behind the norm. Each has a map; the results are summed.
+    layers: tuple[int, ...] = (-1,)
     token: ClassVar[str] = "[RET]"  # the template "fromage" ends texts with it
 
 
@@ -346,9 +345,8 @@ class BoxTokens:
         return (*tags, *(f"<patch_index_{place:04}>" for place in range(self.bins**2)))
 
 
-ENCODER_DECODERS = (
-    "t5",
-)  # families of language models that read a row up to its first label with one stack, and say the rest with another
+# Families of language models that read a row up to its first label with one stack, and say the rest with another.
+ENCODER_DECODERS = ("t5",)
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ def start_token(config: PretrainedConfig) -> int:
 
 
 def run(
-    language: nn.Module, embeds: Tensor, *, cut: Tensor | None = None, most: int | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-    past_key_values: EncoderDecoderCache | None = None, use_cache: bool = False,
+    language: nn.Module, embeds: Tensor, *, cut: Tensor | None = None, most: int | None = None, attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None, past_key_values: EncoderDecoderCache | None = None, use_cache: bool = False,
 ) -> tuple[Tensor, EncoderDecoderCache | None]:  # fmt: skip
     """Input embeddings [B, T, D] -> (states [B, T, D] as the head reads them, cache).
 

@@ -68,15 +68,23 @@ def test_clean_captions_alone():
     assert batch["counts"].tolist() == [(batch["labels"] != -100).sum()]
 
 
-def test_captions_as_text_alone():
+def text_alone(make, count):
+    """World, tokenizer and the one batch of a source that shows no picture."""
     from mmfast.data import chat
-    from mmfast.models.tokenizer import plain_text, word_tokenizer
+    from mmfast.models.tokenizer import word_tokenizer
 
     world = World()
     tokenizer = word_tokenizer(world.vocabulary)
-    source = supervised.shapes_text(world, chat.Encoder(tokenizer, "bare", 2, 4, tokenizer.pad_token_id), 5)
-    batch = source.batch(torch.arange(5))
-    assert (len(source), source.picture_count, len(batch["image_rows"])) == (5, 0, 0)
+    source = make(world, chat.Encoder(tokenizer, "bare", 2, 4, tokenizer.pad_token_id), count)
+    batch = source.batch(torch.arange(count))
+    assert (len(source), source.picture_count, len(batch["image_rows"])) == (count, 0, 0)
+    return world, tokenizer, batch
+
+
+def test_captions_as_text_alone():
+    from mmfast.models.tokenizer import plain_text
+
+    world, tokenizer, batch = text_alone(supervised.shapes_text, 5)
     for scene, row, labels in zip(world.scenes("train", 5), batch["input_ids"].tolist(), batch["labels"], strict=True):
         assert row[0] == tokenizer.bos_token_id
         assert plain_text(tokenizer, row[1:]) == " ".join(world.caption(scene, variant=v).text for v in (0, 1))
@@ -87,13 +95,9 @@ def test_instructions_of_text_alone():
     """Only the answer and the end are learnt, the words are known, and the caption that is the input tells the answer."""
     from mmfast.data import chat
     from mmfast.data.synthetic import COUNTS, parse
-    from mmfast.models.tokenizer import plain_text, word_tokenizer
+    from mmfast.models.tokenizer import plain_text
 
-    world = World()
-    tokenizer = word_tokenizer(world.vocabulary)
-    source = supervised.shapes_instructions(world, chat.Encoder(tokenizer, "bare", 2, 4, tokenizer.pad_token_id), 200)
-    batch = source.batch(torch.arange(200))
-    assert (len(source), source.picture_count, len(batch["image_rows"])) == (200, 0, 0)
+    _, tokenizer, batch = text_alone(supervised.shapes_instructions, 200)
     assert not (batch["input_ids"] == tokenizer.unk_token_id).any()
     heard = set()
     for row, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
