@@ -192,6 +192,14 @@ struct Single {
     mma_tf32(c, a.big, small);
     mma_tf32(c, a.big, big);
   }
+  // .. the three among themselves first: tensor cores truncate where they add, and the exponential of a long sum shows it. This addition
+  // rounds. (In apply there are no registers for it.)
+  static __device__ void mma_apart(float (&c)[4], const Left& a, float y0, float y1) {
+    float sum[4] = {};
+    mma(sum, a, y0, y1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += sum[i];
+  }
   static __device__ float widen(Elem v) { return v; }
   static __device__ void store(Elem* to, float v) { *to = v; }
   static __device__ void store_pair(Elem* to, float x, float y) { *reinterpret_cast<float2*>(to) = make_float2(x, y); }
@@ -209,11 +217,11 @@ struct Single {
   template <int kD, int kN, bool kRegisters>
   static __device__ void scores(float (&s)[kN / 8][4], const Rows<kD, kRegisters>& rows, const Elem* y) {
     const Elem* at = y + lane_id() / 4 * (kD + kChunk) + lane_id() % 4;
-#pragma unroll 2
+#pragma unroll 1
     for (int k = 0; k < kD / 8; ++k) {
       const Left a = rows.get(k);
 #pragma unroll
-      for (int n = 0; n < kN / 8; ++n) mma(s[n], a, at[n * 8 * (kD + kChunk) + k * 8], at[n * 8 * (kD + kChunk) + k * 8 + 4]);
+      for (int n = 0; n < kN / 8; ++n) mma_apart(s[n], a, at[n * 8 * (kD + kChunk) + k * 8], at[n * 8 * (kD + kChunk) + k * 8 + 4]);
     }
   }
 
