@@ -91,6 +91,19 @@ void grad(Tensor z, optional<Tensor> z0, Tensor to, Tensor labels, int64_t first
   }
 }
 
+// CUDA only: on the CPU looking at the factor costs nothing, and plain torch does.
+void scale(Tensor values, Tensor factor) {
+  const char* op = "logp_scale_";
+  check_same_device(op, "values", values, "factor", factor);
+  MMFAST_CHECK(values.is_contiguous() && reinterpret_cast<uintptr_t>(values.data_ptr()) % 16 == 0, op,
+               ": expected contiguous values on a boundary of 16 bytes, got ", shape_of(values));
+  MMFAST_CHECK(factor.numel() == 1 && factor.scalar_type() == wide_type(values), op, ": expected one factor in ",
+               torch::headeronly::toString(wide_type(values)), ", got ", torch::headeronly::toString(factor.scalar_type()), " ",
+               shape_of(factor));
+  const LogpScaleArgs a{dtype_of(op, "values", values), values.numel(), values.data_ptr(), factor.data_ptr()};
+  if (a.count > 0) MMFAST_ON_CUDA_PLAIN(op, values, a, logp_scale);
+}
+
 // The CPU's fp32 products; the torch side of logp_product_cpu.
 void product(Tensor a, Tensor b, Tensor c, bool accumulate) {
   const char* op = "logp_product_";
@@ -119,6 +132,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mmfast, m) {
       "ignore_index, "
       "Tensor out, Tensor? g, Tensor? r, Tensor? e, Tensor? q, Tensor? k) -> ()");
   m.def("logp_product_(Tensor a, Tensor b, Tensor(a!) c, bool accumulate) -> ()");
+  m.def("logp_scale_(Tensor(a!) values, Tensor factor) -> ()");
 }
 
 #define MMFAST_LOGP_IMPL(m)                           \
@@ -129,4 +143,7 @@ STABLE_TORCH_LIBRARY_IMPL(mmfast, CPU, m) {
   MMFAST_LOGP_IMPL(m)
   m.impl("logp_product_", TORCH_BOX(&mmfast::product));
 }
-STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) { MMFAST_LOGP_IMPL(m) }
+STABLE_TORCH_LIBRARY_IMPL(mmfast, CUDA, m) {
+  MMFAST_LOGP_IMPL(m)
+  m.impl("logp_scale_", TORCH_BOX(&mmfast::scale));
+}

@@ -106,4 +106,13 @@ void logp_product_cpu(const LogpProductArgs&);
 int logp_update_cuda(const LogpUpdateArgs&, void* stream);
 int logp_grad_cuda(const LogpGradArgs&, void* stream);
 
+// values *= *factor, which only the device knows; values are on 16 bytes, the factor fp32 (fp64 for fp64 values).
+struct LogpScaleArgs {
+  DType dtype;
+  int64_t count;
+  void* values;
+  const void* factor;
+};
+int logp_scale_cuda(const LogpScaleArgs&, void* stream);
+
 }  // namespace mmfast

@@ -6,6 +6,7 @@
 //           when the maximum grows; threads are merged in a fixed tree, and the first one merges with what earlier blocks of the
 //           vocabulary left in `state` (no second launch, no atomics, the same bits every run).
 //   grad    a CTA kGradColumns of a row: each logit is read once and its gradient written, in place if wished.
+//   scale   gradients made in forward times what backward brings. That is 1 unless the loss was weighted, and then memory is left alone.
 //
 // Both are bound by reading (and writing) the logits once: an H100-class card reads a block that its product has just written from L2.
 // That leaves about a dozen instructions a logit, so what happens rarely (a new maximum, a ragged end, softcap) is kept out of their way.
@@ -356,6 +357,23 @@ __global__ void __launch_bounds__(kThreads, 4) grad_kernel(LogpGradArgs a, Cap<t
   }
 }
 
+template <class E>
+__global__ void __launch_bounds__(kThreads) scale_kernel(LogpScaleArgs a) {
+  using A = typename E::Accumulate;
+  const A factor = *static_cast<const A*>(a.factor);
+  if (factor == A(1)) return;
+  auto* values = static_cast<typename E::Elem*>(a.values);
+  const int64_t pieces = a.count / kPack<E>, first = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t i = first; i < pieces; i += int64_t(gridDim.x) * kThreads) {
+    Piece<E>& at = reinterpret_cast<Piece<E>*>(values)[i];
+    Piece<E> piece = at;
+#pragma unroll
+    for (int u = 0; u < kPack<E>; ++u) piece.values[u] = E::narrow(E::widen(piece.values[u]) * factor);
+    at = piece;
+  }
+  if (const int64_t i = pieces * kPack<E> + first; i < a.count) values[i] = E::narrow(E::widen(values[i]) * factor);
+}
+
 template <class Call>
 int by_type(DType dtype, Call call) {
   switch (dtype) {
@@ -387,6 +405,14 @@ int logp_grad_cuda(const LogpGradArgs& a, void* stream) {
     // A row begins up to kPack - 1 elements behind a boundary.
     const dim3 grid(unsigned(a.rows.n), unsigned(ceil_div(a.rows.columns + kPack<E> - 1, kGradColumns)));
     return launch(grad_kernel<E>, grid, dim3(kThreads), 0, stream, a, Cap<typename E::Accumulate>(a.rows));
+  });
+}
+
+int logp_scale_cuda(const LogpScaleArgs& a, void* stream) {
+  return by_type(a.dtype, [&](auto type) {
+    using E = decltype(type);
+    const int64_t blocks = ceil_div(a.count, kStep<E>), most = 16 * multiprocessor_count();
+    return launch(scale_kernel<E>, dim3(unsigned(blocks < most ? blocks : most)), dim3(kThreads), 0, stream, a);
   });
 }
 

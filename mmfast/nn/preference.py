@@ -3,11 +3,22 @@
 Letters: P pairs, T tokens, H hidden width, V vocabulary; a batch is ``[2P, ..]``, all chosen answers before all rejected ones.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from mmfast.ops.linear_logp import linear_logp, linear_objective, mean_row, objective_options
 from mmfast.ops.preference import loss_facts, preference_loss, segment_logp
+
+
+def _on_host(t: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """A copy on the CPU, and what waits until it is there; the device goes on meanwhile."""
+    if not t.is_cuda:
+        return t, lambda: None
+    copy, there = t.to("cpu", non_blocking=True), torch.cuda.Event()
+    there.record(torch.cuda.current_stream(t.device))
+    return copy, there.synchronize
 
 
 class FusedLinearDPOLoss(nn.Module):
@@ -97,15 +108,23 @@ class FusedLinearDPOLoss(nn.Module):
             ValueError: shapes that do not fit, or no reference where one is needed.
         """
         pairs, odd = divmod(len(target), 2)
-        if odd or _input.shape[:2] != target.shape or (token_weights is not None and token_weights.shape != target.shape):
+        unlike = _input.shape[:2] != target.shape or lin_weight.shape[1:] != _input.shape[2:]
+        if odd or unlike or (token_weights is not None and token_weights.shape != target.shape):
             raise ValueError(
-                f"FusedLinearDPOLoss: expected _input [2P, T, H], target and token_weights [2P, T], got {list(_input.shape)}, "
-                f"{list(target.shape)} and {None if token_weights is None else list(token_weights.shape)}"
+                f"FusedLinearDPOLoss: expected _input [2P, T, H], lin_weight [V, H], target and token_weights [2P, T], got "
+                f"{list(_input.shape)}, {list(lin_weight.shape)}, {list(target.shape)} and "
+                f"{None if token_weights is None else list(token_weights.shape)}"
             )
-        flat, weights = target.reshape(-1), None if token_weights is None else token_weights.reshape(-1).detach()
+        weights = None if token_weights is None else token_weights.reshape(-1).detach()
+        wide = torch.float64 if _input.dtype == torch.float64 else torch.float32
+        labels, wait = _on_host(target)  # the one synchronisation: rows are dropped before the first product
+        with torch.no_grad():  # mean_v (h W^T + b) = h . mean_v W + mean b; here, so that the device has it to do meanwhile
+            row, shift = mean_row(lin_weight, wide), 0.0 if bias is None else bias.mean(dtype=wide)
+            means = (_input.mean(1, dtype=wide) @ row + shift).view(2, -1).mean(1)
         counts = (target != self.ignore_index).sum(1)
-        sizes = counts.tolist()  # the one synchronisation: rows are dropped before the first product
-        rows = (flat != self.ignore_index).nonzero()[:, 0].split(sizes)  # of each sequence
+        wait()
+        sizes = (labels != self.ignore_index).sum(1).tolist()
+        rows = (labels.reshape(-1) != self.ignore_index).nonzero()[:, 0].split(sizes)  # of each sequence
         reference = self._reference(target, counts, weights, ref_input, ref_weight, ref_bias, ref_chosen_logps, ref_rejected_logps)
         loss_lens = dict(chosen_lens=counts[:pairs], rejected_lens=counts[pairs:]) if self.facts.lens else {}
         chosen_tokens = max(sum(sizes[:pairs]), 1)
@@ -126,7 +145,6 @@ class FusedLinearDPOLoss(nn.Module):
             options = {k: part(v) for k, v in {**self.loss_options, **loss_lens, "beta": self.beta}.items()}
             return preference_loss(*sums.chunk(2), *(part(t) for t in reference), **options, reduction="none")
 
-        wide = torch.float64 if _input.dtype == torch.float64 else torch.float32
         logps, rewards = (_input.new_zeros(2 * pairs, dtype=wide) for _ in range(2))
         nll = _input.new_zeros((), dtype=wide)
 
@@ -144,13 +162,10 @@ class FusedLinearDPOLoss(nn.Module):
         else:
             options = objective_options(_input, **self.head)
             spans = self._chunks(sizes, pairs, options.rows(lin_weight))
-            chunks = [torch.cat([rows[i] for i in (*range(a, b), *range(pairs + a, pairs + b))]) for a, b in spans]
+            chunks = [torch.cat([rows[i] for i in (*range(a, b), *range(pairs + a, pairs + b))]).to(target.device) for a, b in spans]
             loss = linear_objective(
                 _input, lin_weight, target, bias, chunks, lambda logp, i: objective(logp, *spans[i], chunks[i]), options
             )
-        with torch.no_grad():  # mean_v (h W^T + b) = h . mean_v W + mean b
-            row, shift = mean_row(lin_weight, wide), 0.0 if bias is None else bias.mean(dtype=wide)
-            means = (_input.mean(1, dtype=wide) @ row + shift).view(2, -1).mean(1)
         return loss, (logps[:pairs], logps[pairs:], means[0], means[1], nll, rewards[:pairs], rewards[pairs:])
 
     def _reference(self, target, counts, weights, ref_input, ref_weight, ref_bias, chosen, rejected) -> tuple[Tensor | None, Tensor | None]:

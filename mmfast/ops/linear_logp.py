@@ -869,4 +869,9 @@ class _GradInForward(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("linear_objective: its gradients were used up by an earlier backward; call it again for another one")
         grads, ctx.grads = ctx.grads, None
-        return (*(g if g is None else g.mul_(grad).to(t) for g, t in zip(grads, ctx.types, strict=True)), *(None,) * 4)
+        for g in grads:
+            if g is not None and g.is_cuda:  # mostly by 1, which only the device knows: then nothing is touched
+                torch.ops.mmfast.logp_scale_(g, grad)
+            elif g is not None and grad != 1:
+                g.mul_(grad)
+        return (*(g if g is None else g.to(t) for g, t in zip(grads, ctx.types, strict=True)), *(None,) * 4)

@@ -207,8 +207,10 @@ def test_wrong_input_is_named(batch):
     hidden, weight, _ = leaves_of(batch)
     with pytest.raises(ValueError, match=r"expected ref_input and ref_weight, or ref_chosen_logps"):
         FusedLinearDPOLoss()(weight, hidden, batch["labels"])
-    with pytest.raises(ValueError, match=r"expected _input \[2P, T, H\], target and token_weights \[2P, T\], got \[9, 13, 16\]"):
+    with pytest.raises(ValueError, match=r"expected _input \[2P, T, H\], lin_weight \[V, H\], target and .* got \[9, 13, 16\]"):
         FusedLinearDPOLoss()(weight, hidden[:9], batch["labels"][:9])
+    with pytest.raises(ValueError, match=r"lin_weight \[V, H\].* got \[8, 13, 16\], \[300, 15\]"):
+        FusedLinearDPOLoss()(weight[:, 1:], hidden[:8], batch["labels"][:8])
     with pytest.raises(ValueError, match="simpo divides by the answers' lengths itself"):
         FusedLinearDPOLoss(loss_type="simpo", average_log_prob=True)
     with pytest.raises(ValueError, match="a reference was given, but use_ref_model is False"):

@@ -40,6 +40,10 @@ class GradArgs(ctypes.Structure):
     _fields_ = [("rows", Rows), ("z", Block), ("z0", Block), ("grad", Block), ("out", ptr), *((name, ptr) for name in UPSTREAM)]
 
 
+class ScaleArgs(ctypes.Structure):
+    _fields_ = [("dtype", ctypes.c_int), ("count", i64), ("values", ptr), ("factor", ptr)]
+
+
 class Matrix:
     """[n, C] values whose first lies ``start`` elements past a 16-byte boundary and whose rows are ``gap`` elements apart."""
 
@@ -294,6 +298,20 @@ def test_any_gradients_may_be_missing(subset):
     check(Case(3, 37, "f32", (20,), reference=True), upstream=names)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 7, 8, 4099, 3 * 16 * 256 * 8 + 5])
+@pytest.mark.parametrize("factor", [1.0, -0.75, np.nan])
+def test_scale(dtype, count, factor):
+    check_scale(dtype, count, factor)
+
+
+def check_scale(dtype: str, count: int, factor: float, sanitizer: str = "") -> None:
+    values = store(np.linspace(-3, 3, count), dtype)
+    before = load(values, dtype)
+    call("logp_scale", ScaleArgs(DTYPES.index(dtype), count, pointer(values), pointer(np.array([factor], wide(dtype)))), sanitizer)
+    np.testing.assert_array_equal(load(values, dtype), load(store(before * factor, dtype), dtype))
+
+
 def gradient(case: Case, up: dict[str, np.ndarray], logits, logits0, labels) -> np.ndarray:
     want, z = expected(case, logits, logits0, labels), Matrix(logits, case.dtype)
     rows = Rows(DTYPES.index(case.dtype), case.n, case.v, 0, case.v, case.temperature, case.softcap, pointer(labels), -100)
@@ -355,3 +373,4 @@ MORE = [
 if __name__ == "__main__":
     for case in REDUCED + MORE * (sys.argv[1] == "address"):
         check(case, sys.argv[1])
+    check_scale("bf16", 4099, 2.0, sys.argv[1])
