@@ -54,6 +54,15 @@ def test_ratio_by_hand(plots):
     assert quickest.worst == 1.5
 
 
+def test_graphs_are_compared_with_our_graph(plots):
+    rows = [row(p, ms) for p, ms in (("sdpa flash", 8.0), ("mmfast", 4.0), ("graph: sdpa flash", 6.0), ("graph: mmfast", 2.0))]
+    peers = {"sdpa": ("sdpa*", 1), "in graphs": ("graph: sdpa*", 1)}
+    goal = plots.Goal("attention", True, "attention", peers, "")
+    device = plots.Device("nvidia", {"attention": [{**r, "op": "perceiver"} for r in rows]}, {})
+    assert [r.mean for _, _, _, r, _ in plots.measured(goal, [device])] == pytest.approx([2.0, 3.0])
+    assert "forward in a CUDA graph, fp32 | 3.00 (3.00) |" in plots.attention_table(device)
+
+
 def test_scored_fractions_are_cases_of_their_own(plots):
     rows = [
         row(p, ms, valid_fraction=f)
@@ -81,7 +90,7 @@ def test_goals_name_peers_as_the_benchmarks_do(plots):
     """One that no benchmark writes would stay "not measured" for ever."""
     for goal in plots.GOALS:
         source = (ROOT / "bench" / "ops" / f"bench_{goal.file}.py").read_text()
-        for provider, _ in goal.peers.values():
+        for provider in (p.removeprefix("graph: ") for p, _ in goal.peers.values()):
             assert f'"{provider.rstrip("*")}' in source, f"{goal.what}: {provider}"
             assert provider.endswith("*") or f'"{provider}"' in source, f"{goal.what}: {provider}"
 

@@ -368,7 +368,7 @@ def in_graphs(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], 
     """Replays of ours and of the quickest peers: what a call costs on the device, without the host's share of it."""
     replays = {}
     for name, call in calls.items():
-        if name != "mmfast" and not name.startswith(("sdpa", "flash")):
+        if name != "mmfast" and not name.startswith(("sdpa", "flash", "concat")):
             continue
         try:
             side = torch.cuda.Stream()

@@ -213,6 +213,19 @@ __global__ void __launch_bounds__(kThreads) plain_grad_keys_kernel(const __grid_
 
 // ---- results of split keys put together
 
+// Column lane + 32 u of a row, summed over the runs in their order; weight: lane s has that of run s, of which there are at most 32.
+constexpr int kJoinColumns = kAttentionMaxWidth / 32;
+__device__ void join_columns(const AttentionPlan& p, int64_t rows, int64_t row, int64_t D, float weight, float (&sum)[kJoinColumns]) {
+#pragma unroll 4
+  for (int s = 0; s < p.splits; ++s) {
+    const float* part = p.part_out + (s * rows + row) * D;
+    const float w = __shfl_sync(kFullWarp, weight, s);
+#pragma unroll
+    for (int u = 0; u < kJoinColumns; ++u)
+      if (lane_id() + 32 * u < D) sum[u] += w * part[lane_id() + 32 * u];
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) join_out_kernel(AttentionArgs a, AttentionPlan p) {
   const int64_t rows = a.B * a.H * a.Nq, index = warp_index();
   if (index >= rows) return;
@@ -220,17 +233,15 @@ __global__ void __launch_bounds__(kThreads) join_out_kernel(AttentionArgs a, Att
   const int64_t i = at.i, h = at.h, b = at.b;
   const AttentionSequence seq = attention_sequence(a, b);
   if (i >= seq.q_count) return;
-  float top = -kInf, total = 0;
-  for (int s = 0; s < p.splits; ++s) top = fmaxf(top, p.part_state[2 * (s * rows + index)]);
-  const float base = top == -kInf ? 0.0f : top;
-  for (int s = 0; s < p.splits; ++s) total += exp2f(p.part_state[2 * (s * rows + index)] - base) * p.part_state[2 * (s * rows + index) + 1];
-  const float inverse = total == 0 ? 0.0f : 1.0f / total;
-  const int64_t to = offset_of(a.out, b, seq.q_begin + i, h);
-  for (int64_t d = lane_id(); d < a.D; d += 32) {
-    float sum = 0;
-    for (int s = 0; s < p.splits; ++s) sum += exp2f(p.part_state[2 * (s * rows + index)] - base) * p.part_out[(s * rows + index) * a.D + d];
-    store_double(a.out.data, a.dtype, to + d, double(sum * inverse));
-  }
+  const float* state = p.part_state + 2 * (lane_id() * rows + index);
+  const bool mine = lane_id() < p.splits;
+  const float highest = mine ? state[0] : -kInf, top = warp_max(highest), base = top == -kInf ? 0.0f : top;
+  const float weight = exp2f(highest - base), total = warp_sum(mine ? weight * state[1] : 0.0f), inverse = total == 0 ? 0.0f : 1.0f / total;
+  float sum[kJoinColumns] = {};
+  join_columns(p, rows, index, a.D, weight, sum);
+  const int64_t to = offset_of(a.out, b, seq.q_begin + i, h) + lane_id();
+  for (int u = 0; u < kJoinColumns; ++u)
+    if (lane_id() + 32 * u < a.D) store_double(a.out.data, a.dtype, to + 32 * u, double(sum[u] * inverse));
   if (lane_id() == 0)
     static_cast<float*>(a.lse)[b * a.lse_stride_b + h * a.lse_stride_h + seq.q_begin + i] =
         total == 0 ? -kInf : (top + log2f(total)) * 0.6931471805599453f;
@@ -244,12 +255,11 @@ __global__ void __launch_bounds__(kThreads) join_grad_kernel(AttentionBackwardAr
   const int64_t i = at.i, h = at.h, b = at.b;
   const AttentionSequence seq = attention_sequence(a, b);
   if (i >= seq.q_count) return;
-  const int64_t to = offset_of(args.grad_q, b, seq.q_begin + i, h);
-  for (int64_t d = lane_id(); d < a.D; d += 32) {
-    float sum = 0;
-    for (int s = 0; s < p.splits; ++s) sum += p.part_out[(s * rows + index) * a.D + d];
-    store_double(args.grad_q.data, a.dtype, to + d, double(sum * float(a.scale)));
-  }
+  float sum[kJoinColumns] = {};
+  join_columns(p, rows, index, a.D, 1.0f, sum);
+  const int64_t to = offset_of(args.grad_q, b, seq.q_begin + i, h) + lane_id();
+  for (int u = 0; u < kJoinColumns; ++u)
+    if (lane_id() + 32 * u < a.D) store_double(args.grad_q.data, a.dtype, to + 32 * u, double(sum[u] * float(a.scale)));
 }
 
 // ---- merge_attention, forward and backward (the latter when grad_out_a is there)
