@@ -11,9 +11,10 @@
 // where g covers the accumulation and c the remaining roundings: linear in two scalars a row and three a panel, so an outlier code loosens
 // its own panel only. Each lane keeps, over the codes that it meets, the smallest lower bound, its code, and the second smallest bound.
 // U = min over lanes (smallest bound + 2 radius) is above the minimum, so the argmin is among the codes with a bound <= U: lanes whose
-// smallest bound is <= U name their code; a lane whose second one is <= U too may hide others, and all its codes are compared in fp64.
-// Anything not finite hides everything. Every bound is rounded outwards; nothing depends on the order of a floating-point atomic, as there
-// is none.
+// smallest bound is <= U name their code; a lane whose second one is <= U too may hide others, and is gone through again: those of its
+// codes with a bound <= U are compared as well. (These bounds come from a second sum of the same products in another order, which g covers
+// as it covers any.) Anything not finite hides everything. Every bound is rounded outwards; nothing depends on the order of a
+// floating-point atomic, as there is none.
 //
 // The kernels, in order:
 //   code_factor, code_mean, code_largest, code_pack   a warp a code, a block a panel: shift, scales, fp16 codes, radii; K D work, small
@@ -22,8 +23,12 @@
 //   screen      a CTA 128 rows x a run of panels (all of them unless rows are few), four warps of 64 x 64; rows stay in shared memory while
 //               D <= 256, codes stream through cp.async. The epilogue is six instructions an element in registers; two CTAs a
 //               multiprocessor overlap it with each other's products. Bound by the tensor pipe; codes come from L2.
-//   finish      a block 32 rows: merge the lanes, settle candidates in fp64, then read x once more for the quantised output, distances and
-//               squared error, whose partial sums mean_error adds in a fixed order.
+//   decide      8 to 32 threads a row: merge the lanes, and compare in fp64 where a few lanes name a code each. Rows with a lane that may
+//               hide codes are listed, so that they spread over the device instead of waiting for the block that found them.
+//   search      a block a listed row: the bounds of all codes of those lanes once more, and in fp64 those <= U, usually two.
+//   emit        a block 32 rows: reads x once more for the quantised output, distances and squared error, whose partial sums mean_error
+//               adds in a fixed order.
+// The list's order is whatever the atomic counter gave; its rows do not know of each other.
 //
 // Statistics. A stable counting sort of the indices (a warp a run of rows, no atomics), then a walk through the sorted rows in equal
 // spans, whatever the sizes of the clusters: a collapsed codebook costs no more than a balanced one. Codes that cross a span's border are
@@ -337,6 +342,7 @@ struct Rows {
   int64_t row0, count;  // this chunk: rows [row0, row0 + count)
   uint16_t* packed;     // [tiles][depth / 32] tiles of fp16
   RowScalars* scalars;  // [tiles * 128]
+  int* opened;          // [1] set to 0: the list of open rows starts anew with each chunk
 };
 
 __global__ void __launch_bounds__(kThreads) row_pack_kernel(Rows a, Codes c) {
@@ -344,6 +350,7 @@ __global__ void __launch_bounds__(kThreads) row_pack_kernel(Rows a, Codes c) {
   MMFAST_SHARED(int64_t[kBlockRows], offset);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t first = int64_t(blockIdx.x) * kBlockRows;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *a.opened = 0;
   if (threadIdx.x < kBlockRows) {
     const int64_t row = first + threadIdx.x;
     const bool there = row < a.count && (!a.mask || a.mask[a.row0 + row]);
@@ -564,13 +571,19 @@ __global__ void __launch_bounds__(kScreenThreads, 2)
 
 // ---- deciding in fp64, and the outputs
 
+struct Open {
+  int32_t row;  // within the chunk
+  float upper;  // NaN: the bounds say nothing, any code may be the nearest
+};
 struct Finish {
   VqNearestArgs args;
   int64_t row0, count;
   const RowScalars* rows;
+  const uint16_t* packed;
   Lanes lanes;
+  Open* open;  // [chunk] rows with lanes that hide codes, in whatever order: each is settled by itself
+  int* opened;
   double* error;  // [blocks of all chunks][2]: squared error, number of valid rows
-  bool emit;      // anything beyond indices is wanted
 };
 
 // What the search minimises for one row and C codes, in fp64 over the given values; every lane gets it. A negative code costs Inf.
@@ -609,97 +622,119 @@ struct Choice {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 2) finish_kernel(Finish f, Codes c) {
-  MMFAST_SHARED(int64_t[kBlockRows], chosen);
-  MMFAST_SHARED(int64_t[kBlockRows], x_offset);
-  MMFAST_SHARED(int64_t[kBlockRows], q_offset);
-  MMFAST_SHARED(int[kBlockRows], state);
-  MMFAST_SHARED(float[kBlockRows], upper_of);
-  MMFAST_SHARED(int[kBlockRows], open);  // rows that the whole block has to search
-  MMFAST_SHARED(Choice[kWarps], choices);
-  MMFAST_SHARED(double[kBlockRows], row_error);
-  MMFAST_SHARED(Tile, xs);
-  MMFAST_SHARED(Tile, qs);
+// Merges the lanes of each row: `width` neighbouring lanes of a warp a row, as many as it has entries, 32 at most.
+__global__ void __launch_bounds__(kThreads, 4) decide_kernel(Finish f, Codes c, int width) {
   const VqNearestArgs& a = f.args;
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int64_t first = int64_t(blockIdx.x) * kBlockRows;
+  const int lane = int(threadIdx.x) % 32;
+  const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x - lane) / width, row = first + lane / width;
   const int entries = f.lanes.splits * kLanes;
-  if (threadIdx.x < kBlockRows) {
-    const int64_t row = first + threadIdx.x;
-    const bool there = row < f.count;
-    x_offset[threadIdx.x] = there ? a.x.offset(f.row0 + row) : -1;
-    q_offset[threadIdx.x] = there && a.quantized.data ? a.quantized.offset(f.row0 + row) : -1;
-    state[threadIdx.x] = there ? f.rows[row].state : int(kMasked);
-    chosen[threadIdx.x] = -1;
-    open[threadIdx.x] = 0;
+  const int64_t base = row * entries;
+  const bool there = row < f.count;
+  const RowScalars scalars = there ? f.rows[row] : RowScalars{0, 0, 0, kMasked};
+  const bool search = scalars.state == kSearch;
+  const unsigned group = (width == 32 ? kFullWarp : (1u << width) - 1) << (lane / width * width);
+  float upper = kInf;
+  bool bad = false;
+  for (int e = search ? lane % width : entries; e < entries; e += width) {
+    const float low = f.lanes.best[base + e];
+    if (low == kInf) continue;  // a lane that met no code
+    const float u = low + 2.01f * radius(scalars, c.scalars[f.lanes.index[base + e] / kTile]) + fabsf(low) * 0x1p-22f;
+    bad |= !(fabsf(u) < 1e37f);
+    upper = fminf(upper, u);
   }
-  __syncthreads();
-
-  for (int i = 0; i < kBlockRows / kWarps; ++i) {
-    const int r = warp * (kBlockRows / kWarps) + i;
-    if (state[r] == kAllEqual) {
-      if (lane == 0) {
-        int64_t j = 0;
-        while (j < a.K && !is_finite(c.factor[j])) ++j;
-        chosen[r] = j < a.K ? j : -1;
-      }
-      continue;
+  for (int m = width / 2; m; m /= 2) upper = fminf(upper, __shfl_xor_sync(kFullWarp, upper, m));
+  // What could be wrong with the bounds: nothing finite at all, or near the end of the range.
+  bad = (__ballot_sync(kFullWarp, bad) & group) != 0;
+  int named = 0, only = -1;
+  bool hiding = false;
+  for (int e = search ? lane % width : entries; e < entries; e += width) {
+    const float low = f.lanes.best[base + e], next = f.lanes.second[base + e];
+    const bool candidate = low <= upper && low < kInf;
+    named += candidate;
+    hiding |= next <= upper && next < kInf;
+    only = candidate ? f.lanes.index[base + e] : only;
+  }
+  for (int m = width / 2; m; m /= 2) {
+    named += __shfl_xor_sync(kFullWarp, named, m);
+    only = max(only, __shfl_xor_sync(kFullWarp, only, m));
+  }
+  hiding = (__ballot_sync(kFullWarp, hiding) & group) != 0;
+  const bool open = bad || hiding, leader = there && lane % width == 0;
+  if (leader && open) f.open[atomicAdd(f.opened, 1)] = {int32_t(row), bad ? float(kNaN) : upper};
+  if (leader && !open && named <= 1) {
+    int64_t j = only;
+    if (scalars.state == kAllEqual) {
+      for (j = 0; j < a.K && !is_finite(c.factor[j]);) ++j;
+      j = j < a.K ? j : -1;
     }
-    if (state[r] != kSearch) continue;
-    const RowScalars row = f.rows[first + r];
-    const int64_t base = (first + r) * entries;
-    float upper = kInf;
-    bool bad = false;
-    for (int e = lane; e < entries; e += 32) {
-      const float low = f.lanes.best[base + e];
-      if (low == kInf) continue;  // a lane that met no code
-      const float u = low + 2.01f * radius(row, c.scalars[f.lanes.index[base + e] / kTile]) + fabsf(low) * 0x1p-22f;
-      bad |= !(fabsf(u) < 1e37f);
-      upper = fminf(upper, u);
-    }
-    upper = warp_min(upper);
-    // What could be wrong with the bounds: nothing finite at all, or near the end of the range.
-    bad = __any_sync(kFullWarp, bad);
-    int named = 0, hiding = 0, only = -1;
-    for (int e = lane; e < entries; e += 32) {
-      const bool candidate = f.lanes.best[base + e] <= upper && f.lanes.best[base + e] < kInf;
-      named += candidate;
-      hiding += f.lanes.second[base + e] <= upper && f.lanes.second[base + e] < kInf;
-      only = candidate ? f.lanes.index[base + e] : only;
-    }
-    named = warp_sum(named);
-    hiding = warp_sum(hiding);
-    if (bad || hiding) {
-      if (lane == 0) open[r] = 1, upper_of[r] = bad ? float(kNaN) : upper;
-      continue;
-    }
-    if (named == 1) {
-      only = warp_max(only);
-      if (lane == 0) chosen[r] = only;
-      continue;
-    }
+    a.indices[f.row0 + row] = j;
+  }
+  // Rows with several candidates, none of them hidden: the warp compares those.
+  for (unsigned left = __ballot_sync(kFullWarp, leader && !open && named > 1); left; left &= left - 1) {
+    const int from = __ffs(int(left)) - 1;
+    const int64_t r = first + from / width;
+    const float limit = __shfl_sync(kFullWarp, upper, from);
     Choice choice{kInf, -1};
     for (int e0 = 0; e0 < entries; e0 += 32) {
-      const int e = e0 + lane;
-      const bool candidate = e < entries && f.lanes.best[base + e] <= upper && f.lanes.best[base + e] < kInf;
-      const int mine = candidate ? f.lanes.index[base + e] : -1;
-      for (unsigned left = __ballot_sync(kFullWarp, candidate); left; left &= left - 1) {
-        const int64_t code[1] = {__shfl_sync(kFullWarp, mine, __ffs(int(left)) - 1)};
+      const int64_t e = e0 + lane < entries ? r * entries + e0 + lane : -1;
+      const bool candidate = e >= 0 && f.lanes.best[e] <= limit && f.lanes.best[e] < kInf;
+      const int mine = candidate ? f.lanes.index[e] : -1;
+      for (unsigned some = __ballot_sync(kFullWarp, candidate); some; some &= some - 1) {
+        const int64_t code[1] = {__shfl_sync(kFullWarp, mine, __ffs(int(some)) - 1)};
         double cost[1];
-        exact_costs(a, c.factor, x_offset[r], code, cost);
+        exact_costs(a, c.factor, a.x.offset(f.row0 + r), code, cost);
         choice.offer(cost[0], code[0]);
       }
     }
-    if (lane == 0) chosen[r] = choice.code;
+    if (lane == 0) a.indices[f.row0 + r] = choice.code;
   }
-  __syncthreads();
+}
 
-  // Rows with lanes that hide codes: the block compares all codes of those lanes.
-  for (int r = 0; r < kBlockRows; ++r) {
-    if (!open[r]) continue;
-    const float upper = upper_of[r];
+// Eight fp16 values as four words.
+__device__ void load_halves(const uint16_t* from, uint32_t (&words)[4]) {
+  const uint4 v = *reinterpret_cast<const uint4*>(from);
+  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+}
+
+// The products of a row's fp16 image with those of C codes, by one thread: each is given by its first tile and the place in it. The bound
+// covers this order of the sum as it covers any.
+template <int C>
+__device__ void products(const uint16_t* row_tiles, int row, const uint16_t* const (&code_tiles)[C], const int (&code)[C], int64_t depth,
+                         float (&sum)[C]) {
+#pragma unroll
+  for (int u = 0; u < C; ++u) sum[u] = 0;
+#pragma unroll 2
+  for (int64_t k = 0; k < depth; k += 8) {
+    const int64_t tile = k / kStep * (kTile * kStep);
+    const int within = int(k % kStep);
+    uint32_t x[4], e[C][4];
+    load_halves(row_tiles + tile + tile_at(row, within), x);
+#pragma unroll
+    for (int u = 0; u < C; ++u) load_halves(code_tiles[u] + tile + tile_at(code[u], within), e[u]);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float low = widen_f16(uint16_t(x[w])), high = widen_f16(uint16_t(x[w] >> 16));
+#pragma unroll
+      for (int u = 0; u < C; ++u) {
+        sum[u] = fmaf(low, widen_f16(uint16_t(e[u][w])), sum[u]);
+        sum[u] = fmaf(high, widen_f16(uint16_t(e[u][w] >> 16)), sum[u]);
+      }
+    }
+  }
+}
+
+// Rows with lanes that hide codes, a block a row: the lower bounds of all codes of those lanes once more, and in fp64 those that are at
+// most `upper`.
+__global__ void __launch_bounds__(kThreads, 2) search_kernel(Finish f, Codes c) {
+  MMFAST_SHARED(Choice[kWarps], choices);
+  const VqNearestArgs& a = f.args;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, entries = f.lanes.splits * kLanes, opened = *f.opened;
+  for (int item = int(blockIdx.x); item < opened; item += int(gridDim.x)) {
+    const int64_t row = f.open[item].row, base = row * entries, x_offset = a.x.offset(f.row0 + row);
+    const float upper = f.open[item].upper;
     const bool everything = !(upper == upper);
-    const int64_t base = (first + r) * entries;
+    const RowScalars scalars = f.rows[row];
+    const uint16_t* row_tiles = f.packed + row / kTile * (c.depth * kTile);
     Choice choice{kInf, -1};
     for (int e = 0; e < entries; ++e) {
       const bool hides = everything || f.lanes.second[base + e] <= upper;
@@ -707,27 +742,82 @@ __global__ void __launch_bounds__(kThreads, 2) finish_kernel(Finish f, Codes c) 
       const int64_t panel0 = int64_t(e / kLanes) * f.lanes.split_panels;
       const int64_t panels = c.panels - panel0 < f.lanes.split_panels ? c.panels - panel0 : f.lanes.split_panels;
       const int64_t items = hides ? panels * kLaneCodes : 1;
-      for (int64_t i0 = warp * 4; i0 < items; i0 += kWarps * 4) {
-        int64_t code[4];
-        double cost[4];
-        for (int u = 0; u < 4; ++u) {
-          const int64_t j = i0 + u >= items ? -1 : hides ? lane_code(panel0, e % kLanes, i0 + u) : f.lanes.index[base + e];
-          code[u] = j >= 0 && j < a.K && is_finite(c.factor[j]) ? j : -1;
+      constexpr int kCodes = 4;  // of a thread
+      for (int64_t i0 = warp * 32; i0 < items; i0 += kCodes * kThreads) {
+        int64_t code[kCodes];
+        bool keep[kCodes];
+#pragma unroll
+        for (int u = 0; u < kCodes; ++u) {
+          const int64_t i = i0 + u * kThreads + lane, j = hides ? lane_code(panel0, e % kLanes, i) : f.lanes.index[base + e];
+          code[u] = i < items && j < a.K ? j : -1;
+          keep[u] = code[u] >= 0 && is_finite(c.factor[code[u]]);
         }
-        exact_costs(a, c.factor, x_offset[r], code, cost);
-        for (int u = 0; u < 4; ++u) choice.offer(cost[u], code[u]);
+        if (hides && !everything) {
+          const uint16_t* tiles[kCodes];
+          int at[kCodes];
+          float sum[kCodes];
+#pragma unroll
+          for (int u = 0; u < kCodes; ++u) {
+            const int64_t j = code[u] < 0 ? 0 : code[u];
+            tiles[u] = c.packed + j / kTile * (c.depth * kTile);
+            at[u] = int(j % kTile);
+          }
+          products(row_tiles, int(row % kTile), tiles, at, c.depth, sum);
+#pragma unroll
+          for (int u = 0; u < kCodes; ++u) {
+            if (!keep[u]) continue;
+            const PanelScalars panel = c.scalars[code[u] / kTile];
+            const float low = fmaf(sum[u], scalars.multiplier * panel.multiplier, c.norms[code[u]]) - radius(scalars, panel);
+            keep[u] = !(low > upper);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kCodes; ++u)
+          for (unsigned left = __ballot_sync(kFullWarp, keep[u]); left;) {
+            int64_t some[4];
+            double cost[4];
+#pragma unroll
+            for (int v = 0; v < 4; ++v) {
+              some[v] = __shfl_sync(kFullWarp, code[u], left ? __ffs(int(left)) - 1 : 0);
+              some[v] = left ? some[v] : -1;
+              left &= left - 1;
+            }
+            exact_costs(a, c.factor, x_offset, some, cost);
+#pragma unroll
+            for (int v = 0; v < 4; ++v) choice.offer(cost[v], some[v]);
+          }
       }
     }
     if (lane == 0) choices[warp] = choice;
     __syncthreads();
     if (threadIdx.x == 0) {
       for (int w = 1; w < kWarps; ++w) choice.offer(choices[w].cost, choices[w].code);
-      chosen[r] = choice.code;
+      a.indices[f.row0 + row] = choice.code;
     }
     __syncthreads();
   }
-  if (threadIdx.x < kBlockRows && first + threadIdx.x < f.count) a.indices[f.row0 + first + threadIdx.x] = chosen[threadIdx.x];
-  if (!f.emit) return;
+}
+
+__global__ void __launch_bounds__(kThreads, 2) emit_kernel(Finish f, Codes c) {
+  MMFAST_SHARED(int64_t[kBlockRows], chosen);
+  MMFAST_SHARED(int64_t[kBlockRows], x_offset);
+  MMFAST_SHARED(int64_t[kBlockRows], q_offset);
+  MMFAST_SHARED(int[kBlockRows], state);
+  MMFAST_SHARED(double[kBlockRows], row_error);
+  MMFAST_SHARED(Tile, xs);
+  MMFAST_SHARED(Tile, qs);
+  const VqNearestArgs& a = f.args;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const int64_t first = int64_t(blockIdx.x) * kBlockRows;
+  if (threadIdx.x < kBlockRows) {
+    const int64_t row = first + threadIdx.x;
+    const bool there = row < f.count;
+    x_offset[threadIdx.x] = there ? a.x.offset(f.row0 + row) : -1;
+    q_offset[threadIdx.x] = there && a.quantized.data ? a.quantized.offset(f.row0 + row) : -1;
+    state[threadIdx.x] = there ? f.rows[row].state : int(kMasked);
+    chosen[threadIdx.x] = there ? a.indices[f.row0 + row] : -1;
+  }
+  __syncthreads();
 
   constexpr int kRows = kBlockRows / kWarps;
   double error[kRows] = {}, dot[kRows] = {}, x2[kRows] = {};
@@ -795,7 +885,7 @@ struct NearestPlan {
   NearestPlan(const VqNearestArgs& a, void* workspace) {
     Carver carve(workspace);
     const int64_t N = a.x.rows();
-    const int64_t slots = 2 * multiprocessor_count();  // CTAs of the screen that run at a time
+    slots = 2 * multiprocessor_count();
     const int64_t chunks = ceil_div(N, kChunkWaves * slots * kTile);
     tiles = chunks ? ceil_div(ceil_div(N, chunks), kTile) : 0;
     chunk = tiles * kTile;
@@ -817,6 +907,8 @@ struct NearestPlan {
     lanes.best = carve.take<float>(tiles * kTile * kLanes * lanes.splits);
     lanes.second = carve.take<float>(tiles * kTile * kLanes * lanes.splits);
     lanes.index = carve.take<int32_t>(tiles * kTile * kLanes * lanes.splits);
+    open = carve.take<Open>(chunk);
+    opened = carve.take<int>(1);
     error = carve.take<double>(2 * ceil_div(N, kBlockRows));
     bytes = carve.bytes();
   }
@@ -832,11 +924,14 @@ struct NearestPlan {
     return best;
   }
 
+  int64_t slots;  // CTAs of the screen that run at a time, and blocks of the search
   int64_t chunk, tiles;
   Codes codes;
   uint16_t* rows;
   RowScalars* scalars;
   Lanes lanes;
+  Open* open;
+  int* opened;
   double* error;
   size_t bytes;
 };
@@ -1251,11 +1346,15 @@ int vq_nearest_cuda(const VqNearestArgs& a, void* workspace, void* stream) {
         .then([&] { return launch(code_pack_kernel, dim3(unsigned(c.panels)), block, 0, stream, c); });
   for (int64_t row0 = 0; row0 < N; row0 += p.chunk) {
     const int64_t count = N - row0 < p.chunk ? N - row0 : p.chunk, tiles = ceil_div(count, kTile);
-    const Rows rows{a.x, a.mask, row0, count, p.rows, p.scalars};
-    const Finish finish{a, row0, count, p.scalars, p.lanes, p.error, a.quantized.data || a.distance || a.mse};
+    const Rows rows{a.x, a.mask, row0, count, p.rows, p.scalars, p.opened};
+    const Finish finish{a, row0, count, p.scalars, p.rows, p.lanes, p.open, p.opened, p.error};
+    const int width = p.lanes.splits >= 4 ? 32 : p.lanes.splits >= 2 ? 16 : 8;
     run.then([&] { return launch(row_pack_kernel, dim3(unsigned(tiles * (kTile / kBlockRows))), block, 0, stream, rows, c); })
         .then([&] { return c.depth <= kMaxResidentDepth ? launch_screen<true>(p, tiles, stream) : launch_screen<false>(p, tiles, stream); })
-        .then([&] { return launch(finish_kernel, dim3(unsigned(ceil_div(count, kBlockRows))), block, 0, stream, finish, c); });
+        .then([&] { return launch(decide_kernel, dim3(unsigned(ceil_div(count * width, kThreads))), block, 0, stream, finish, c, width); })
+        .then([&] { return launch(search_kernel, dim3(unsigned(count < p.slots ? count : p.slots)), block, 0, stream, finish, c); });
+    if (a.quantized.data || a.distance || a.mse)
+      run.then([&] { return launch(emit_kernel, dim3(unsigned(ceil_div(count, kBlockRows))), block, 0, stream, finish, c); });
   }
   if (a.mse)
     run.then([&] {

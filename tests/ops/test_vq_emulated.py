@@ -145,8 +145,13 @@ class Case:
             case "same_magnitude":  # sums whose terms all have one sign and length: accumulation errors add up
                 x, e = np.ones_like(x) * (1 + 1e-3 * x), np.ones_like(e) * (1 + 1e-3 * e)
             case "twins":  # each code again one panel on, moved by less than fp16 can see: both meet the same lane
-                e[128:256] = e[:128] + 1e-5 * e[128:256]
-                x = e[rng.integers(0, 256, self.n)] + 0.3 * x
+                for pair in range(0, self.k - 255, 256):
+                    e[pair + 128 : pair + 256] = e[pair : pair + 128] + 1e-5 * e[pair + 128 : pair + 256]
+                x = e[rng.integers(0, self.k, self.n)] + 0.3 * x
+            case "copies":  # the same codes in every panel, some of them moved so little that only fp64 tells: the first nearest one wins
+                near = rng.choice([0, 1, 2, 3, -3], (self.k, 1)) * 2.0**-12
+                e = e[np.arange(self.k) % 128] * (1 + near)
+                x = e[rng.integers(0, self.k, self.n)] + 0.1 * x
             case "far":
                 x, e = x * 1e60, e * 1e-5
             case "code_rounding":  # fp16 rounds half the codes' columns up: the wrong one of two looks better
@@ -250,16 +255,18 @@ NEAREST = [
     *[Case(48, 384, 16, metric=m, data=data) for m in ("cosine", "ip") for data in ("huge", "tiny", "mixed", "same_magnitude")],
     Case(24, 130, 300, data="same_magnitude"), Case(24, 130, 300, data="near"),
     Case(24, 70, 16, x_dtype="f64", e_dtype="f64", data="near"), Case(24, 70, 16, x_dtype="f64", e_dtype="f64", metric="ip", data="tiny"),
-    Case(700, 384, 8, data="twins"), Case(9, 40, 12, x_dtype="f64", e_dtype="f64", data="far", exact=True),
+    Case(700, 384, 8, data="twins"), Case(60, 384, 300, data="twins"), Case(40, 1024, 24, data="twins"), Case(140, 384, 40, data="twins", mask=True),
+    *[Case(133, 400, 40, metric=m, x_dtype=t, e_dtype=t, layout="channel_first", data="copies", exact=m != "cosine") for m in METRICS for t in DTYPES],
+    *[Case(20, 1100, 33, metric=m, data="copies", exact=m != "cosine") for m in METRICS], Case(9, 40, 12, x_dtype="f64", e_dtype="f64", data="far", exact=True),
     Case(3, 4, 64, metric="ip", data="code_rounding"), Case(3, 4, 16, metric="ip", data="row_rounding"),
     Case(64, 256, 256, metric="ip", data="accumulation"), Case(64, 256, 320, metric="ip", data="accumulation"),
     Case(770, 300, 70, layout="channel_first"), Case(3100, 5, 2, mask=True),  # several panels a CTA; several chunks of rows
     Case(260, 33, 8, quantize=False), Case(0, 9, 8), Case(700, 40, 4, mask=True),
 ]  # fmt: skip
-# Every kernel, both forms of the screen, and the search of the whole block.
+# Every kernel, both forms of the screen, and the search for hidden codes.
 REDUCED = [
     Case(20, 140, 130, layout="channel_first", out_layout="channel_first", mask=True), Case(20, 70, 260, metric="ip", x_dtype="f16", e_dtype="f64"),
-    Case(12, 70, 24, data="ties"),
+    Case(12, 70, 24, data="ties"), Case(9, 384, 40, data="copies"),
 ]  # fmt: skip
 MORE = [Case(5, 7, 3, metric="cosine", layout="sliced"), Case(12, 130, 9, data="not_finite"), Case(700, 300, 40), Case(20, 129, 257)]
 
