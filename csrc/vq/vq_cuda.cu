@@ -52,6 +52,7 @@ constexpr int kLaneCodes = kTile / kLanes;
 constexpr int64_t kChunkWaves = 4;  // rows whose fp16 copies and lanes are alive at a time: as many as keep the device busy four times over
 constexpr int kBlockRows = 32;      // rows of a block in the memory-bound kernels
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kWideThreads = 1024, kWideWarps = kWideThreads / 32;  // of kernels with fewer blocks than there are multiprocessors
 constexpr float kInf = __builtin_inff();
 constexpr double kNaN = __builtin_nan("");
 
@@ -217,19 +218,19 @@ __global__ void __launch_bounds__(kThreads, 4) code_factor_kernel(Codes c) {
 }
 
 // The mean of up to 256 codes, a block 32 columns.
-__global__ void __launch_bounds__(kThreads) code_mean_kernel(Codes c) {
-  MMFAST_SHARED(double[kWarps][32], sums);
-  MMFAST_SHARED(int[kWarps], counts);
+__global__ void __launch_bounds__(kWideThreads) code_mean_kernel(Codes c) {
+  MMFAST_SHARED(double[kWideWarps][32], sums);
+  MMFAST_SHARED(int[kWideWarps], counts);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t d = int64_t(blockIdx.x) * 32 + lane, samples = c.K < 256 ? c.K : 256, step = c.K / samples;
   double sum = 0;
   int count = 0;
-  for (int64_t s = warp; s < samples; s += 4 * kWarps) {
+  for (int64_t s = warp; s < samples; s += 4 * kWideWarps) {
     int64_t at[4];
     double v[4], factor[4];
     for (int u = 0; u < 4; ++u) {
-      const int64_t j = (s + kWarps * u) * step;
-      factor[u] = s + kWarps * u < samples ? c.factor[j] : kNaN;
+      const int64_t j = (s + kWideWarps * u) * step;
+      factor[u] = s + kWideWarps * u < samples ? c.factor[j] : kNaN;
       at[u] = is_finite(factor[u]) && d < c.D ? j * c.stride_k + d : -1;
     }
     gather(c.data, c.dtype, at, v);
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(kThreads) code_mean_kernel(Codes c) {
   if (warp == 0 && d < c.D) {
     double total = 0;
     int n = 0;
-    for (int w = 0; w < kWarps; ++w) total += sums[w][lane], n += counts[w];
+    for (int w = 0; w < kWideWarps; ++w) total += sums[w][lane], n += counts[w];
     c.mean[d] = n && is_finite(total) ? total / n : 0.0;
   }
 }
@@ -265,23 +266,23 @@ __global__ void __launch_bounds__(kThreads) code_largest_kernel(Codes c) {
   if (threadIdx.x % 32 == 0) c.largest[j] = largest;
 }
 
-template <class T>
-__device__ T block_max(T v, T (&shared)[kWarps]) {
+template <int Warps>
+__device__ double block_max(double v, double (&shared)[Warps]) {
   v = warp_max(v);
   __syncthreads();
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
   __syncthreads();
-  for (int w = 0; w < kWarps; ++w) v = shared[w] > v ? shared[w] : v;
+  for (int w = 0; w < Warps; ++w) v = shared[w] > v ? shared[w] : v;
   return v;
 }
 
 // One panel: fp16 codes in tiles, n_j, and the panel's share of the error bound.
-__global__ void __launch_bounds__(kThreads) code_pack_kernel(Codes c) {
-  MMFAST_SHARED(double[kWarps], scratch);
+__global__ void __launch_bounds__(kWideThreads) code_pack_kernel(Codes c) {
+  MMFAST_SHARED(double[kWideWarps], scratch);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t panel = blockIdx.x;
   double largest = 0;
-  for (int64_t j = threadIdx.x; j < c.K; j += kThreads) largest = c.largest[j] > largest ? c.largest[j] : largest;
+  for (int64_t j = threadIdx.x; j < c.K; j += kWideThreads) largest = c.largest[j] > largest ? c.largest[j] : largest;
   const int unit = exponent_of(block_max(largest, scratch));
   largest = 0;
   if (int(threadIdx.x) < kTile && panel * kTile + threadIdx.x < c.K) largest = c.largest[panel * kTile + threadIdx.x];
@@ -290,19 +291,19 @@ __global__ void __launch_bounds__(kThreads) code_pack_kernel(Codes c) {
   height = height < -100 ? -100 : height;
   const double to_unit = power_of_two(-unit), to_half = power_of_two(8 - height), from_half = power_of_two(height - 8);
   double most_norm2 = 0, most_residual2 = 0;
-  for (int row = warp; row < kTile; row += kWarps) {
+  for (int row = warp; row < kTile; row += kWideWarps) {
     const int64_t j = panel * kTile + row;
-    const bool real = j < c.K && is_finite(c.factor[j < c.K ? j : 0]);
-    const double factor = real ? c.factor[j] : 0.0;
+    const double factor = j < c.K ? c.factor[j] : kNaN;
+    const bool real = is_finite(factor);
     double norm2 = 0, residual2 = 0, v[4] = {};
     for (int64_t d0 = 0; d0 < c.depth; d0 += 128) {
-      if (real) load_code(c, j, d0, v);
+      if (j < c.K) load_code(c, j, d0, v);  // whether real or not, so as not to wait for the factor
       for (int u = 0; u < 4; ++u) {
         const int64_t d = d0 + 32 * u + lane;
         if (d >= c.depth) continue;
         const double shifted = real && d < c.D ? (factor * v[u] - c.mean[d]) * to_unit : 0.0;
-        const uint16_t half = float_to_f16(float(shifted * to_half));
-        const double lost = shifted - double(f16_to_float(half)) * from_half;
+        const uint16_t half = uint16_t(pack_f16(float(shifted * to_half), 0));
+        const double lost = shifted - double(widen_f16(half)) * from_half;
         norm2 += shifted * shifted;
         residual2 += lost * lost;
         c.packed[(panel * (c.depth / kStep) + d / kStep) * (kTile * kStep) + tile_at(row, int(d % kStep))] = half;
@@ -1047,7 +1048,7 @@ struct Sort {
     units = units > most ? most : units;
     units = units < 1 ? 1 : units;
     unit_rows = ceil_div(ceil_div(N, units), 32) * 32;
-    span = N / 1024 > 128 ? ceil_div(N, 1024) : 128;
+    span = N / 1024 > 32 ? ceil_div(N, 1024) : 32;
     spans = ceil_div(N, span);
     table = carve.take<uint32_t>(units * K);
     start = carve.take<uint32_t>(K + 1);
@@ -1157,15 +1158,18 @@ int sort_rows(const Sort& s, const int64_t* indices, void* stream) {
       .status();
 }
 
-// What is summed: columns() values of a row under its code, and where a code's sum goes.
+// What is summed: columns() values of a row under its code, and where a code's sum goes. A row comes with its place in x, which takes a
+// division to find.
 struct StatsTerm {
   VqStatsArgs a;
+  __device__ int64_t offset(int64_t row) const { return a.x.offset(row); }
   __device__ __host__ int64_t columns() const { return a.x.D + 1; }  // the last one counts
   template <int U>
-  __device__ void values(const int64_t (&row)[U], const int64_t (&)[U], int64_t column, double (&out)[U]) const {
+  __device__ void values(const int64_t (&row)[U], const int64_t (&offset)[U], const int64_t (&)[U], int64_t column,
+                         double (&out)[U]) const {
     int64_t at[U];
 #pragma unroll
-    for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 && column < a.x.D ? a.x.offset(row[u]) + column * a.x.stride_d : -1;
+    for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 && column < a.x.D ? offset[u] + column * a.x.stride_d : -1;
     gather(a.x.data, a.x.dtype, at, out);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -1181,13 +1185,15 @@ struct StatsTerm {
 };
 struct GradCodebookTerm {
   Backward b;
+  __device__ int64_t offset(int64_t row) const { return b.args.x.offset(row); }
   __device__ __host__ int64_t columns() const { return b.args.x.D; }
   template <int U>
-  __device__ void values(const int64_t (&row)[U], const int64_t (&code)[U], int64_t column, double (&out)[U]) const {
+  __device__ void values(const int64_t (&row)[U], const int64_t (&offset)[U], const int64_t (&code)[U], int64_t column,
+                         double (&out)[U]) const {
     int64_t at[U];
     double e[U];
 #pragma unroll
-    for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 ? b.args.x.offset(row[u]) + column * b.args.x.stride_d : -1;
+    for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 ? offset[u] + column * b.args.x.stride_d : -1;
     gather(b.args.x.data, b.args.x.dtype, at, out);
 #pragma unroll
     for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 ? code[u] * b.args.stride_k + column : -1;
@@ -1200,38 +1206,46 @@ struct GradCodebookTerm {
   }
 };
 
+// Most threads of a block that has one for each column.
+constexpr int kSumThreads = 512;
+constexpr int kJoinCodes = 8;  // codes that a block joins
+
 // One span of the sorted rows, a thread a column. Codes that lie in the span altogether are finished; of the one that began before it
 // (slot 0) and of the one that goes on after it (slot 1) partial sums are left in partial [spans][2][columns].
 template <class Term>
-__global__ void __launch_bounds__(kThreads) span_sums_kernel(Term term, Sort s, const int64_t* indices, double* partial) {
+__global__ void __launch_bounds__(kSumThreads) span_sums_kernel(Term term, Sort s, const int64_t* indices, double* partial) {
   constexpr int kBatch = 64;
   MMFAST_SHARED(int64_t[kBatch], rows);
+  MMFAST_SHARED(int64_t[kBatch], offsets);
   MMFAST_SHARED(int64_t[kBatch], codes);
-  const int64_t columns = term.columns(), column = int64_t(blockIdx.y) * kThreads + threadIdx.x, total = s.start[s.K];
+  const int64_t columns = term.columns(), column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x, total = s.start[s.K];
   const int64_t begin = int64_t(blockIdx.x) * s.span, end = begin + s.span < total ? begin + s.span : total;
+  if (begin >= end) return;
+  // Codes on either side of the span's borders; rows of `order` all have one.
+  const int64_t before = begin > 0 ? indices[s.order[begin - 1]] : -1, after = end < total ? indices[s.order[end]] : -1;
   double sum = 0;
   int64_t current = -1;
   const auto flush = [&] {
     if (current < 0 || column >= columns) return;
-    const bool from_before = s.start[current]<begin, goes_on = s.start[current + 1]> end;
+    const bool from_before = current == before, goes_on = current == after;
     if (from_before || goes_on) partial[(int64_t(blockIdx.x) * 2 + (from_before ? 0 : 1)) * columns + column] = sum;
     else term.store(current, column, sum);
   };
   for (int64_t batch = begin; batch < end; batch += kBatch) {
     __syncthreads();
-    if (threadIdx.x < kBatch) {
-      const bool there = batch + threadIdx.x < end;
-      rows[threadIdx.x] = there ? int64_t(s.order[batch + threadIdx.x]) : -1;
-      codes[threadIdx.x] = there ? indices[rows[threadIdx.x]] : -1;
+    for (int i = int(threadIdx.x); i < kBatch; i += int(blockDim.x)) {
+      rows[i] = batch + i < end ? int64_t(s.order[batch + i]) : -1;
+      offsets[i] = rows[i] >= 0 ? term.offset(rows[i]) : -1;
+      codes[i] = rows[i] >= 0 ? indices[rows[i]] : -1;
     }
     __syncthreads();
     if (column >= columns) continue;
     for (int i = 0; i < kBatch && batch + i < end; i += 4) {
-      int64_t row[4], code[4];
+      int64_t row[4], offset[4], code[4];
       double v[4];
 #pragma unroll
-      for (int u = 0; u < 4; ++u) row[u] = rows[i + u], code[u] = codes[i + u];
-      term.values(row, code, column, v);
+      for (int u = 0; u < 4; ++u) row[u] = rows[i + u], offset[u] = offsets[i + u], code[u] = codes[i + u];
+      term.values(row, offset, code, column, v);
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         if (row[u] < 0) continue;
@@ -1249,15 +1263,18 @@ __global__ void __launch_bounds__(kThreads) span_sums_kernel(Term term, Sort s, 
 
 // Codes without rows get 0, those that cross spans the sum of their parts in order; the others are done.
 template <class Term>
-__global__ void __launch_bounds__(kThreads) join_sums_kernel(Term term, Sort s, const double* partial) {
-  const int64_t columns = term.columns(), k = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (k >= s.K) return;
-  const int64_t begin = s.start[k], end = s.start[k + 1];
-  const int64_t first = begin / s.span, last = end > begin ? (end - 1) / s.span : first;
-  if (end > begin && first == last) return;
-  for (int64_t column = threadIdx.x % 32; column < columns; column += 32) {
+__global__ void __launch_bounds__(kSumThreads) join_sums_kernel(Term term, Sort s, const double* partial) {
+  const int64_t columns = term.columns(), column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
+  if (column >= columns) return;
+  for (int i = 0; i < kJoinCodes; ++i) {
+    const int64_t k = int64_t(blockIdx.x) * kJoinCodes + i;
+    if (k >= s.K) return;
+    const int64_t begin = s.start[k], end = s.start[k + 1];
+    const int64_t first = begin / s.span, last = end > begin ? (end - 1) / s.span : first;
+    if (end > begin && first == last) continue;
     double sum = 0;
     if (end > begin) sum = partial[(first * 2 + 1) * columns + column];
+#pragma unroll 8
     for (int64_t span = first + 1; span <= last; ++span) sum += partial[span * 2 * columns + column];
     term.store(k, column, sum);
   }
@@ -1265,11 +1282,13 @@ __global__ void __launch_bounds__(kThreads) join_sums_kernel(Term term, Sort s, 
 
 template <class Term>
 int code_sums(const Term& term, const Sort& s, const int64_t* indices, double* partial, void* stream) {
-  const dim3 spans(unsigned(s.spans), unsigned(ceil_div(term.columns(), kThreads))), block(kThreads);
+  const int64_t columns = term.columns(), parts = ceil_div(columns, kSumThreads);
+  const dim3 spans(unsigned(s.spans), unsigned(parts)), codes(unsigned(ceil_div(s.K, kJoinCodes)), unsigned(parts));
+  const dim3 block(unsigned(ceil_div(ceil_div(columns, parts), 32) * 32));
   return Sequence()
       .then([&] { return sort_rows(s, indices, stream); })
       .then([&] { return launch(span_sums_kernel<Term>, spans, block, 0, stream, term, s, indices, partial); })
-      .then([&] { return launch(join_sums_kernel<Term>, dim3(unsigned(ceil_div(s.K, kWarps))), block, 0, stream, term, s, partial); })
+      .then([&] { return launch(join_sums_kernel<Term>, codes, block, 0, stream, term, s, partial); })
       .status();
 }
 
@@ -1296,10 +1315,10 @@ struct BackwardPlan {
 // ---- moving averages
 
 // size <- decay size + (1 - decay) counts, and the total of it: one block, K is small.
-__global__ void __launch_bounds__(kThreads) ema_size_kernel(VqEmaArgs a, double* total) {
-  MMFAST_SHARED(double[kWarps], scratch);
+__global__ void __launch_bounds__(kWideThreads) ema_size_kernel(VqEmaArgs a, double* total) {
+  MMFAST_SHARED(double[kWideWarps], scratch);
   double sum = 0;
-  for (int64_t k = threadIdx.x; k < a.K; k += kThreads) {
+  for (int64_t k = threadIdx.x; k < a.K; k += kWideThreads) {
     const double size = a.decay * load_double(a.cluster_size, a.dtype, k) + (1 - a.decay) * load_double(a.counts, a.dtype, k);
     store_double(a.cluster_size, a.dtype, k, size);
     sum += size;
@@ -1337,13 +1356,13 @@ int vq_nearest_cuda(const VqNearestArgs& a, void* workspace, void* stream) {
   const NearestPlan p(a, workspace);
   const Codes& c = p.codes;
   const int64_t N = a.x.rows();
-  const dim3 block(kThreads), code_grid(unsigned(ceil_div(c.K, kWarps)));
+  const dim3 block(kThreads), wide(kWideThreads), code_grid(unsigned(ceil_div(c.K, kWarps)));
   Sequence run;
   if (N > 0)
     run.then([&] { return launch(code_factor_kernel, code_grid, block, 0, stream, c); })
-        .then([&] { return launch(code_mean_kernel, dim3(unsigned(ceil_div(c.D, 32))), block, 0, stream, c); })
+        .then([&] { return launch(code_mean_kernel, dim3(unsigned(ceil_div(c.D, 32))), wide, 0, stream, c); })
         .then([&] { return launch(code_largest_kernel, code_grid, block, 0, stream, c); })
-        .then([&] { return launch(code_pack_kernel, dim3(unsigned(c.panels)), block, 0, stream, c); });
+        .then([&] { return launch(code_pack_kernel, dim3(unsigned(c.panels)), wide, 0, stream, c); });
   for (int64_t row0 = 0; row0 < N; row0 += p.chunk) {
     const int64_t count = N - row0 < p.chunk ? N - row0 : p.chunk, tiles = ceil_div(count, kTile);
     const Rows rows{a.x, a.mask, row0, count, p.rows, p.scalars, p.opened};
@@ -1394,7 +1413,7 @@ size_t vq_ema_cuda_workspace(const VqEmaArgs&) { return 256; }
 int vq_ema_cuda(const VqEmaArgs& a, void* workspace, void* stream) {
   double* total = static_cast<double*>(workspace);
   return Sequence()
-      .then([&] { return launch(ema_size_kernel, dim3(1), dim3(kThreads), 0, stream, a, total); })
+      .then([&] { return launch(ema_size_kernel, dim3(1), dim3(kWideThreads), 0, stream, a, total); })
       .then([&] { return launch(ema_code_kernel, dim3(unsigned(ceil_div(a.K, kWarps))), dim3(kThreads), 0, stream, a, total); })
       .status();
 }

@@ -306,7 +306,7 @@ def check_stats(n, k, d, dtype, layout, weighted, skew, sanitizer=""):
 STATS = [
     (1, 1, 1, "f32", "dense", False, False), (600, 7, 5, "f32", "channel_first", True, True), (600, 70, 33, "bf16", "dense", False, True),
     (300, 1100, 3, "f16", "sliced", False, False), (1000, 3, 2, "f64", "dense", True, True), (40, 5, 300, "f32", "dense", False, False),
-    (0, 4, 3, "f32", "dense", False, False),
+    (0, 4, 3, "f32", "dense", False, False), (90, 4, 700, "f32", "channel_first", True, True), (200, 40, 31, "f32", "dense", False, False),
 ]  # fmt: skip
 
 
@@ -399,7 +399,7 @@ BACKWARD = [
     *[(70, 9, 40, g, "f32", "f32", "dense", "qlxe") for g in ("none", "ste", "rotation")],
     (60, 5, 33, "rotation", "bf16", "f32", "channel_first", "qlx"), (33, 4, 3, "ste", "f16", "bf16", "sliced", "lxe"),
     (300, 2, 8, "rotation", "f64", "f64", "dense", "qlxe"), (20, 6, 70, "ste", "f32", "f16", "dense", "qx"),
-    (20, 6, 7, "none", "f32", "f32", "dense", "le"), (0, 3, 4, "ste", "f32", "f32", "dense", "qlxe"), (1, 1, 1, "rotation", "f32", "f32", "dense", "qlxe"),
+    (20, 6, 7, "none", "f32", "f32", "dense", "le"), (99, 4, 530, "ste", "f32", "f32", "dense", "qle"), (0, 3, 4, "ste", "f32", "f32", "dense", "qlxe"), (1, 1, 1, "rotation", "f32", "f32", "dense", "qlxe"),
 ]  # fmt: skip
 
 
