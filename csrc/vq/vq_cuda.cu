@@ -18,8 +18,8 @@
 //
 // The kernels, in order:
 //   code_factor, code_mean, code_largest, code_pack   a warp a code, a block a panel: shift, scales, fp16 codes, radii; K D work, small
-//   row_pack    a block 32 rows, any layout and type: fp16 rows, their scale and radius. Costs one read of x and a half-size write, and
-//               leaves the screen a single instance that copies nothing but ready-made 8 KB tiles.
+//   row_pack    a block 32 rows, any layout and type: fp16 rows, their scale and radius. Costs one read of x (the second comes from a
+//               cache) and a half-size write, and leaves the screen a single instance that copies nothing but ready-made 8 KB tiles.
 //   screen      a CTA 128 rows x a run of panels (all of them unless rows are few), four warps of 64 x 64; rows stay in shared memory while
 //               D <= 256, codes stream through cp.async. The epilogue is six instructions an element in registers; two CTAs a
 //               multiprocessor overlap it with each other's products. Bound by the tensor pipe; codes come from L2.
@@ -55,6 +55,7 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kWideThreads = 1024, kWideWarps = kWideThreads / 32;  // of kernels with fewer blocks than there are multiprocessors
 constexpr float kInf = __builtin_inff();
 constexpr double kNaN = __builtin_nan("");
+constexpr double kLargestDouble = 0x1.fffffffffffffp1023;
 
 // A row as the screen sees it. state: why a row is special.
 enum RowState : int { kSearch = 0, kMasked = 1, kNotFinite = 2, kAllEqual = 3 };
@@ -97,54 +98,110 @@ __device__ void gather(const void* data, DType type, const int64_t (&offset)[U],
   }
 }
 
-// A 32 x 32 piece of rows in shared memory. Threads are laid along whichever direction is contiguous in memory.
-using Tile = double[kBlockRows][33];
-struct TileMap {
-  bool along_rows;
-  __device__ explicit TileMap(const VqRows& x) : along_rows(x.stride_d != 1) {}
-  __device__ int row(int u) const { return along_rows ? int(threadIdx.x) % 32 : int(threadIdx.x) / 32 + kWarps * u; }
-  __device__ int column(int u) const { return along_rows ? int(threadIdx.x) / 32 + kWarps * u : int(threadIdx.x) % 32; }
+// How a block deals out its rows: a thread takes kRuns runs of kRun columns of a row at a time. Where columns are contiguous, `width` lanes
+// share a row and meet by shuffles alone; else a lane is a row, so that the loads of a warp are contiguous, and the warps share its
+// columns.
+constexpr int kRun = 4, kRuns = 2, kValues = kRun * kRuns;
+struct Walk {
+  int width;  // 0: a lane is a row
+  __device__ explicit Walk(const VqRows& x) : width(x.stride_d != 1 ? 0 : x.D > 16 * kRun ? 32 : x.D > 8 * kRun ? 16 : 8) {}
+  __device__ int turns() const { return width ? kBlockRows * width / kThreads : 1; }
+  __device__ int row(int turn) const { return width ? turn * (kThreads / width) + int(threadIdx.x) / width : int(threadIdx.x) % 32; }
+  __device__ bool speaks() const { return width ? threadIdx.x % width == 0 : threadIdx.x < 32; }  // one thread a row
+  // First column, distance of the second run from the first, distance of the next pair.
+  __device__ int column() const { return width ? int(threadIdx.x) % width * kRun : int(threadIdx.x) / 32 * kValues; }
+  __device__ int apart() const { return width ? width * kRun : kRun; }
+  __device__ int step() const { return (width ? width : kWarps) * kValues; }
+
+  using Scratch = double[kWarps][32];
+  template <class Combine>
+  __device__ double reduce(double v, Scratch& scratch, Combine combine) const {
+    if (width) {
+      for (int m = width / 2; m; m /= 2) v = combine(v, __shfl_xor_sync(kFullWarp, v, m));
+      return v;
+    }
+    const int lane = int(threadIdx.x) % 32;
+    __syncthreads();
+    scratch[threadIdx.x / 32][lane] = v;
+    __syncthreads();
+    v = scratch[0][lane];
+    for (int w = 1; w < kWarps; ++w) v = combine(v, scratch[w][lane]);
+    return v;
+  }
+  __device__ double sum(double v, Scratch& scratch) const {
+    return reduce(v, scratch, [](double a, double b) { return a + b; });
+  }
+  __device__ double max(double v, Scratch& scratch) const {
+    return reduce(v, scratch, [](double a, double b) { return a > b ? a : b; });
+  }
 };
-constexpr int kPerThread = kBlockRows * 32 / kThreads;
 
-// offsets[r] < 0 marks a row that is not there.
-__device__ void load_tile(const VqRows& x, const int64_t* offsets, int64_t column0, Tile& tile) {
-  const TileMap map(x);
-  int64_t at[kPerThread];
-  double v[kPerThread];
-#pragma unroll
-  for (int u = 0; u < kPerThread; ++u) {
-    const int64_t column = column0 + map.column(u), base = offsets[map.row(u)];
-    at[u] = base >= 0 && column < x.D ? base + column * x.stride_d : -1;
-  }
-  gather(x.data, x.dtype, at, v);
-#pragma unroll
-  for (int u = 0; u < kPerThread; ++u) tile[map.row(u)][map.column(u)] = v[u];
+// Whether the row's runs can be moved as a whole. offset < 0 marks a row that is not there.
+__device__ bool in_one_piece(const VqRows& x, int64_t offset) {
+  return x.stride_d == 1 && (x.D | offset) % kRun == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
-// tile[r] = code[r]'s columns, 0 where code[r] is negative.
-__device__ void load_codes(const void* codebook, DType type, int64_t stride_k, int64_t D, const int64_t* code, int64_t column0,
-                           Tile& tile) {
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  int64_t at[kPerThread];
-  double v[kPerThread];
+// The runs at columns d and d + apart, 0 where there is nothing.
+__device__ void load_runs(const VqRows& x, int64_t offset, int64_t d, int apart, double (&v)[kValues]) {
+  if (x.dtype == DType::f64 || !in_one_piece(x, offset)) {
+    int64_t at[kValues];
 #pragma unroll
-  for (int u = 0; u < kPerThread; ++u) {
-    const int64_t k = code[warp + kWarps * u];
-    at[u] = k >= 0 && column0 + lane < D ? k * stride_k + column0 + lane : -1;
+    for (int u = 0; u < kValues; ++u) {
+      const int64_t column = d + u / kRun * apart + u % kRun;
+      at[u] = offset >= 0 && column < x.D ? offset + column * x.stride_d : -1;
+    }
+    gather(x.data, x.dtype, at, v);
+    return;
   }
-  gather(codebook, type, at, v);
+  if (x.dtype == DType::f32) {
+    float4 run[kRuns];
 #pragma unroll
-  for (int u = 0; u < kPerThread; ++u) tile[warp + kWarps * u][lane] = v[u];
+    for (int r = 0; r < kRuns; ++r)
+      run[r] = d + r * apart < x.D ? *reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + offset + d + r * apart)
+                                   : float4{0, 0, 0, 0};
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) v[4 * r] = run[r].x, v[4 * r + 1] = run[r].y, v[4 * r + 2] = run[r].z, v[4 * r + 3] = run[r].w;
+    return;
+  }
+  uint2 run[kRuns];
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r)
+    run[r] =
+        d + r * apart < x.D ? *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(x.data) + offset + d + r * apart) : uint2{0, 0};
+#pragma unroll
+  for (int u = 0; u < kValues; ++u) {
+    const uint32_t word = u % kRun < 2 ? run[u / kRun].x : run[u / kRun].y;
+    const uint16_t half = uint16_t(u % 2 ? word >> 16 : word);
+    v[u] = x.dtype == DType::f16 ? widen_f16(half) : bf16_to_float(half);
+  }
 }
 
-__device__ void store_tile(const VqRows& out, const int64_t* offsets, int64_t column0, const Tile& tile) {
-  const TileMap map(out);
+__device__ void store_runs(const VqRows& x, int64_t offset, int64_t d, int apart, const double (&v)[kValues]) {
+  if (offset < 0) return;
+  if (x.dtype == DType::f64 || !in_one_piece(x, offset)) {
 #pragma unroll
-  for (int u = 0; u < kPerThread; ++u) {
-    const int64_t column = column0 + map.column(u), base = offsets[map.row(u)];
-    if (base >= 0 && column < out.D) store_double(out.data, out.dtype, base + column * out.stride_d, tile[map.row(u)][map.column(u)]);
+    for (int u = 0; u < kValues; ++u) {
+      const int64_t column = d + u / kRun * apart + u % kRun;
+      if (column < x.D) store_double(x.data, x.dtype, offset + column * x.stride_d, v[u]);
+    }
+    return;
   }
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    if (d + r * apart >= x.D) continue;
+    const int64_t at = offset + d + r * apart;
+    float part[kRun];
+    for (int u = 0; u < kRun; ++u) part[u] = float(v[r * kRun + u]);
+    if (x.dtype == DType::f32) *reinterpret_cast<float4*>(static_cast<float*>(x.data) + at) = float4{part[0], part[1], part[2], part[3]};
+    else
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(x.data) + at) =
+          x.dtype == DType::f16 ? uint2{pack_f16(part[0], part[1]), pack_f16(part[2], part[3])}
+                                : uint2{pack_bf16(part[0], part[1]), pack_bf16(part[2], part[3])};
+  }
+}
+
+__device__ VqRows code_rows(const void* codebook, DType type, int64_t K, int64_t D, int64_t stride_k) {
+  return {const_cast<void*>(codebook), type, 1, K, D, 0, stride_k, 1};
 }
 
 // 2^e for |e| <= 1022, exactly.
@@ -171,7 +228,7 @@ struct Codes {
   VqMetric metric;
   int64_t depth, panels;  // D rounded up to whole steps, K to whole panels
   double* factor;         // [K] a code is used as factor * code: 1, or 1 / norm for cosine (0 for a zero code); NaN: never chosen
-  double* mean;           // [D] the shift; any value is correct, one near the codes' mean is good
+  float* mean;            // [depth] the shift, 0 from D on; any value is correct, one near the codes' mean is good
   double* largest;        // [K] largest magnitude of the shifted code
   int* exponent;          // [1] the common unit is 2^exponent
   uint16_t* packed;       // [panels][depth / 32] tiles of fp16
@@ -240,11 +297,12 @@ __global__ void __launch_bounds__(kWideThreads) code_mean_kernel(Codes c) {
   sums[warp][lane] = sum;
   if (lane == 0) counts[warp] = count;
   __syncthreads();
-  if (warp == 0 && d < c.D) {
+  if (warp == 0) {
     double total = 0;
     int n = 0;
     for (int w = 0; w < kWideWarps; ++w) total += sums[w][lane], n += counts[w];
-    c.mean[d] = n && is_finite(total) ? total / n : 0.0;
+    const float mean = n ? float(total / n) : 0.0f;
+    c.mean[d] = is_finite(mean) ? mean : 0.0f;
   }
 }
 
@@ -346,80 +404,89 @@ struct Rows {
   int* opened;          // [1] set to 0: the list of open rows starts anew with each chunk
 };
 
-__global__ void __launch_bounds__(kThreads) row_pack_kernel(Rows a, Codes c) {
-  MMFAST_SHARED(Tile, tile);
-  MMFAST_SHARED(int64_t[kBlockRows], offset);
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+__global__ void __launch_bounds__(kThreads, 4) row_pack_kernel(Rows a, Codes c) {
+  MMFAST_SHARED(int64_t[kBlockRows], offsets);
+  MMFAST_SHARED(Walk::Scratch, scratch);
   const int64_t first = int64_t(blockIdx.x) * kBlockRows;
   if (blockIdx.x == 0 && threadIdx.x == 0) *a.opened = 0;
   if (threadIdx.x < kBlockRows) {
     const int64_t row = first + threadIdx.x;
     const bool there = row < a.count && (!a.mask || a.mask[a.row0 + row]);
-    offset[threadIdx.x] = there ? a.x.offset(a.row0 + row) : -1;
+    offsets[threadIdx.x] = there ? a.x.offset(a.row0 + row) : -1;
   }
   __syncthreads();
+  const Walk walk(a.x);
   const bool shift = c.metric == VqMetric::l2;
-  constexpr int kRows = kBlockRows / kWarps;  // rows of a warp
-  double largest[kRows] = {};
-  bool finite[kRows];
-  for (int i = 0; i < kRows; ++i) finite[i] = true;
-  for (int64_t d0 = 0; d0 < a.x.D; d0 += 32) {
-    load_tile(a.x, offset, d0, tile);
-    __syncthreads();
-    const double mean = shift && d0 + lane < a.x.D ? c.mean[d0 + lane] : 0.0;
-    for (int i = 0; i < kRows; ++i) {
-      const double v = tile[warp * kRows + i][lane];
-      const double shifted = d0 + lane < a.x.D ? fabs(v - mean) : 0.0;
-      finite[i] &= is_finite(v);
-      largest[i] = shifted > largest[i] ? shifted : largest[i];
+  const int unit = *c.exponent, apart = walk.apart();
+  const auto load = [&](int64_t offset, int64_t d, double (&v)[kValues], float (&mean)[kValues]) {
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const bool inside = shift && d + r * apart < c.depth;
+      const float4 m = inside ? *reinterpret_cast<const float4*>(c.mean + d + r * apart) : float4{0, 0, 0, 0};
+      mean[4 * r] = m.x, mean[4 * r + 1] = m.y, mean[4 * r + 2] = m.z, mean[4 * r + 3] = m.w;
     }
-    __syncthreads();
-  }
-  const int unit = *c.exponent;
-  double to_half[kRows], kept2[kRows] = {}, norm2[kRows] = {}, residual2[kRows] = {};
-  int height[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    finite[i] = __all_sync(kFullWarp, finite[i]);
-    largest[i] = warp_max(largest[i]);
-    const int exponent = exponent_of(largest[i]);
+    load_runs(a.x, offset, d, apart, v);
+  };
+  for (int turn = 0; turn < walk.turns(); ++turn) {
+    const int r = walk.row(turn);
+    const int64_t offset = offsets[r], row = first + r;
+    double v[kValues], largest = 0;  // Inf when the row holds something that is not finite
+    float mean[kValues];
+    for (int64_t d = walk.column(); d < a.x.D; d += walk.step()) {
+      load(offset, d, v, mean);
+#pragma unroll
+      for (int u = 0; u < kValues; ++u) {
+        const double shifted = fmin(fabs(v[u] - double(mean[u])), kLargestDouble);
+        largest = !is_finite(v[u]) ? double(kInf) : shifted > largest ? shifted : largest;
+      }
+    }
+    largest = walk.max(largest, scratch);
+    const bool finite = largest < kInf, use = finite && offset >= 0;
+    const int exponent = exponent_of(largest);
     // Under l2 rows and codes share a unit; otherwise the row's length does not matter and its own magnitude is the unit.
-    height[i] = shift ? exponent - unit : 0;
-    height[i] = height[i] < -100 ? -100 : height[i];
-    const int e = shift ? 8 - height[i] - unit : 8 - exponent;
-    to_half[i] = power_of_two(e < -1022 ? -1022 : e > 1022 ? 1022 : e);
-  }
-  for (int64_t d0 = 0; d0 < c.depth; d0 += 32) {
-    load_tile(a.x, offset, d0, tile);
-    __syncthreads();
-    const bool inside = d0 + lane < a.x.D;
-    const double mean = shift && inside ? c.mean[d0 + lane] : 0.0;
-    for (int i = 0; i < kRows; ++i) {
-      const int r = warp * kRows + i;
-      const double v = inside && finite[i] && offset[r] >= 0 ? (tile[r][lane] - mean) * to_half[i] : 0.0;
-      const uint16_t half = float_to_f16(float(v));
-      const double kept = f16_to_float(half), lost = v - kept;
-      kept2[i] += kept * kept;
-      norm2[i] += v * v;
-      residual2[i] += lost * lost;
-      const int64_t row = first + r;
-      a.packed[((row / kTile) * (c.depth / kStep) + d0 / kStep) * (kTile * kStep) + tile_at(int(row % kTile), lane)] = half;
+    int height = shift ? exponent - unit : 0;
+    height = height < -100 ? -100 : height;
+    const int e = shift ? 8 - height - unit : 8 - exponent;
+    const double to_half = power_of_two(e < -1022 ? -1022 : e > 1022 ? 1022 : e);
+    double kept2 = 0, norm2 = 0, residual2 = 0;
+    for (int64_t d = walk.column(); d < c.depth; d += walk.step()) {
+      load(offset, d, v, mean);
+#pragma unroll
+      for (int p = 0; p < kRuns; ++p) {
+        uint32_t words[kRun / 2];
+#pragma unroll
+        for (int u = 0; u < kRun; u += 2) {
+          double pair[2];
+          for (int i = 0; i < 2; ++i) {
+            const int at = p * kRun + u + i;
+            pair[i] = use ? (v[at] - double(mean[at])) * to_half : 0.0;
+          }
+          words[u / 2] = pack_f16(float(pair[0]), float(pair[1]));
+          for (int i = 0; i < 2; ++i) {
+            const double kept = widen_f16(uint16_t(words[u / 2] >> (16 * i))), lost = pair[i] - kept;
+            kept2 += kept * kept;
+            norm2 += pair[i] * pair[i];
+            residual2 += lost * lost;
+          }
+        }
+        const int64_t column = d + p * apart;
+        if (column >= c.depth) continue;
+        uint16_t* tile = a.packed + ((row / kTile) * (c.depth / kStep) + column / kStep) * (kTile * kStep);
+        *reinterpret_cast<uint2*>(tile + tile_at(int(row % kTile), int(column % kStep))) = uint2{words[0], words[1]};
+      }
     }
-    __syncthreads();
-  }
-  for (int i = 0; i < kRows; ++i) {
-    const double kept = sqrt(warp_sum(kept2[i])), norm = sqrt(warp_sum(norm2[i])), lost = sqrt(warp_sum(residual2[i]));
-    if (lane != 0) continue;
-    const int r = warp * kRows + i;
+    const double kept = sqrt(walk.sum(kept2, scratch)), norm = sqrt(walk.sum(norm2, scratch)), lost = sqrt(walk.sum(residual2, scratch));
+    if (!walk.speaks()) continue;
     // Twice the classical bound for fp32 sums, so that adders that truncate are covered as well.
     const double g = double(c.depth + 16) * 0x1p-22 + 0x1p-21;
     constexpr double kUp = 2 * (1 + 0x1p-9);
-    const double from_half = ldexp(1.0, height[i] - 8);
+    const double from_half = ldexp(1.0, height - 8);
     RowScalars s;
     s.alpha = __double2float_ru(kUp * kept * from_half);
     s.beta = __double2float_ru(kUp * (lost + norm * 0x1p-50 + g * kept) * from_half);
     s.multiplier = float(-2 * from_half);
-    s.state = offset[r] < 0 ? kMasked : !finite[i] ? kNotFinite : !shift && norm == 0 ? kAllEqual : kSearch;
-    a.scalars[first + r] = s;
+    s.state = offset < 0 ? kMasked : !finite ? kNotFinite : !shift && norm == 0 ? kAllEqual : kSearch;
+    a.scalars[row] = s;
   }
 }
 
@@ -743,50 +810,50 @@ __global__ void __launch_bounds__(kThreads, 2) search_kernel(Finish f, Codes c) 
       const int64_t panel0 = int64_t(e / kLanes) * f.lanes.split_panels;
       const int64_t panels = c.panels - panel0 < f.lanes.split_panels ? c.panels - panel0 : f.lanes.split_panels;
       const int64_t items = hides ? panels * kLaneCodes : 1;
+      const auto code_at = [&](int64_t i) {
+        const int64_t j = i >= items ? -1 : hides ? lane_code(panel0, e % kLanes, i) : int64_t(f.lanes.index[base + e]);
+        return j >= 0 && j < a.K && is_finite(c.factor[j]) ? j : -1;
+      };
       constexpr int kCodes = 4;  // of a thread
-      for (int64_t i0 = warp * 32; i0 < items; i0 += kCodes * kThreads) {
-        int64_t code[kCodes];
-        bool keep[kCodes];
-#pragma unroll
-        for (int u = 0; u < kCodes; ++u) {
-          const int64_t i = i0 + u * kThreads + lane, j = hides ? lane_code(panel0, e % kLanes, i) : f.lanes.index[base + e];
-          code[u] = i < items && j < a.K ? j : -1;
-          keep[u] = code[u] >= 0 && is_finite(c.factor[code[u]]);
-        }
+      for (int64_t i0 = warp * 32 + lane; i0 - lane < items; i0 += kCodes * kThreads) {
+        unsigned above = 0;  // bit u: the bound of code i0 + u kThreads is above `upper`
         if (hides && !everything) {
           const uint16_t* tiles[kCodes];
           int at[kCodes];
+          int64_t code[kCodes];
           float sum[kCodes];
 #pragma unroll
           for (int u = 0; u < kCodes; ++u) {
-            const int64_t j = code[u] < 0 ? 0 : code[u];
-            tiles[u] = c.packed + j / kTile * (c.depth * kTile);
-            at[u] = int(j % kTile);
+            const int64_t i = i0 + u * kThreads;
+            code[u] = lane_code(panel0, e % kLanes, i < items ? i : 0);  // below panels * kTile: packed, if not real
+            tiles[u] = c.packed + code[u] / kTile * (c.depth * kTile);
+            at[u] = int(code[u] % kTile);
           }
           products(row_tiles, int(row % kTile), tiles, at, c.depth, sum);
 #pragma unroll
           for (int u = 0; u < kCodes; ++u) {
-            if (!keep[u]) continue;
             const PanelScalars panel = c.scalars[code[u] / kTile];
             const float low = fmaf(sum[u], scalars.multiplier * panel.multiplier, c.norms[code[u]]) - radius(scalars, panel);
-            keep[u] = !(low > upper);
+            above |= unsigned(low > upper) << u;
           }
         }
-#pragma unroll
-        for (int u = 0; u < kCodes; ++u)
-          for (unsigned left = __ballot_sync(kFullWarp, keep[u]); left;) {
+#pragma unroll 1
+        for (int u = 0; u < kCodes; ++u) {
+          const int64_t mine = above >> u & 1 ? -1 : code_at(i0 + u * kThreads);
+          for (unsigned left = __ballot_sync(kFullWarp, mine >= 0); left;) {
             int64_t some[4];
             double cost[4];
 #pragma unroll
             for (int v = 0; v < 4; ++v) {
-              some[v] = __shfl_sync(kFullWarp, code[u], left ? __ffs(int(left)) - 1 : 0);
-              some[v] = left ? some[v] : -1;
+              const int64_t other = __shfl_sync(kFullWarp, mine, left ? __ffs(int(left)) - 1 : 0);
+              some[v] = left ? other : -1;
               left &= left - 1;
             }
             exact_costs(a, c.factor, x_offset, some, cost);
 #pragma unroll
             for (int v = 0; v < 4; ++v) choice.offer(cost[v], some[v]);
           }
+        }
       }
     }
     if (lane == 0) choices[warp] = choice;
@@ -799,16 +866,14 @@ __global__ void __launch_bounds__(kThreads, 2) search_kernel(Finish f, Codes c) 
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) emit_kernel(Finish f, Codes c) {
+__global__ void __launch_bounds__(kThreads, 3) emit_kernel(Finish f, Codes c) {
   MMFAST_SHARED(int64_t[kBlockRows], chosen);
   MMFAST_SHARED(int64_t[kBlockRows], x_offset);
   MMFAST_SHARED(int64_t[kBlockRows], q_offset);
   MMFAST_SHARED(int[kBlockRows], state);
   MMFAST_SHARED(double[kBlockRows], row_error);
-  MMFAST_SHARED(Tile, xs);
-  MMFAST_SHARED(Tile, qs);
+  MMFAST_SHARED(Walk::Scratch, scratch);
   const VqNearestArgs& a = f.args;
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t first = int64_t(blockIdx.x) * kBlockRows;
   if (threadIdx.x < kBlockRows) {
     const int64_t row = first + threadIdx.x;
@@ -819,39 +884,37 @@ __global__ void __launch_bounds__(kThreads, 2) emit_kernel(Finish f, Codes c) {
     chosen[threadIdx.x] = there ? a.indices[f.row0 + row] : -1;
   }
   __syncthreads();
-
-  constexpr int kRows = kBlockRows / kWarps;
-  double error[kRows] = {}, dot[kRows] = {}, x2[kRows] = {};
-  for (int64_t d0 = 0; d0 < a.x.D; d0 += 32) {
-    load_tile(a.x, x_offset, d0, xs);
-    load_codes(a.codebook, a.codebook_dtype, a.stride_k, a.x.D, chosen, d0, qs);
-    __syncthreads();
-    for (int i = 0; i < kRows; ++i) {
-      const int r = warp * kRows + i;
-      const double x = xs[r][lane], q = qs[r][lane];
-      error[i] += (x - q) * (x - q);
-      dot[i] += x * q;
-      x2[i] += x * x;
-      if (state[r] == kMasked) qs[r][lane] = x;  // a masked row comes back as it is
+  const Walk walk(a.x);
+  const VqRows codes = code_rows(a.codebook, a.codebook_dtype, a.K, a.x.D, a.stride_k);
+  for (int turn = 0; turn < walk.turns(); ++turn) {
+    const int r = walk.row(turn);
+    const int64_t k = chosen[r], at = k >= 0 ? k * a.stride_k : -1;
+    const bool masked = state[r] == kMasked;
+    double error = 0, dot = 0, x2 = 0;
+    for (int64_t d = walk.column(); d < a.x.D; d += walk.step()) {
+      double x[kValues], q[kValues];
+      load_runs(a.x, x_offset[r], d, walk.apart(), x);
+      load_runs(codes, at, d, walk.apart(), q);
+#pragma unroll
+      for (int u = 0; u < kValues; ++u) {
+        error += (x[u] - q[u]) * (x[u] - q[u]);
+        dot += x[u] * q[u];
+        x2 += x[u] * x[u];
+        if (masked) q[u] = x[u];  // a masked row comes back as it is
+      }
+      store_runs(a.quantized, q_offset[r], d, walk.apart(), q);
     }
-    __syncthreads();
-    if (a.quantized.data) store_tile(a.quantized, q_offset, d0, qs);
-    __syncthreads();
-  }
-  for (int i = 0; i < kRows; ++i) {
-    const int r = warp * kRows + i;
-    error[i] = warp_sum(error[i]);
-    dot[i] = warp_sum(dot[i]);
-    x2[i] = warp_sum(x2[i]);
-    if (lane != 0) continue;
-    const int64_t k = chosen[r];
+    error = walk.sum(error, scratch);
+    dot = walk.sum(dot, scratch);
+    x2 = walk.sum(x2, scratch);
+    if (!walk.speaks()) continue;
     // A row that is not finite makes the mean NaN: training that diverges must show.
-    row_error[r] = k >= 0 ? error[i] : state[r] == kMasked ? 0.0 : kNaN;
+    row_error[r] = k >= 0 ? error : masked ? 0.0 : kNaN;
     if (a.distance && first + r < f.count) {
       double value = kNaN;
       if (k >= 0) {
-        value = a.metric == VqMetric::l2 ? error[i] : -dot[i];
-        if (a.metric == VqMetric::cosine) value = 1 + (x2[i] > 0 ? value * c.factor[k] * rsqrt(x2[i]) : 0.0);
+        value = a.metric == VqMetric::l2 ? error : -dot;
+        if (a.metric == VqMetric::cosine) value = 1 + (x2 > 0 ? value * c.factor[k] * rsqrt(x2) : 0.0);
       }
       store_double(a.distance, a.x.dtype == DType::f64 ? DType::f64 : DType::f32, f.row0 + first + r, value);
     }
@@ -895,7 +958,7 @@ struct NearestPlan {
     codes.panels = ceil_div(a.K, kTile);
     const int64_t tile_halves = codes.depth * kTile;
     codes.factor = carve.take<double>(a.K);
-    codes.mean = carve.take<double>(a.x.D);
+    codes.mean = carve.take<float>(codes.depth);
     codes.largest = carve.take<double>(a.K);
     codes.exponent = carve.take<int>(1);
     codes.packed = carve.take<uint16_t>(codes.panels * tile_halves);
@@ -962,78 +1025,68 @@ __global__ void __launch_bounds__(kThreads) count_valid_kernel(const int64_t* in
   if (threadIdx.x == 0 && count) atomicAdd(valid, static_cast<unsigned long long>(count));
 }
 
-__global__ void __launch_bounds__(kThreads) grad_x_kernel(Backward b) {
-  MMFAST_SHARED(int64_t[kBlockRows], code);
+__global__ void __launch_bounds__(kThreads, 2) grad_x_kernel(Backward b) {
+  MMFAST_SHARED(int64_t[kBlockRows], codes);
   MMFAST_SHARED(int64_t[kBlockRows], x_offset);
   MMFAST_SHARED(int64_t[kBlockRows], g_offset);
   MMFAST_SHARED(int64_t[kBlockRows], out_offset);
-  MMFAST_SHARED(Tile, xs);
-  MMFAST_SHARED(Tile, qs);
-  MMFAST_SHARED(Tile, gs);
+  MMFAST_SHARED(Walk::Scratch, scratch);
   const VqBackwardArgs& a = b.args;
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t first = int64_t(blockIdx.x) * kBlockRows, N = a.x.rows();
   if (threadIdx.x < kBlockRows) {
     const int64_t row = first + threadIdx.x;
     const bool there = row < N;
-    code[threadIdx.x] = there && b.is_code(a.indices[row]) ? a.indices[row] : -1;
+    codes[threadIdx.x] = there && b.is_code(a.indices[row]) ? a.indices[row] : -1;
     x_offset[threadIdx.x] = there ? a.x.offset(row) : -1;
     g_offset[threadIdx.x] = there && a.grad_q.data ? a.grad_q.offset(row) : -1;
     out_offset[threadIdx.x] = there ? a.grad_x.offset(row) : -1;
   }
   __syncthreads();
-  constexpr int kRows = kBlockRows / kWarps;
-  // The rule is  scale * (g + along_x * x + along_q * q); straight-through by default.
-  double scale[kRows], along_x[kRows], along_q[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    scale[i] = a.gradient == VqGradient::none && code[warp * kRows + i] >= 0 ? 0.0 : 1.0;
-    along_x[i] = along_q[i] = 0.0;
-  }
-  if (a.gradient == VqGradient::rotation && a.grad_q.data) {
-    double xx[kRows] = {}, qq[kRows] = {}, xq[kRows] = {}, xg[kRows] = {}, qg[kRows] = {};
-    for (int64_t d0 = 0; d0 < a.x.D; d0 += 32) {
-      load_tile(a.x, x_offset, d0, xs);
-      load_tile(a.grad_q, g_offset, d0, gs);
-      load_codes(a.codebook, a.codebook_dtype, a.stride_k, a.x.D, code, d0, qs);
-      __syncthreads();
-      for (int i = 0; i < kRows; ++i) {
-        const int r = warp * kRows + i;
-        const double x = xs[r][lane], q = qs[r][lane], g = gs[r][lane];
-        xx[i] += x * x;
-        qq[i] += q * q;
-        xq[i] += x * q;
-        xg[i] += x * g;
-        qg[i] += q * g;
-      }
-      __syncthreads();
-    }
-    for (int i = 0; i < kRows; ++i) {
-      const double nx = sqrt(warp_sum(xx[i])), nq = sqrt(warp_sum(qq[i]));
-      const double cross = warp_sum(xq[i]), xg_all = warp_sum(xg[i]), qg_all = warp_sum(qg[i]);
-      if (code[warp * kRows + i] < 0 || !(nx > 0 && nq > 0)) continue;  // no direction to turn: straight through
-      // u = x / |x|, p = q / |q|, w = (u + p) / |u + p|:  |q| / |x| (g - 2 w (w.g) + 2 u (p.g)); opposite directions have no w.
-      const double ug = xg_all / nx, pg = qg_all / nq, sum2 = 2 + 2 * cross / (nx * nq);
-      const double wg = sum2 > 1e-12 ? 2 * (ug + pg) / sum2 : 0.0;
-      scale[i] = nq / nx;
-      along_x[i] = (2 * pg - wg) / nx;
-      along_q[i] = -wg / nq;
-    }
-  }
+  const Walk walk(a.x);
+  const VqRows codebook = code_rows(a.codebook, a.codebook_dtype, a.K, a.x.D, a.stride_k);
   const double loss = b.loss_factor() * a.w_commit;
-  for (int64_t d0 = 0; d0 < a.x.D; d0 += 32) {
-    load_tile(a.x, x_offset, d0, xs);
-    load_tile(a.grad_q, g_offset, d0, gs);
-    load_codes(a.codebook, a.codebook_dtype, a.stride_k, a.x.D, code, d0, qs);
-    __syncthreads();
-    for (int i = 0; i < kRows; ++i) {
-      const int r = warp * kRows + i;
-      const double x = xs[r][lane], q = qs[r][lane], g = gs[r][lane];
-      // A row without a code passes its gradient on, untouched by what it holds.
-      gs[r][lane] = code[r] < 0 ? g : (scale[i] == 0 ? 0.0 : scale[i] * (g + along_x[i] * x + along_q[i] * q)) + loss * (x - q);
+  for (int turn = 0; turn < walk.turns(); ++turn) {
+    const int r = walk.row(turn);
+    const int64_t code = codes[r];
+    double x[kValues], q[kValues], g[kValues];
+    const auto load = [&](int64_t d) {
+      load_runs(a.x, x_offset[r], d, walk.apart(), x);
+      load_runs(a.grad_q, g_offset[r], d, walk.apart(), g);
+      load_runs(codebook, code >= 0 ? code * a.stride_k : -1, d, walk.apart(), q);
+    };
+    // The rule is  scale * (g + along_x * x + along_q * q); straight-through by default.
+    double scale = a.gradient == VqGradient::none && code >= 0 ? 0.0 : 1.0, along_x = 0, along_q = 0;
+    if (a.gradient == VqGradient::rotation && a.grad_q.data) {
+      double xx = 0, qq = 0, xq = 0, xg = 0, qg = 0;
+      for (int64_t d = walk.column(); d < a.x.D; d += walk.step()) {
+        load(d);
+#pragma unroll
+        for (int u = 0; u < kValues; ++u) {
+          xx += x[u] * x[u];
+          qq += q[u] * q[u];
+          xq += x[u] * q[u];
+          xg += x[u] * g[u];
+          qg += q[u] * g[u];
+        }
+      }
+      const double nx = sqrt(walk.sum(xx, scratch)), nq = sqrt(walk.sum(qq, scratch));
+      const double cross = walk.sum(xq, scratch), xg_all = walk.sum(xg, scratch), qg_all = walk.sum(qg, scratch);
+      if (code >= 0 && nx > 0 && nq > 0) {  // else there is no direction to turn: straight through
+        // u = x / |x|, p = q / |q|, w = (u + p) / |u + p|:  |q| / |x| (g - 2 w (w.g) + 2 u (p.g)); opposite directions have no w.
+        const double ug = xg_all / nx, pg = qg_all / nq, sum2 = 2 + 2 * cross / (nx * nq);
+        const double wg = sum2 > 1e-12 ? 2 * (ug + pg) / sum2 : 0.0;
+        scale = nq / nx;
+        along_x = (2 * pg - wg) / nx;
+        along_q = -wg / nq;
+      }
     }
-    __syncthreads();
-    store_tile(a.grad_x, out_offset, d0, gs);
-    __syncthreads();
+    for (int64_t d = walk.column(); d < a.x.D; d += walk.step()) {
+      load(d);
+#pragma unroll
+      for (int u = 0; u < kValues; ++u)  // a row without a code passes its gradient on, untouched by what it holds
+        if (code >= 0) g[u] = (scale == 0 ? 0.0 : scale * (g[u] + along_x * x[u] + along_q * q[u])) + loss * (x[u] - q[u]);
+      store_runs(a.grad_x, out_offset[r], d, walk.apart(), g);
+    }
   }
 }
 
@@ -1360,7 +1413,7 @@ int vq_nearest_cuda(const VqNearestArgs& a, void* workspace, void* stream) {
   Sequence run;
   if (N > 0)
     run.then([&] { return launch(code_factor_kernel, code_grid, block, 0, stream, c); })
-        .then([&] { return launch(code_mean_kernel, dim3(unsigned(ceil_div(c.D, 32))), wide, 0, stream, c); })
+        .then([&] { return launch(code_mean_kernel, dim3(unsigned(c.depth / 32)), wide, 0, stream, c); })
         .then([&] { return launch(code_largest_kernel, code_grid, block, 0, stream, c); })
         .then([&] { return launch(code_pack_kernel, dim3(unsigned(c.panels)), wide, 0, stream, c); });
   for (int64_t row0 = 0; row0 < N; row0 += p.chunk) {
