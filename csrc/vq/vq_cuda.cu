@@ -11,19 +11,24 @@
 // where g covers the accumulation and c the remaining roundings: linear in two scalars a row and three a panel, so an outlier code loosens
 // its own panel only. Each lane keeps, over the codes that it meets, the smallest lower bound, its code, and the second smallest bound.
 // U = min over lanes (smallest bound + 2 radius) is above the minimum, so the argmin is among the codes with a bound <= U: lanes whose
-// smallest bound is <= U name their code; a lane whose second one is <= U too may hide others, and all its codes are compared in fp64.
-// Anything not finite hides everything. Every bound is rounded outwards; nothing depends on the order of a floating-point atomic, as there
-// is none.
+// smallest bound is <= U name their code; a lane whose second one is <= U too may hide others, and is gone through again: those of its
+// codes with a bound <= U are compared as well. (These bounds come from a second sum of the same products in another order, which g covers
+// as it covers any.) Anything not finite hides everything. Every bound is rounded outwards; nothing depends on the order of a
+// floating-point atomic, as there is none.
 //
 // The kernels, in order:
 //   code_factor, code_mean, code_largest, code_pack   a warp a code, a block a panel: shift, scales, fp16 codes, radii; K D work, small
-//   row_pack    a block 32 rows, any layout and type: fp16 rows, their scale and radius. Costs one read of x and a half-size write, and
-//               leaves the screen a single instance that copies nothing but ready-made 8 KB tiles.
+//   row_pack    a block 32 rows, any layout and type: fp16 rows, their scale and radius. Costs one read of x (the second comes from a
+//               cache) and a half-size write, and leaves the screen a single instance that copies nothing but ready-made 8 KB tiles.
 //   screen      a CTA 128 rows x a run of panels (all of them unless rows are few), four warps of 64 x 64; rows stay in shared memory while
 //               D <= 256, codes stream through cp.async. The epilogue is six instructions an element in registers; two CTAs a
 //               multiprocessor overlap it with each other's products. Bound by the tensor pipe; codes come from L2.
-//   finish      a block 32 rows: merge the lanes, settle candidates in fp64, then read x once more for the quantised output, distances and
-//               squared error, whose partial sums mean_error adds in a fixed order.
+//   decide      8 to 32 threads a row: merge the lanes, and compare in fp64 where a few lanes name a code each. Rows with a lane that may
+//               hide codes are listed, so that they spread over the device instead of waiting for the block that found them.
+//   search      a block a listed row: the bounds of all codes of those lanes once more, and in fp64 those <= U, usually two.
+//   emit        a block 32 rows: reads x once more for the quantised output, distances and squared error, whose partial sums mean_error
+//               adds in a fixed order.
+// The list's order is whatever the atomic counter gave; its rows do not know of each other.
 //
 // Statistics. A stable counting sort of the indices (a warp a run of rows, no atomics), then a walk through the sorted rows in equal
 // spans, whatever the sizes of the clusters: a collapsed codebook costs no more than a balanced one. Codes that cross a span's border are
@@ -47,8 +52,10 @@ constexpr int kLaneCodes = kTile / kLanes;
 constexpr int64_t kChunkWaves = 4;  // rows whose fp16 copies and lanes are alive at a time: as many as keep the device busy four times over
 constexpr int kBlockRows = 32;      // rows of a block in the memory-bound kernels
 constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kWideThreads = 1024, kWideWarps = kWideThreads / 32;  // of kernels with fewer blocks than there are multiprocessors
 constexpr float kInf = __builtin_inff();
 constexpr double kNaN = __builtin_nan("");
+constexpr double kLargestDouble = 0x1.fffffffffffffp1023;
 
 // A row as the screen sees it. state: why a row is special.
 enum RowState : int { kSearch = 0, kMasked = 1, kNotFinite = 2, kAllEqual = 3 };
@@ -91,54 +98,110 @@ __device__ void gather(const void* data, DType type, const int64_t (&offset)[U],
   }
 }
 
-// A 32 x 32 piece of rows in shared memory. Threads are laid along whichever direction is contiguous in memory.
-using Tile = double[kBlockRows][33];
-struct TileMap {
-  bool along_rows;
-  __device__ explicit TileMap(const VqRows& x) : along_rows(x.stride_d != 1) {}
-  __device__ int row(int u) const { return along_rows ? int(threadIdx.x) % 32 : int(threadIdx.x) / 32 + kWarps * u; }
-  __device__ int column(int u) const { return along_rows ? int(threadIdx.x) / 32 + kWarps * u : int(threadIdx.x) % 32; }
+// How a block deals out its rows: a thread takes kRuns runs of kRun columns of a row at a time. Where columns are contiguous, `width` lanes
+// share a row and meet by shuffles alone; else a lane is a row, so that the loads of a warp are contiguous, and the warps share its
+// columns.
+constexpr int kRun = 4, kRuns = 2, kValues = kRun * kRuns;
+struct Walk {
+  int width;  // 0: a lane is a row
+  __device__ explicit Walk(const VqRows& x) : width(x.stride_d != 1 ? 0 : x.D > 16 * kRun ? 32 : x.D > 8 * kRun ? 16 : 8) {}
+  __device__ int turns() const { return width ? kBlockRows * width / kThreads : 1; }
+  __device__ int row(int turn) const { return width ? turn * (kThreads / width) + int(threadIdx.x) / width : int(threadIdx.x) % 32; }
+  __device__ bool speaks() const { return width ? threadIdx.x % width == 0 : threadIdx.x < 32; }  // one thread a row
+  // First column, distance of the second run from the first, distance of the next pair.
+  __device__ int column() const { return width ? int(threadIdx.x) % width * kRun : int(threadIdx.x) / 32 * kValues; }
+  __device__ int apart() const { return width ? width * kRun : kRun; }
+  __device__ int step() const { return (width ? width : kWarps) * kValues; }
+
+  using Scratch = double[kWarps][32];
+  template <class Combine>
+  __device__ double reduce(double v, Scratch& scratch, Combine combine) const {
+    if (width) {
+      for (int m = width / 2; m; m /= 2) v = combine(v, __shfl_xor_sync(kFullWarp, v, m));
+      return v;
+    }
+    const int lane = int(threadIdx.x) % 32;
+    __syncthreads();
+    scratch[threadIdx.x / 32][lane] = v;
+    __syncthreads();
+    v = scratch[0][lane];
+    for (int w = 1; w < kWarps; ++w) v = combine(v, scratch[w][lane]);
+    return v;
+  }
+  __device__ double sum(double v, Scratch& scratch) const {
+    return reduce(v, scratch, [](double a, double b) { return a + b; });
+  }
+  __device__ double max(double v, Scratch& scratch) const {
+    return reduce(v, scratch, [](double a, double b) { return a > b ? a : b; });
+  }
 };
-constexpr int kPerThread = kBlockRows * 32 / kThreads;
 
-// offsets[r] < 0 marks a row that is not there.
-__device__ void load_tile(const VqRows& x, const int64_t* offsets, int64_t column0, Tile& tile) {
-  const TileMap map(x);
-  int64_t at[kPerThread];
-  double v[kPerThread];
-#pragma unroll
-  for (int u = 0; u < kPerThread; ++u) {
-    const int64_t column = column0 + map.column(u), base = offsets[map.row(u)];
-    at[u] = base >= 0 && column < x.D ? base + column * x.stride_d : -1;
-  }
-  gather(x.data, x.dtype, at, v);
-#pragma unroll
-  for (int u = 0; u < kPerThread; ++u) tile[map.row(u)][map.column(u)] = v[u];
+// Whether the row's runs can be moved as a whole. offset < 0 marks a row that is not there.
+__device__ bool in_one_piece(const VqRows& x, int64_t offset) {
+  return x.stride_d == 1 && (x.D | offset) % kRun == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
-// tile[r] = code[r]'s columns, 0 where code[r] is negative.
-__device__ void load_codes(const void* codebook, DType type, int64_t stride_k, int64_t D, const int64_t* code, int64_t column0,
-                           Tile& tile) {
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  int64_t at[kPerThread];
-  double v[kPerThread];
+// The runs at columns d and d + apart, 0 where there is nothing.
+__device__ void load_runs(const VqRows& x, int64_t offset, int64_t d, int apart, double (&v)[kValues]) {
+  if (x.dtype == DType::f64 || !in_one_piece(x, offset)) {
+    int64_t at[kValues];
 #pragma unroll
-  for (int u = 0; u < kPerThread; ++u) {
-    const int64_t k = code[warp + kWarps * u];
-    at[u] = k >= 0 && column0 + lane < D ? k * stride_k + column0 + lane : -1;
+    for (int u = 0; u < kValues; ++u) {
+      const int64_t column = d + u / kRun * apart + u % kRun;
+      at[u] = offset >= 0 && column < x.D ? offset + column * x.stride_d : -1;
+    }
+    gather(x.data, x.dtype, at, v);
+    return;
   }
-  gather(codebook, type, at, v);
+  if (x.dtype == DType::f32) {
+    float4 run[kRuns];
 #pragma unroll
-  for (int u = 0; u < kPerThread; ++u) tile[warp + kWarps * u][lane] = v[u];
+    for (int r = 0; r < kRuns; ++r)
+      run[r] = d + r * apart < x.D ? *reinterpret_cast<const float4*>(static_cast<const float*>(x.data) + offset + d + r * apart)
+                                   : float4{0, 0, 0, 0};
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) v[4 * r] = run[r].x, v[4 * r + 1] = run[r].y, v[4 * r + 2] = run[r].z, v[4 * r + 3] = run[r].w;
+    return;
+  }
+  uint2 run[kRuns];
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r)
+    run[r] =
+        d + r * apart < x.D ? *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(x.data) + offset + d + r * apart) : uint2{0, 0};
+#pragma unroll
+  for (int u = 0; u < kValues; ++u) {
+    const uint32_t word = u % kRun < 2 ? run[u / kRun].x : run[u / kRun].y;
+    const uint16_t half = uint16_t(u % 2 ? word >> 16 : word);
+    v[u] = x.dtype == DType::f16 ? widen_f16(half) : bf16_to_float(half);
+  }
 }
 
-__device__ void store_tile(const VqRows& out, const int64_t* offsets, int64_t column0, const Tile& tile) {
-  const TileMap map(out);
+__device__ void store_runs(const VqRows& x, int64_t offset, int64_t d, int apart, const double (&v)[kValues]) {
+  if (offset < 0) return;
+  if (x.dtype == DType::f64 || !in_one_piece(x, offset)) {
 #pragma unroll
-  for (int u = 0; u < kPerThread; ++u) {
-    const int64_t column = column0 + map.column(u), base = offsets[map.row(u)];
-    if (base >= 0 && column < out.D) store_double(out.data, out.dtype, base + column * out.stride_d, tile[map.row(u)][map.column(u)]);
+    for (int u = 0; u < kValues; ++u) {
+      const int64_t column = d + u / kRun * apart + u % kRun;
+      if (column < x.D) store_double(x.data, x.dtype, offset + column * x.stride_d, v[u]);
+    }
+    return;
   }
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    if (d + r * apart >= x.D) continue;
+    const int64_t at = offset + d + r * apart;
+    float part[kRun];
+    for (int u = 0; u < kRun; ++u) part[u] = float(v[r * kRun + u]);
+    if (x.dtype == DType::f32) *reinterpret_cast<float4*>(static_cast<float*>(x.data) + at) = float4{part[0], part[1], part[2], part[3]};
+    else
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(x.data) + at) =
+          x.dtype == DType::f16 ? uint2{pack_f16(part[0], part[1]), pack_f16(part[2], part[3])}
+                                : uint2{pack_bf16(part[0], part[1]), pack_bf16(part[2], part[3])};
+  }
+}
+
+__device__ VqRows code_rows(const void* codebook, DType type, int64_t K, int64_t D, int64_t stride_k) {
+  return {const_cast<void*>(codebook), type, 1, K, D, 0, stride_k, 1};
 }
 
 // 2^e for |e| <= 1022, exactly.
@@ -165,7 +228,7 @@ struct Codes {
   VqMetric metric;
   int64_t depth, panels;  // D rounded up to whole steps, K to whole panels
   double* factor;         // [K] a code is used as factor * code: 1, or 1 / norm for cosine (0 for a zero code); NaN: never chosen
-  double* mean;           // [D] the shift; any value is correct, one near the codes' mean is good
+  float* mean;            // [depth] the shift, 0 from D on; any value is correct, one near the codes' mean is good
   double* largest;        // [K] largest magnitude of the shifted code
   int* exponent;          // [1] the common unit is 2^exponent
   uint16_t* packed;       // [panels][depth / 32] tiles of fp16
@@ -212,19 +275,19 @@ __global__ void __launch_bounds__(kThreads, 4) code_factor_kernel(Codes c) {
 }
 
 // The mean of up to 256 codes, a block 32 columns.
-__global__ void __launch_bounds__(kThreads) code_mean_kernel(Codes c) {
-  MMFAST_SHARED(double[kWarps][32], sums);
-  MMFAST_SHARED(int[kWarps], counts);
+__global__ void __launch_bounds__(kWideThreads) code_mean_kernel(Codes c) {
+  MMFAST_SHARED(double[kWideWarps][32], sums);
+  MMFAST_SHARED(int[kWideWarps], counts);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t d = int64_t(blockIdx.x) * 32 + lane, samples = c.K < 256 ? c.K : 256, step = c.K / samples;
   double sum = 0;
   int count = 0;
-  for (int64_t s = warp; s < samples; s += 4 * kWarps) {
+  for (int64_t s = warp; s < samples; s += 4 * kWideWarps) {
     int64_t at[4];
     double v[4], factor[4];
     for (int u = 0; u < 4; ++u) {
-      const int64_t j = (s + kWarps * u) * step;
-      factor[u] = s + kWarps * u < samples ? c.factor[j] : kNaN;
+      const int64_t j = (s + kWideWarps * u) * step;
+      factor[u] = s + kWideWarps * u < samples ? c.factor[j] : kNaN;
       at[u] = is_finite(factor[u]) && d < c.D ? j * c.stride_k + d : -1;
     }
     gather(c.data, c.dtype, at, v);
@@ -234,11 +297,12 @@ __global__ void __launch_bounds__(kThreads) code_mean_kernel(Codes c) {
   sums[warp][lane] = sum;
   if (lane == 0) counts[warp] = count;
   __syncthreads();
-  if (warp == 0 && d < c.D) {
+  if (warp == 0) {
     double total = 0;
     int n = 0;
-    for (int w = 0; w < kWarps; ++w) total += sums[w][lane], n += counts[w];
-    c.mean[d] = n && is_finite(total) ? total / n : 0.0;
+    for (int w = 0; w < kWideWarps; ++w) total += sums[w][lane], n += counts[w];
+    const float mean = n ? float(total / n) : 0.0f;
+    c.mean[d] = is_finite(mean) ? mean : 0.0f;
   }
 }
 
@@ -260,23 +324,23 @@ __global__ void __launch_bounds__(kThreads) code_largest_kernel(Codes c) {
   if (threadIdx.x % 32 == 0) c.largest[j] = largest;
 }
 
-template <class T>
-__device__ T block_max(T v, T (&shared)[kWarps]) {
+template <int Warps>
+__device__ double block_max(double v, double (&shared)[Warps]) {
   v = warp_max(v);
   __syncthreads();
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
   __syncthreads();
-  for (int w = 0; w < kWarps; ++w) v = shared[w] > v ? shared[w] : v;
+  for (int w = 0; w < Warps; ++w) v = shared[w] > v ? shared[w] : v;
   return v;
 }
 
 // One panel: fp16 codes in tiles, n_j, and the panel's share of the error bound.
-__global__ void __launch_bounds__(kThreads) code_pack_kernel(Codes c) {
-  MMFAST_SHARED(double[kWarps], scratch);
+__global__ void __launch_bounds__(kWideThreads) code_pack_kernel(Codes c) {
+  MMFAST_SHARED(double[kWideWarps], scratch);
   const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t panel = blockIdx.x;
   double largest = 0;
-  for (int64_t j = threadIdx.x; j < c.K; j += kThreads) largest = c.largest[j] > largest ? c.largest[j] : largest;
+  for (int64_t j = threadIdx.x; j < c.K; j += kWideThreads) largest = c.largest[j] > largest ? c.largest[j] : largest;
   const int unit = exponent_of(block_max(largest, scratch));
   largest = 0;
   if (int(threadIdx.x) < kTile && panel * kTile + threadIdx.x < c.K) largest = c.largest[panel * kTile + threadIdx.x];
@@ -285,19 +349,19 @@ __global__ void __launch_bounds__(kThreads) code_pack_kernel(Codes c) {
   height = height < -100 ? -100 : height;
   const double to_unit = power_of_two(-unit), to_half = power_of_two(8 - height), from_half = power_of_two(height - 8);
   double most_norm2 = 0, most_residual2 = 0;
-  for (int row = warp; row < kTile; row += kWarps) {
+  for (int row = warp; row < kTile; row += kWideWarps) {
     const int64_t j = panel * kTile + row;
-    const bool real = j < c.K && is_finite(c.factor[j < c.K ? j : 0]);
-    const double factor = real ? c.factor[j] : 0.0;
+    const double factor = j < c.K ? c.factor[j] : kNaN;
+    const bool real = is_finite(factor);
     double norm2 = 0, residual2 = 0, v[4] = {};
     for (int64_t d0 = 0; d0 < c.depth; d0 += 128) {
-      if (real) load_code(c, j, d0, v);
+      if (j < c.K) load_code(c, j, d0, v);  // whether real or not, so as not to wait for the factor
       for (int u = 0; u < 4; ++u) {
         const int64_t d = d0 + 32 * u + lane;
         if (d >= c.depth) continue;
         const double shifted = real && d < c.D ? (factor * v[u] - c.mean[d]) * to_unit : 0.0;
-        const uint16_t half = float_to_f16(float(shifted * to_half));
-        const double lost = shifted - double(f16_to_float(half)) * from_half;
+        const uint16_t half = uint16_t(pack_f16(float(shifted * to_half), 0));
+        const double lost = shifted - double(widen_f16(half)) * from_half;
         norm2 += shifted * shifted;
         residual2 += lost * lost;
         c.packed[(panel * (c.depth / kStep) + d / kStep) * (kTile * kStep) + tile_at(row, int(d % kStep))] = half;
@@ -337,81 +401,92 @@ struct Rows {
   int64_t row0, count;  // this chunk: rows [row0, row0 + count)
   uint16_t* packed;     // [tiles][depth / 32] tiles of fp16
   RowScalars* scalars;  // [tiles * 128]
+  int* opened;          // [1] set to 0: the list of open rows starts anew with each chunk
 };
 
-__global__ void __launch_bounds__(kThreads) row_pack_kernel(Rows a, Codes c) {
-  MMFAST_SHARED(Tile, tile);
-  MMFAST_SHARED(int64_t[kBlockRows], offset);
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+__global__ void __launch_bounds__(kThreads, 4) row_pack_kernel(Rows a, Codes c) {
+  MMFAST_SHARED(int64_t[kBlockRows], offsets);
+  MMFAST_SHARED(Walk::Scratch, scratch);
   const int64_t first = int64_t(blockIdx.x) * kBlockRows;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *a.opened = 0;
   if (threadIdx.x < kBlockRows) {
     const int64_t row = first + threadIdx.x;
     const bool there = row < a.count && (!a.mask || a.mask[a.row0 + row]);
-    offset[threadIdx.x] = there ? a.x.offset(a.row0 + row) : -1;
+    offsets[threadIdx.x] = there ? a.x.offset(a.row0 + row) : -1;
   }
   __syncthreads();
+  const Walk walk(a.x);
   const bool shift = c.metric == VqMetric::l2;
-  constexpr int kRows = kBlockRows / kWarps;  // rows of a warp
-  double largest[kRows] = {};
-  bool finite[kRows];
-  for (int i = 0; i < kRows; ++i) finite[i] = true;
-  for (int64_t d0 = 0; d0 < a.x.D; d0 += 32) {
-    load_tile(a.x, offset, d0, tile);
-    __syncthreads();
-    const double mean = shift && d0 + lane < a.x.D ? c.mean[d0 + lane] : 0.0;
-    for (int i = 0; i < kRows; ++i) {
-      const double v = tile[warp * kRows + i][lane];
-      const double shifted = d0 + lane < a.x.D ? fabs(v - mean) : 0.0;
-      finite[i] &= is_finite(v);
-      largest[i] = shifted > largest[i] ? shifted : largest[i];
+  const int unit = *c.exponent, apart = walk.apart();
+  const auto load = [&](int64_t offset, int64_t d, double (&v)[kValues], float (&mean)[kValues]) {
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const bool inside = shift && d + r * apart < c.depth;
+      const float4 m = inside ? *reinterpret_cast<const float4*>(c.mean + d + r * apart) : float4{0, 0, 0, 0};
+      mean[4 * r] = m.x, mean[4 * r + 1] = m.y, mean[4 * r + 2] = m.z, mean[4 * r + 3] = m.w;
     }
-    __syncthreads();
-  }
-  const int unit = *c.exponent;
-  double to_half[kRows], kept2[kRows] = {}, norm2[kRows] = {}, residual2[kRows] = {};
-  int height[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    finite[i] = __all_sync(kFullWarp, finite[i]);
-    largest[i] = warp_max(largest[i]);
-    const int exponent = exponent_of(largest[i]);
+    load_runs(a.x, offset, d, apart, v);
+  };
+  for (int turn = 0; turn < walk.turns(); ++turn) {
+    const int r = walk.row(turn);
+    const int64_t offset = offsets[r], row = first + r;
+    double v[kValues], largest = 0;  // Inf when the row holds something that is not finite
+    float mean[kValues];
+    for (int64_t d = walk.column(); d < a.x.D; d += walk.step()) {
+      load(offset, d, v, mean);
+#pragma unroll
+      for (int u = 0; u < kValues; ++u) {
+        const double shifted = fmin(fabs(v[u] - double(mean[u])), kLargestDouble);
+        largest = !is_finite(v[u]) ? double(kInf) : shifted > largest ? shifted : largest;
+      }
+    }
+    largest = walk.max(largest, scratch);
+    const bool finite = largest < kInf, use = finite && offset >= 0;
+    const int exponent = exponent_of(largest);
     // Under l2 rows and codes share a unit; otherwise the row's length does not matter and its own magnitude is the unit.
-    height[i] = shift ? exponent - unit : 0;
-    height[i] = height[i] < -100 ? -100 : height[i];
-    const int e = shift ? 8 - height[i] - unit : 8 - exponent;
-    to_half[i] = power_of_two(e < -1022 ? -1022 : e > 1022 ? 1022 : e);
-  }
-  for (int64_t d0 = 0; d0 < c.depth; d0 += 32) {
-    load_tile(a.x, offset, d0, tile);
-    __syncthreads();
-    const bool inside = d0 + lane < a.x.D;
-    const double mean = shift && inside ? c.mean[d0 + lane] : 0.0;
-    for (int i = 0; i < kRows; ++i) {
-      const int r = warp * kRows + i;
-      const double v = inside && finite[i] && offset[r] >= 0 ? (tile[r][lane] - mean) * to_half[i] : 0.0;
-      const uint16_t half = float_to_f16(float(v));
-      const double kept = f16_to_float(half), lost = v - kept;
-      kept2[i] += kept * kept;
-      norm2[i] += v * v;
-      residual2[i] += lost * lost;
-      const int64_t row = first + r;
-      a.packed[((row / kTile) * (c.depth / kStep) + d0 / kStep) * (kTile * kStep) + tile_at(int(row % kTile), lane)] = half;
+    int height = shift ? exponent - unit : 0;
+    height = height < -100 ? -100 : height;
+    const int e = shift ? 8 - height - unit : 8 - exponent;
+    const double to_half = power_of_two(e < -1022 ? -1022 : e > 1022 ? 1022 : e);
+    double kept2 = 0, norm2 = 0, residual2 = 0;
+    for (int64_t d = walk.column(); d < c.depth; d += walk.step()) {
+      load(offset, d, v, mean);
+#pragma unroll
+      for (int p = 0; p < kRuns; ++p) {
+        uint32_t words[kRun / 2];
+#pragma unroll
+        for (int u = 0; u < kRun; u += 2) {
+          double pair[2];
+          for (int i = 0; i < 2; ++i) {
+            const int at = p * kRun + u + i;
+            pair[i] = use ? (v[at] - double(mean[at])) * to_half : 0.0;
+          }
+          words[u / 2] = pack_f16(float(pair[0]), float(pair[1]));
+          for (int i = 0; i < 2; ++i) {
+            const double kept = widen_f16(uint16_t(words[u / 2] >> (16 * i))), lost = pair[i] - kept;
+            kept2 += kept * kept;
+            norm2 += pair[i] * pair[i];
+            residual2 += lost * lost;
+          }
+        }
+        const int64_t column = d + p * apart;
+        if (column >= c.depth) continue;
+        uint16_t* tile = a.packed + ((row / kTile) * (c.depth / kStep) + column / kStep) * (kTile * kStep);
+        *reinterpret_cast<uint2*>(tile + tile_at(int(row % kTile), int(column % kStep))) = uint2{words[0], words[1]};
+      }
     }
-    __syncthreads();
-  }
-  for (int i = 0; i < kRows; ++i) {
-    const double kept = sqrt(warp_sum(kept2[i])), norm = sqrt(warp_sum(norm2[i])), lost = sqrt(warp_sum(residual2[i]));
-    if (lane != 0) continue;
-    const int r = warp * kRows + i;
+    const double kept = sqrt(walk.sum(kept2, scratch)), norm = sqrt(walk.sum(norm2, scratch)), lost = sqrt(walk.sum(residual2, scratch));
+    if (!walk.speaks()) continue;
     // Twice the classical bound for fp32 sums, so that adders that truncate are covered as well.
     const double g = double(c.depth + 16) * 0x1p-22 + 0x1p-21;
     constexpr double kUp = 2 * (1 + 0x1p-9);
-    const double from_half = ldexp(1.0, height[i] - 8);
+    const double from_half = ldexp(1.0, height - 8);
     RowScalars s;
     s.alpha = __double2float_ru(kUp * kept * from_half);
     s.beta = __double2float_ru(kUp * (lost + norm * 0x1p-50 + g * kept) * from_half);
     s.multiplier = float(-2 * from_half);
-    s.state = offset[r] < 0 ? kMasked : !finite[i] ? kNotFinite : !shift && norm == 0 ? kAllEqual : kSearch;
-    a.scalars[first + r] = s;
+    s.state = offset < 0 ? kMasked : !finite ? kNotFinite : !shift && norm == 0 ? kAllEqual : kSearch;
+    a.scalars[row] = s;
   }
 }
 
@@ -564,13 +639,19 @@ __global__ void __launch_bounds__(kScreenThreads, 2)
 
 // ---- deciding in fp64, and the outputs
 
+struct Open {
+  int32_t row;  // within the chunk
+  float upper;  // NaN: the bounds say nothing, any code may be the nearest
+};
 struct Finish {
   VqNearestArgs args;
   int64_t row0, count;
   const RowScalars* rows;
+  const uint16_t* packed;
   Lanes lanes;
+  Open* open;  // [chunk] rows with lanes that hide codes, in whatever order: each is settled by itself
+  int* opened;
   double* error;  // [blocks of all chunks][2]: squared error, number of valid rows
-  bool emit;      // anything beyond indices is wanted
 };
 
 // What the search minimises for one row and C codes, in fp64 over the given values; every lane gets it. A negative code costs Inf.
@@ -609,97 +690,119 @@ struct Choice {
   }
 };
 
-__global__ void __launch_bounds__(kThreads, 2) finish_kernel(Finish f, Codes c) {
-  MMFAST_SHARED(int64_t[kBlockRows], chosen);
-  MMFAST_SHARED(int64_t[kBlockRows], x_offset);
-  MMFAST_SHARED(int64_t[kBlockRows], q_offset);
-  MMFAST_SHARED(int[kBlockRows], state);
-  MMFAST_SHARED(float[kBlockRows], upper_of);
-  MMFAST_SHARED(int[kBlockRows], open);  // rows that the whole block has to search
-  MMFAST_SHARED(Choice[kWarps], choices);
-  MMFAST_SHARED(double[kBlockRows], row_error);
-  MMFAST_SHARED(Tile, xs);
-  MMFAST_SHARED(Tile, qs);
+// Merges the lanes of each row: `width` neighbouring lanes of a warp a row, as many as it has entries, 32 at most.
+__global__ void __launch_bounds__(kThreads, 4) decide_kernel(Finish f, Codes c, int width) {
   const VqNearestArgs& a = f.args;
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  const int64_t first = int64_t(blockIdx.x) * kBlockRows;
+  const int lane = int(threadIdx.x) % 32;
+  const int64_t first = (int64_t(blockIdx.x) * kThreads + threadIdx.x - lane) / width, row = first + lane / width;
   const int entries = f.lanes.splits * kLanes;
-  if (threadIdx.x < kBlockRows) {
-    const int64_t row = first + threadIdx.x;
-    const bool there = row < f.count;
-    x_offset[threadIdx.x] = there ? a.x.offset(f.row0 + row) : -1;
-    q_offset[threadIdx.x] = there && a.quantized.data ? a.quantized.offset(f.row0 + row) : -1;
-    state[threadIdx.x] = there ? f.rows[row].state : int(kMasked);
-    chosen[threadIdx.x] = -1;
-    open[threadIdx.x] = 0;
+  const int64_t base = row * entries;
+  const bool there = row < f.count;
+  const RowScalars scalars = there ? f.rows[row] : RowScalars{0, 0, 0, kMasked};
+  const bool search = scalars.state == kSearch;
+  const unsigned group = (width == 32 ? kFullWarp : (1u << width) - 1) << (lane / width * width);
+  float upper = kInf;
+  bool bad = false;
+  for (int e = search ? lane % width : entries; e < entries; e += width) {
+    const float low = f.lanes.best[base + e];
+    if (low == kInf) continue;  // a lane that met no code
+    const float u = low + 2.01f * radius(scalars, c.scalars[f.lanes.index[base + e] / kTile]) + fabsf(low) * 0x1p-22f;
+    bad |= !(fabsf(u) < 1e37f);
+    upper = fminf(upper, u);
   }
-  __syncthreads();
-
-  for (int i = 0; i < kBlockRows / kWarps; ++i) {
-    const int r = warp * (kBlockRows / kWarps) + i;
-    if (state[r] == kAllEqual) {
-      if (lane == 0) {
-        int64_t j = 0;
-        while (j < a.K && !is_finite(c.factor[j])) ++j;
-        chosen[r] = j < a.K ? j : -1;
-      }
-      continue;
+  for (int m = width / 2; m; m /= 2) upper = fminf(upper, __shfl_xor_sync(kFullWarp, upper, m));
+  // What could be wrong with the bounds: nothing finite at all, or near the end of the range.
+  bad = (__ballot_sync(kFullWarp, bad) & group) != 0;
+  int named = 0, only = -1;
+  bool hiding = false;
+  for (int e = search ? lane % width : entries; e < entries; e += width) {
+    const float low = f.lanes.best[base + e], next = f.lanes.second[base + e];
+    const bool candidate = low <= upper && low < kInf;
+    named += candidate;
+    hiding |= next <= upper && next < kInf;
+    only = candidate ? f.lanes.index[base + e] : only;
+  }
+  for (int m = width / 2; m; m /= 2) {
+    named += __shfl_xor_sync(kFullWarp, named, m);
+    only = max(only, __shfl_xor_sync(kFullWarp, only, m));
+  }
+  hiding = (__ballot_sync(kFullWarp, hiding) & group) != 0;
+  const bool open = bad || hiding, leader = there && lane % width == 0;
+  if (leader && open) f.open[atomicAdd(f.opened, 1)] = {int32_t(row), bad ? float(kNaN) : upper};
+  if (leader && !open && named <= 1) {
+    int64_t j = only;
+    if (scalars.state == kAllEqual) {
+      for (j = 0; j < a.K && !is_finite(c.factor[j]);) ++j;
+      j = j < a.K ? j : -1;
     }
-    if (state[r] != kSearch) continue;
-    const RowScalars row = f.rows[first + r];
-    const int64_t base = (first + r) * entries;
-    float upper = kInf;
-    bool bad = false;
-    for (int e = lane; e < entries; e += 32) {
-      const float low = f.lanes.best[base + e];
-      if (low == kInf) continue;  // a lane that met no code
-      const float u = low + 2.01f * radius(row, c.scalars[f.lanes.index[base + e] / kTile]) + fabsf(low) * 0x1p-22f;
-      bad |= !(fabsf(u) < 1e37f);
-      upper = fminf(upper, u);
-    }
-    upper = warp_min(upper);
-    // What could be wrong with the bounds: nothing finite at all, or near the end of the range.
-    bad = __any_sync(kFullWarp, bad);
-    int named = 0, hiding = 0, only = -1;
-    for (int e = lane; e < entries; e += 32) {
-      const bool candidate = f.lanes.best[base + e] <= upper && f.lanes.best[base + e] < kInf;
-      named += candidate;
-      hiding += f.lanes.second[base + e] <= upper && f.lanes.second[base + e] < kInf;
-      only = candidate ? f.lanes.index[base + e] : only;
-    }
-    named = warp_sum(named);
-    hiding = warp_sum(hiding);
-    if (bad || hiding) {
-      if (lane == 0) open[r] = 1, upper_of[r] = bad ? float(kNaN) : upper;
-      continue;
-    }
-    if (named == 1) {
-      only = warp_max(only);
-      if (lane == 0) chosen[r] = only;
-      continue;
-    }
+    a.indices[f.row0 + row] = j;
+  }
+  // Rows with several candidates, none of them hidden: the warp compares those.
+  for (unsigned left = __ballot_sync(kFullWarp, leader && !open && named > 1); left; left &= left - 1) {
+    const int from = __ffs(int(left)) - 1;
+    const int64_t r = first + from / width;
+    const float limit = __shfl_sync(kFullWarp, upper, from);
     Choice choice{kInf, -1};
     for (int e0 = 0; e0 < entries; e0 += 32) {
-      const int e = e0 + lane;
-      const bool candidate = e < entries && f.lanes.best[base + e] <= upper && f.lanes.best[base + e] < kInf;
-      const int mine = candidate ? f.lanes.index[base + e] : -1;
-      for (unsigned left = __ballot_sync(kFullWarp, candidate); left; left &= left - 1) {
-        const int64_t code[1] = {__shfl_sync(kFullWarp, mine, __ffs(int(left)) - 1)};
+      const int64_t e = e0 + lane < entries ? r * entries + e0 + lane : -1;
+      const bool candidate = e >= 0 && f.lanes.best[e] <= limit && f.lanes.best[e] < kInf;
+      const int mine = candidate ? f.lanes.index[e] : -1;
+      for (unsigned some = __ballot_sync(kFullWarp, candidate); some; some &= some - 1) {
+        const int64_t code[1] = {__shfl_sync(kFullWarp, mine, __ffs(int(some)) - 1)};
         double cost[1];
-        exact_costs(a, c.factor, x_offset[r], code, cost);
+        exact_costs(a, c.factor, a.x.offset(f.row0 + r), code, cost);
         choice.offer(cost[0], code[0]);
       }
     }
-    if (lane == 0) chosen[r] = choice.code;
+    if (lane == 0) a.indices[f.row0 + r] = choice.code;
   }
-  __syncthreads();
+}
 
-  // Rows with lanes that hide codes: the block compares all codes of those lanes.
-  for (int r = 0; r < kBlockRows; ++r) {
-    if (!open[r]) continue;
-    const float upper = upper_of[r];
+// Eight fp16 values as four words.
+__device__ void load_halves(const uint16_t* from, uint32_t (&words)[4]) {
+  const uint4 v = *reinterpret_cast<const uint4*>(from);
+  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+}
+
+// The products of a row's fp16 image with those of C codes, by one thread: each is given by its first tile and the place in it. The bound
+// covers this order of the sum as it covers any.
+template <int C>
+__device__ void products(const uint16_t* row_tiles, int row, const uint16_t* const (&code_tiles)[C], const int (&code)[C], int64_t depth,
+                         float (&sum)[C]) {
+#pragma unroll
+  for (int u = 0; u < C; ++u) sum[u] = 0;
+#pragma unroll 2
+  for (int64_t k = 0; k < depth; k += 8) {
+    const int64_t tile = k / kStep * (kTile * kStep);
+    const int within = int(k % kStep);
+    uint32_t x[4], e[C][4];
+    load_halves(row_tiles + tile + tile_at(row, within), x);
+#pragma unroll
+    for (int u = 0; u < C; ++u) load_halves(code_tiles[u] + tile + tile_at(code[u], within), e[u]);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float low = widen_f16(uint16_t(x[w])), high = widen_f16(uint16_t(x[w] >> 16));
+#pragma unroll
+      for (int u = 0; u < C; ++u) {
+        sum[u] = fmaf(low, widen_f16(uint16_t(e[u][w])), sum[u]);
+        sum[u] = fmaf(high, widen_f16(uint16_t(e[u][w] >> 16)), sum[u]);
+      }
+    }
+  }
+}
+
+// Rows with lanes that hide codes, a block a row: the lower bounds of all codes of those lanes once more, and in fp64 those that are at
+// most `upper`.
+__global__ void __launch_bounds__(kThreads, 2) search_kernel(Finish f, Codes c) {
+  MMFAST_SHARED(Choice[kWarps], choices);
+  const VqNearestArgs& a = f.args;
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32, entries = f.lanes.splits * kLanes, opened = *f.opened;
+  for (int item = int(blockIdx.x); item < opened; item += int(gridDim.x)) {
+    const int64_t row = f.open[item].row, base = row * entries, x_offset = a.x.offset(f.row0 + row);
+    const float upper = f.open[item].upper;
     const bool everything = !(upper == upper);
-    const int64_t base = (first + r) * entries;
+    const RowScalars scalars = f.rows[row];
+    const uint16_t* row_tiles = f.packed + row / kTile * (c.depth * kTile);
     Choice choice{kInf, -1};
     for (int e = 0; e < entries; ++e) {
       const bool hides = everything || f.lanes.second[base + e] <= upper;
@@ -707,60 +810,111 @@ __global__ void __launch_bounds__(kThreads, 2) finish_kernel(Finish f, Codes c) 
       const int64_t panel0 = int64_t(e / kLanes) * f.lanes.split_panels;
       const int64_t panels = c.panels - panel0 < f.lanes.split_panels ? c.panels - panel0 : f.lanes.split_panels;
       const int64_t items = hides ? panels * kLaneCodes : 1;
-      for (int64_t i0 = warp * 4; i0 < items; i0 += kWarps * 4) {
-        int64_t code[4];
-        double cost[4];
-        for (int u = 0; u < 4; ++u) {
-          const int64_t j = i0 + u >= items ? -1 : hides ? lane_code(panel0, e % kLanes, i0 + u) : f.lanes.index[base + e];
-          code[u] = j >= 0 && j < a.K && is_finite(c.factor[j]) ? j : -1;
+      const auto code_at = [&](int64_t i) {
+        const int64_t j = i >= items ? -1 : hides ? lane_code(panel0, e % kLanes, i) : int64_t(f.lanes.index[base + e]);
+        return j >= 0 && j < a.K && is_finite(c.factor[j]) ? j : -1;
+      };
+      constexpr int kCodes = 4;  // of a thread
+      for (int64_t i0 = warp * 32 + lane; i0 - lane < items; i0 += kCodes * kThreads) {
+        unsigned above = 0;  // bit u: the bound of code i0 + u kThreads is above `upper`
+        if (hides && !everything) {
+          const uint16_t* tiles[kCodes];
+          int at[kCodes];
+          int64_t code[kCodes];
+          float sum[kCodes];
+#pragma unroll
+          for (int u = 0; u < kCodes; ++u) {
+            const int64_t i = i0 + u * kThreads;
+            code[u] = lane_code(panel0, e % kLanes, i < items ? i : 0);  // below panels * kTile: packed, if not real
+            tiles[u] = c.packed + code[u] / kTile * (c.depth * kTile);
+            at[u] = int(code[u] % kTile);
+          }
+          products(row_tiles, int(row % kTile), tiles, at, c.depth, sum);
+#pragma unroll
+          for (int u = 0; u < kCodes; ++u) {
+            const PanelScalars panel = c.scalars[code[u] / kTile];
+            const float low = fmaf(sum[u], scalars.multiplier * panel.multiplier, c.norms[code[u]]) - radius(scalars, panel);
+            above |= unsigned(low > upper) << u;
+          }
         }
-        exact_costs(a, c.factor, x_offset[r], code, cost);
-        for (int u = 0; u < 4; ++u) choice.offer(cost[u], code[u]);
+#pragma unroll 1
+        for (int u = 0; u < kCodes; ++u) {
+          const int64_t mine = above >> u & 1 ? -1 : code_at(i0 + u * kThreads);
+          for (unsigned left = __ballot_sync(kFullWarp, mine >= 0); left;) {
+            int64_t some[4];
+            double cost[4];
+#pragma unroll
+            for (int v = 0; v < 4; ++v) {
+              const int64_t other = __shfl_sync(kFullWarp, mine, left ? __ffs(int(left)) - 1 : 0);
+              some[v] = left ? other : -1;
+              left &= left - 1;
+            }
+            exact_costs(a, c.factor, x_offset, some, cost);
+#pragma unroll
+            for (int v = 0; v < 4; ++v) choice.offer(cost[v], some[v]);
+          }
+        }
       }
     }
     if (lane == 0) choices[warp] = choice;
     __syncthreads();
     if (threadIdx.x == 0) {
       for (int w = 1; w < kWarps; ++w) choice.offer(choices[w].cost, choices[w].code);
-      chosen[r] = choice.code;
+      a.indices[f.row0 + row] = choice.code;
     }
     __syncthreads();
   }
-  if (threadIdx.x < kBlockRows && first + threadIdx.x < f.count) a.indices[f.row0 + first + threadIdx.x] = chosen[threadIdx.x];
-  if (!f.emit) return;
+}
 
-  constexpr int kRows = kBlockRows / kWarps;
-  double error[kRows] = {}, dot[kRows] = {}, x2[kRows] = {};
-  for (int64_t d0 = 0; d0 < a.x.D; d0 += 32) {
-    load_tile(a.x, x_offset, d0, xs);
-    load_codes(a.codebook, a.codebook_dtype, a.stride_k, a.x.D, chosen, d0, qs);
-    __syncthreads();
-    for (int i = 0; i < kRows; ++i) {
-      const int r = warp * kRows + i;
-      const double x = xs[r][lane], q = qs[r][lane];
-      error[i] += (x - q) * (x - q);
-      dot[i] += x * q;
-      x2[i] += x * x;
-      if (state[r] == kMasked) qs[r][lane] = x;  // a masked row comes back as it is
-    }
-    __syncthreads();
-    if (a.quantized.data) store_tile(a.quantized, q_offset, d0, qs);
-    __syncthreads();
+__global__ void __launch_bounds__(kThreads, 3) emit_kernel(Finish f, Codes c) {
+  MMFAST_SHARED(int64_t[kBlockRows], chosen);
+  MMFAST_SHARED(int64_t[kBlockRows], x_offset);
+  MMFAST_SHARED(int64_t[kBlockRows], q_offset);
+  MMFAST_SHARED(int[kBlockRows], state);
+  MMFAST_SHARED(double[kBlockRows], row_error);
+  MMFAST_SHARED(Walk::Scratch, scratch);
+  const VqNearestArgs& a = f.args;
+  const int64_t first = int64_t(blockIdx.x) * kBlockRows;
+  if (threadIdx.x < kBlockRows) {
+    const int64_t row = first + threadIdx.x;
+    const bool there = row < f.count;
+    x_offset[threadIdx.x] = there ? a.x.offset(f.row0 + row) : -1;
+    q_offset[threadIdx.x] = there && a.quantized.data ? a.quantized.offset(f.row0 + row) : -1;
+    state[threadIdx.x] = there ? f.rows[row].state : int(kMasked);
+    chosen[threadIdx.x] = there ? a.indices[f.row0 + row] : -1;
   }
-  for (int i = 0; i < kRows; ++i) {
-    const int r = warp * kRows + i;
-    error[i] = warp_sum(error[i]);
-    dot[i] = warp_sum(dot[i]);
-    x2[i] = warp_sum(x2[i]);
-    if (lane != 0) continue;
-    const int64_t k = chosen[r];
+  __syncthreads();
+  const Walk walk(a.x);
+  const VqRows codes = code_rows(a.codebook, a.codebook_dtype, a.K, a.x.D, a.stride_k);
+  for (int turn = 0; turn < walk.turns(); ++turn) {
+    const int r = walk.row(turn);
+    const int64_t k = chosen[r], at = k >= 0 ? k * a.stride_k : -1;
+    const bool masked = state[r] == kMasked;
+    double error = 0, dot = 0, x2 = 0;
+    for (int64_t d = walk.column(); d < a.x.D; d += walk.step()) {
+      double x[kValues], q[kValues];
+      load_runs(a.x, x_offset[r], d, walk.apart(), x);
+      load_runs(codes, at, d, walk.apart(), q);
+#pragma unroll
+      for (int u = 0; u < kValues; ++u) {
+        error += (x[u] - q[u]) * (x[u] - q[u]);
+        dot += x[u] * q[u];
+        x2 += x[u] * x[u];
+        if (masked) q[u] = x[u];  // a masked row comes back as it is
+      }
+      store_runs(a.quantized, q_offset[r], d, walk.apart(), q);
+    }
+    error = walk.sum(error, scratch);
+    dot = walk.sum(dot, scratch);
+    x2 = walk.sum(x2, scratch);
+    if (!walk.speaks()) continue;
     // A row that is not finite makes the mean NaN: training that diverges must show.
-    row_error[r] = k >= 0 ? error[i] : state[r] == kMasked ? 0.0 : kNaN;
+    row_error[r] = k >= 0 ? error : masked ? 0.0 : kNaN;
     if (a.distance && first + r < f.count) {
       double value = kNaN;
       if (k >= 0) {
-        value = a.metric == VqMetric::l2 ? error[i] : -dot[i];
-        if (a.metric == VqMetric::cosine) value = 1 + (x2[i] > 0 ? value * c.factor[k] * rsqrt(x2[i]) : 0.0);
+        value = a.metric == VqMetric::l2 ? error : -dot;
+        if (a.metric == VqMetric::cosine) value = 1 + (x2 > 0 ? value * c.factor[k] * rsqrt(x2) : 0.0);
       }
       store_double(a.distance, a.x.dtype == DType::f64 ? DType::f64 : DType::f32, f.row0 + first + r, value);
     }
@@ -795,7 +949,7 @@ struct NearestPlan {
   NearestPlan(const VqNearestArgs& a, void* workspace) {
     Carver carve(workspace);
     const int64_t N = a.x.rows();
-    const int64_t slots = 2 * multiprocessor_count();  // CTAs of the screen that run at a time
+    slots = 2 * multiprocessor_count();
     const int64_t chunks = ceil_div(N, kChunkWaves * slots * kTile);
     tiles = chunks ? ceil_div(ceil_div(N, chunks), kTile) : 0;
     chunk = tiles * kTile;
@@ -804,7 +958,7 @@ struct NearestPlan {
     codes.panels = ceil_div(a.K, kTile);
     const int64_t tile_halves = codes.depth * kTile;
     codes.factor = carve.take<double>(a.K);
-    codes.mean = carve.take<double>(a.x.D);
+    codes.mean = carve.take<float>(codes.depth);
     codes.largest = carve.take<double>(a.K);
     codes.exponent = carve.take<int>(1);
     codes.packed = carve.take<uint16_t>(codes.panels * tile_halves);
@@ -817,6 +971,8 @@ struct NearestPlan {
     lanes.best = carve.take<float>(tiles * kTile * kLanes * lanes.splits);
     lanes.second = carve.take<float>(tiles * kTile * kLanes * lanes.splits);
     lanes.index = carve.take<int32_t>(tiles * kTile * kLanes * lanes.splits);
+    open = carve.take<Open>(chunk);
+    opened = carve.take<int>(1);
     error = carve.take<double>(2 * ceil_div(N, kBlockRows));
     bytes = carve.bytes();
   }
@@ -832,11 +988,14 @@ struct NearestPlan {
     return best;
   }
 
+  int64_t slots;  // CTAs of the screen that run at a time, and blocks of the search
   int64_t chunk, tiles;
   Codes codes;
   uint16_t* rows;
   RowScalars* scalars;
   Lanes lanes;
+  Open* open;
+  int* opened;
   double* error;
   size_t bytes;
 };
@@ -866,78 +1025,68 @@ __global__ void __launch_bounds__(kThreads) count_valid_kernel(const int64_t* in
   if (threadIdx.x == 0 && count) atomicAdd(valid, static_cast<unsigned long long>(count));
 }
 
-__global__ void __launch_bounds__(kThreads) grad_x_kernel(Backward b) {
-  MMFAST_SHARED(int64_t[kBlockRows], code);
+__global__ void __launch_bounds__(kThreads, 2) grad_x_kernel(Backward b) {
+  MMFAST_SHARED(int64_t[kBlockRows], codes);
   MMFAST_SHARED(int64_t[kBlockRows], x_offset);
   MMFAST_SHARED(int64_t[kBlockRows], g_offset);
   MMFAST_SHARED(int64_t[kBlockRows], out_offset);
-  MMFAST_SHARED(Tile, xs);
-  MMFAST_SHARED(Tile, qs);
-  MMFAST_SHARED(Tile, gs);
+  MMFAST_SHARED(Walk::Scratch, scratch);
   const VqBackwardArgs& a = b.args;
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
   const int64_t first = int64_t(blockIdx.x) * kBlockRows, N = a.x.rows();
   if (threadIdx.x < kBlockRows) {
     const int64_t row = first + threadIdx.x;
     const bool there = row < N;
-    code[threadIdx.x] = there && b.is_code(a.indices[row]) ? a.indices[row] : -1;
+    codes[threadIdx.x] = there && b.is_code(a.indices[row]) ? a.indices[row] : -1;
     x_offset[threadIdx.x] = there ? a.x.offset(row) : -1;
     g_offset[threadIdx.x] = there && a.grad_q.data ? a.grad_q.offset(row) : -1;
     out_offset[threadIdx.x] = there ? a.grad_x.offset(row) : -1;
   }
   __syncthreads();
-  constexpr int kRows = kBlockRows / kWarps;
-  // The rule is  scale * (g + along_x * x + along_q * q); straight-through by default.
-  double scale[kRows], along_x[kRows], along_q[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    scale[i] = a.gradient == VqGradient::none && code[warp * kRows + i] >= 0 ? 0.0 : 1.0;
-    along_x[i] = along_q[i] = 0.0;
-  }
-  if (a.gradient == VqGradient::rotation && a.grad_q.data) {
-    double xx[kRows] = {}, qq[kRows] = {}, xq[kRows] = {}, xg[kRows] = {}, qg[kRows] = {};
-    for (int64_t d0 = 0; d0 < a.x.D; d0 += 32) {
-      load_tile(a.x, x_offset, d0, xs);
-      load_tile(a.grad_q, g_offset, d0, gs);
-      load_codes(a.codebook, a.codebook_dtype, a.stride_k, a.x.D, code, d0, qs);
-      __syncthreads();
-      for (int i = 0; i < kRows; ++i) {
-        const int r = warp * kRows + i;
-        const double x = xs[r][lane], q = qs[r][lane], g = gs[r][lane];
-        xx[i] += x * x;
-        qq[i] += q * q;
-        xq[i] += x * q;
-        xg[i] += x * g;
-        qg[i] += q * g;
-      }
-      __syncthreads();
-    }
-    for (int i = 0; i < kRows; ++i) {
-      const double nx = sqrt(warp_sum(xx[i])), nq = sqrt(warp_sum(qq[i]));
-      const double cross = warp_sum(xq[i]), xg_all = warp_sum(xg[i]), qg_all = warp_sum(qg[i]);
-      if (code[warp * kRows + i] < 0 || !(nx > 0 && nq > 0)) continue;  // no direction to turn: straight through
-      // u = x / |x|, p = q / |q|, w = (u + p) / |u + p|:  |q| / |x| (g - 2 w (w.g) + 2 u (p.g)); opposite directions have no w.
-      const double ug = xg_all / nx, pg = qg_all / nq, sum2 = 2 + 2 * cross / (nx * nq);
-      const double wg = sum2 > 1e-12 ? 2 * (ug + pg) / sum2 : 0.0;
-      scale[i] = nq / nx;
-      along_x[i] = (2 * pg - wg) / nx;
-      along_q[i] = -wg / nq;
-    }
-  }
+  const Walk walk(a.x);
+  const VqRows codebook = code_rows(a.codebook, a.codebook_dtype, a.K, a.x.D, a.stride_k);
   const double loss = b.loss_factor() * a.w_commit;
-  for (int64_t d0 = 0; d0 < a.x.D; d0 += 32) {
-    load_tile(a.x, x_offset, d0, xs);
-    load_tile(a.grad_q, g_offset, d0, gs);
-    load_codes(a.codebook, a.codebook_dtype, a.stride_k, a.x.D, code, d0, qs);
-    __syncthreads();
-    for (int i = 0; i < kRows; ++i) {
-      const int r = warp * kRows + i;
-      const double x = xs[r][lane], q = qs[r][lane], g = gs[r][lane];
-      // A row without a code passes its gradient on, untouched by what it holds.
-      gs[r][lane] = code[r] < 0 ? g : (scale[i] == 0 ? 0.0 : scale[i] * (g + along_x[i] * x + along_q[i] * q)) + loss * (x - q);
+  for (int turn = 0; turn < walk.turns(); ++turn) {
+    const int r = walk.row(turn);
+    const int64_t code = codes[r];
+    double x[kValues], q[kValues], g[kValues];
+    const auto load = [&](int64_t d) {
+      load_runs(a.x, x_offset[r], d, walk.apart(), x);
+      load_runs(a.grad_q, g_offset[r], d, walk.apart(), g);
+      load_runs(codebook, code >= 0 ? code * a.stride_k : -1, d, walk.apart(), q);
+    };
+    // The rule is  scale * (g + along_x * x + along_q * q); straight-through by default.
+    double scale = a.gradient == VqGradient::none && code >= 0 ? 0.0 : 1.0, along_x = 0, along_q = 0;
+    if (a.gradient == VqGradient::rotation && a.grad_q.data) {
+      double xx = 0, qq = 0, xq = 0, xg = 0, qg = 0;
+      for (int64_t d = walk.column(); d < a.x.D; d += walk.step()) {
+        load(d);
+#pragma unroll
+        for (int u = 0; u < kValues; ++u) {
+          xx += x[u] * x[u];
+          qq += q[u] * q[u];
+          xq += x[u] * q[u];
+          xg += x[u] * g[u];
+          qg += q[u] * g[u];
+        }
+      }
+      const double nx = sqrt(walk.sum(xx, scratch)), nq = sqrt(walk.sum(qq, scratch));
+      const double cross = walk.sum(xq, scratch), xg_all = walk.sum(xg, scratch), qg_all = walk.sum(qg, scratch);
+      if (code >= 0 && nx > 0 && nq > 0) {  // else there is no direction to turn: straight through
+        // u = x / |x|, p = q / |q|, w = (u + p) / |u + p|:  |q| / |x| (g - 2 w (w.g) + 2 u (p.g)); opposite directions have no w.
+        const double ug = xg_all / nx, pg = qg_all / nq, sum2 = 2 + 2 * cross / (nx * nq);
+        const double wg = sum2 > 1e-12 ? 2 * (ug + pg) / sum2 : 0.0;
+        scale = nq / nx;
+        along_x = (2 * pg - wg) / nx;
+        along_q = -wg / nq;
+      }
     }
-    __syncthreads();
-    store_tile(a.grad_x, out_offset, d0, gs);
-    __syncthreads();
+    for (int64_t d = walk.column(); d < a.x.D; d += walk.step()) {
+      load(d);
+#pragma unroll
+      for (int u = 0; u < kValues; ++u)  // a row without a code passes its gradient on, untouched by what it holds
+        if (code >= 0) g[u] = (scale == 0 ? 0.0 : scale * (g[u] + along_x * x[u] + along_q * q[u])) + loss * (x[u] - q[u]);
+      store_runs(a.grad_x, out_offset[r], d, walk.apart(), g);
+    }
   }
 }
 
@@ -952,7 +1101,7 @@ struct Sort {
     units = units > most ? most : units;
     units = units < 1 ? 1 : units;
     unit_rows = ceil_div(ceil_div(N, units), 32) * 32;
-    span = N / 1024 > 128 ? ceil_div(N, 1024) : 128;
+    span = N / 1024 > 32 ? ceil_div(N, 1024) : 32;
     spans = ceil_div(N, span);
     table = carve.take<uint32_t>(units * K);
     start = carve.take<uint32_t>(K + 1);
@@ -1062,15 +1211,18 @@ int sort_rows(const Sort& s, const int64_t* indices, void* stream) {
       .status();
 }
 
-// What is summed: columns() values of a row under its code, and where a code's sum goes.
+// What is summed: columns() values of a row under its code, and where a code's sum goes. A row comes with its place in x, which takes a
+// division to find.
 struct StatsTerm {
   VqStatsArgs a;
+  __device__ int64_t offset(int64_t row) const { return a.x.offset(row); }
   __device__ __host__ int64_t columns() const { return a.x.D + 1; }  // the last one counts
   template <int U>
-  __device__ void values(const int64_t (&row)[U], const int64_t (&)[U], int64_t column, double (&out)[U]) const {
+  __device__ void values(const int64_t (&row)[U], const int64_t (&offset)[U], const int64_t (&)[U], int64_t column,
+                         double (&out)[U]) const {
     int64_t at[U];
 #pragma unroll
-    for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 && column < a.x.D ? a.x.offset(row[u]) + column * a.x.stride_d : -1;
+    for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 && column < a.x.D ? offset[u] + column * a.x.stride_d : -1;
     gather(a.x.data, a.x.dtype, at, out);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -1086,13 +1238,15 @@ struct StatsTerm {
 };
 struct GradCodebookTerm {
   Backward b;
+  __device__ int64_t offset(int64_t row) const { return b.args.x.offset(row); }
   __device__ __host__ int64_t columns() const { return b.args.x.D; }
   template <int U>
-  __device__ void values(const int64_t (&row)[U], const int64_t (&code)[U], int64_t column, double (&out)[U]) const {
+  __device__ void values(const int64_t (&row)[U], const int64_t (&offset)[U], const int64_t (&code)[U], int64_t column,
+                         double (&out)[U]) const {
     int64_t at[U];
     double e[U];
 #pragma unroll
-    for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 ? b.args.x.offset(row[u]) + column * b.args.x.stride_d : -1;
+    for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 ? offset[u] + column * b.args.x.stride_d : -1;
     gather(b.args.x.data, b.args.x.dtype, at, out);
 #pragma unroll
     for (int u = 0; u < U; ++u) at[u] = row[u] >= 0 ? code[u] * b.args.stride_k + column : -1;
@@ -1105,38 +1259,46 @@ struct GradCodebookTerm {
   }
 };
 
+// Most threads of a block that has one for each column.
+constexpr int kSumThreads = 512;
+constexpr int kJoinCodes = 8;  // codes that a block joins
+
 // One span of the sorted rows, a thread a column. Codes that lie in the span altogether are finished; of the one that began before it
 // (slot 0) and of the one that goes on after it (slot 1) partial sums are left in partial [spans][2][columns].
 template <class Term>
-__global__ void __launch_bounds__(kThreads) span_sums_kernel(Term term, Sort s, const int64_t* indices, double* partial) {
+__global__ void __launch_bounds__(kSumThreads) span_sums_kernel(Term term, Sort s, const int64_t* indices, double* partial) {
   constexpr int kBatch = 64;
   MMFAST_SHARED(int64_t[kBatch], rows);
+  MMFAST_SHARED(int64_t[kBatch], offsets);
   MMFAST_SHARED(int64_t[kBatch], codes);
-  const int64_t columns = term.columns(), column = int64_t(blockIdx.y) * kThreads + threadIdx.x, total = s.start[s.K];
+  const int64_t columns = term.columns(), column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x, total = s.start[s.K];
   const int64_t begin = int64_t(blockIdx.x) * s.span, end = begin + s.span < total ? begin + s.span : total;
+  if (begin >= end) return;
+  // Codes on either side of the span's borders; rows of `order` all have one.
+  const int64_t before = begin > 0 ? indices[s.order[begin - 1]] : -1, after = end < total ? indices[s.order[end]] : -1;
   double sum = 0;
   int64_t current = -1;
   const auto flush = [&] {
     if (current < 0 || column >= columns) return;
-    const bool from_before = s.start[current]<begin, goes_on = s.start[current + 1]> end;
+    const bool from_before = current == before, goes_on = current == after;
     if (from_before || goes_on) partial[(int64_t(blockIdx.x) * 2 + (from_before ? 0 : 1)) * columns + column] = sum;
     else term.store(current, column, sum);
   };
   for (int64_t batch = begin; batch < end; batch += kBatch) {
     __syncthreads();
-    if (threadIdx.x < kBatch) {
-      const bool there = batch + threadIdx.x < end;
-      rows[threadIdx.x] = there ? int64_t(s.order[batch + threadIdx.x]) : -1;
-      codes[threadIdx.x] = there ? indices[rows[threadIdx.x]] : -1;
+    for (int i = int(threadIdx.x); i < kBatch; i += int(blockDim.x)) {
+      rows[i] = batch + i < end ? int64_t(s.order[batch + i]) : -1;
+      offsets[i] = rows[i] >= 0 ? term.offset(rows[i]) : -1;
+      codes[i] = rows[i] >= 0 ? indices[rows[i]] : -1;
     }
     __syncthreads();
     if (column >= columns) continue;
     for (int i = 0; i < kBatch && batch + i < end; i += 4) {
-      int64_t row[4], code[4];
+      int64_t row[4], offset[4], code[4];
       double v[4];
 #pragma unroll
-      for (int u = 0; u < 4; ++u) row[u] = rows[i + u], code[u] = codes[i + u];
-      term.values(row, code, column, v);
+      for (int u = 0; u < 4; ++u) row[u] = rows[i + u], offset[u] = offsets[i + u], code[u] = codes[i + u];
+      term.values(row, offset, code, column, v);
 #pragma unroll
       for (int u = 0; u < 4; ++u) {
         if (row[u] < 0) continue;
@@ -1154,15 +1316,18 @@ __global__ void __launch_bounds__(kThreads) span_sums_kernel(Term term, Sort s, 
 
 // Codes without rows get 0, those that cross spans the sum of their parts in order; the others are done.
 template <class Term>
-__global__ void __launch_bounds__(kThreads) join_sums_kernel(Term term, Sort s, const double* partial) {
-  const int64_t columns = term.columns(), k = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (k >= s.K) return;
-  const int64_t begin = s.start[k], end = s.start[k + 1];
-  const int64_t first = begin / s.span, last = end > begin ? (end - 1) / s.span : first;
-  if (end > begin && first == last) return;
-  for (int64_t column = threadIdx.x % 32; column < columns; column += 32) {
+__global__ void __launch_bounds__(kSumThreads) join_sums_kernel(Term term, Sort s, const double* partial) {
+  const int64_t columns = term.columns(), column = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
+  if (column >= columns) return;
+  for (int i = 0; i < kJoinCodes; ++i) {
+    const int64_t k = int64_t(blockIdx.x) * kJoinCodes + i;
+    if (k >= s.K) return;
+    const int64_t begin = s.start[k], end = s.start[k + 1];
+    const int64_t first = begin / s.span, last = end > begin ? (end - 1) / s.span : first;
+    if (end > begin && first == last) continue;
     double sum = 0;
     if (end > begin) sum = partial[(first * 2 + 1) * columns + column];
+#pragma unroll 8
     for (int64_t span = first + 1; span <= last; ++span) sum += partial[span * 2 * columns + column];
     term.store(k, column, sum);
   }
@@ -1170,11 +1335,13 @@ __global__ void __launch_bounds__(kThreads) join_sums_kernel(Term term, Sort s, 
 
 template <class Term>
 int code_sums(const Term& term, const Sort& s, const int64_t* indices, double* partial, void* stream) {
-  const dim3 spans(unsigned(s.spans), unsigned(ceil_div(term.columns(), kThreads))), block(kThreads);
+  const int64_t columns = term.columns(), parts = ceil_div(columns, kSumThreads);
+  const dim3 spans(unsigned(s.spans), unsigned(parts)), codes(unsigned(ceil_div(s.K, kJoinCodes)), unsigned(parts));
+  const dim3 block(unsigned(ceil_div(ceil_div(columns, parts), 32) * 32));
   return Sequence()
       .then([&] { return sort_rows(s, indices, stream); })
       .then([&] { return launch(span_sums_kernel<Term>, spans, block, 0, stream, term, s, indices, partial); })
-      .then([&] { return launch(join_sums_kernel<Term>, dim3(unsigned(ceil_div(s.K, kWarps))), block, 0, stream, term, s, partial); })
+      .then([&] { return launch(join_sums_kernel<Term>, codes, block, 0, stream, term, s, partial); })
       .status();
 }
 
@@ -1201,10 +1368,10 @@ struct BackwardPlan {
 // ---- moving averages
 
 // size <- decay size + (1 - decay) counts, and the total of it: one block, K is small.
-__global__ void __launch_bounds__(kThreads) ema_size_kernel(VqEmaArgs a, double* total) {
-  MMFAST_SHARED(double[kWarps], scratch);
+__global__ void __launch_bounds__(kWideThreads) ema_size_kernel(VqEmaArgs a, double* total) {
+  MMFAST_SHARED(double[kWideWarps], scratch);
   double sum = 0;
-  for (int64_t k = threadIdx.x; k < a.K; k += kThreads) {
+  for (int64_t k = threadIdx.x; k < a.K; k += kWideThreads) {
     const double size = a.decay * load_double(a.cluster_size, a.dtype, k) + (1 - a.decay) * load_double(a.counts, a.dtype, k);
     store_double(a.cluster_size, a.dtype, k, size);
     sum += size;
@@ -1242,20 +1409,24 @@ int vq_nearest_cuda(const VqNearestArgs& a, void* workspace, void* stream) {
   const NearestPlan p(a, workspace);
   const Codes& c = p.codes;
   const int64_t N = a.x.rows();
-  const dim3 block(kThreads), code_grid(unsigned(ceil_div(c.K, kWarps)));
+  const dim3 block(kThreads), wide(kWideThreads), code_grid(unsigned(ceil_div(c.K, kWarps)));
   Sequence run;
   if (N > 0)
     run.then([&] { return launch(code_factor_kernel, code_grid, block, 0, stream, c); })
-        .then([&] { return launch(code_mean_kernel, dim3(unsigned(ceil_div(c.D, 32))), block, 0, stream, c); })
+        .then([&] { return launch(code_mean_kernel, dim3(unsigned(c.depth / 32)), wide, 0, stream, c); })
         .then([&] { return launch(code_largest_kernel, code_grid, block, 0, stream, c); })
-        .then([&] { return launch(code_pack_kernel, dim3(unsigned(c.panels)), block, 0, stream, c); });
+        .then([&] { return launch(code_pack_kernel, dim3(unsigned(c.panels)), wide, 0, stream, c); });
   for (int64_t row0 = 0; row0 < N; row0 += p.chunk) {
     const int64_t count = N - row0 < p.chunk ? N - row0 : p.chunk, tiles = ceil_div(count, kTile);
-    const Rows rows{a.x, a.mask, row0, count, p.rows, p.scalars};
-    const Finish finish{a, row0, count, p.scalars, p.lanes, p.error, a.quantized.data || a.distance || a.mse};
+    const Rows rows{a.x, a.mask, row0, count, p.rows, p.scalars, p.opened};
+    const Finish finish{a, row0, count, p.scalars, p.rows, p.lanes, p.open, p.opened, p.error};
+    const int width = p.lanes.splits >= 4 ? 32 : p.lanes.splits >= 2 ? 16 : 8;
     run.then([&] { return launch(row_pack_kernel, dim3(unsigned(tiles * (kTile / kBlockRows))), block, 0, stream, rows, c); })
         .then([&] { return c.depth <= kMaxResidentDepth ? launch_screen<true>(p, tiles, stream) : launch_screen<false>(p, tiles, stream); })
-        .then([&] { return launch(finish_kernel, dim3(unsigned(ceil_div(count, kBlockRows))), block, 0, stream, finish, c); });
+        .then([&] { return launch(decide_kernel, dim3(unsigned(ceil_div(count * width, kThreads))), block, 0, stream, finish, c, width); })
+        .then([&] { return launch(search_kernel, dim3(unsigned(count < p.slots ? count : p.slots)), block, 0, stream, finish, c); });
+    if (a.quantized.data || a.distance || a.mse)
+      run.then([&] { return launch(emit_kernel, dim3(unsigned(ceil_div(count, kBlockRows))), block, 0, stream, finish, c); });
   }
   if (a.mse)
     run.then([&] {
@@ -1295,7 +1466,7 @@ size_t vq_ema_cuda_workspace(const VqEmaArgs&) { return 256; }
 int vq_ema_cuda(const VqEmaArgs& a, void* workspace, void* stream) {
   double* total = static_cast<double*>(workspace);
   return Sequence()
-      .then([&] { return launch(ema_size_kernel, dim3(1), dim3(kThreads), 0, stream, a, total); })
+      .then([&] { return launch(ema_size_kernel, dim3(1), dim3(kWideThreads), 0, stream, a, total); })
       .then([&] { return launch(ema_code_kernel, dim3(unsigned(ceil_div(a.K, kWarps))), dim3(kThreads), 0, stream, a, total); })
       .status();
 }

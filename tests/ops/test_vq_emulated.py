@@ -145,10 +145,17 @@ class Case:
             case "same_magnitude":  # sums whose terms all have one sign and length: accumulation errors add up
                 x, e = np.ones_like(x) * (1 + 1e-3 * x), np.ones_like(e) * (1 + 1e-3 * e)
             case "twins":  # each code again one panel on, moved by less than fp16 can see: both meet the same lane
-                e[128:256] = e[:128] + 1e-5 * e[128:256]
-                x = e[rng.integers(0, 256, self.n)] + 0.3 * x
+                for pair in range(0, self.k - 255, 256):
+                    e[pair + 128 : pair + 256] = e[pair : pair + 128] + 1e-5 * e[pair + 128 : pair + 256]
+                x = e[rng.integers(0, self.k, self.n)] + 0.3 * x
+            case "copies":  # the same codes in every panel, some of them moved so little that only fp64 tells: the first nearest one wins
+                near = rng.choice([0, 1, 2, 3, -3], (self.k, 1)) * 2.0**-12
+                e = e[np.arange(self.k) % 128] * (1 + near)
+                x = e[rng.integers(0, self.k, self.n)] + 0.1 * x
             case "far":
                 x, e = x * 1e60, e * 1e-5
+            case "vast":  # beyond what a float holds
+                x, e = x * 1e60 + 3e60, e * 1e60 + 3e60
             case "code_rounding":  # fp16 rounds half the codes' columns up: the wrong one of two looks better
                 u = 2.0**-11
                 good, bad = np.full(self.d, 1.5 + 0.98 * u), np.full(self.d, 1.5 + 0.6 * u)
@@ -244,24 +251,36 @@ NEAREST = [
     *[Case(*size, metric=m, layout=lay, out_layout=out) for size in SIZES for m, lay, out in
       [("l2", "dense", "dense"), ("cosine", "channel_first", "dense"), ("ip", "sliced", "channel_first")]],
     *[Case(36, 140, 24, x_dtype=a, e_dtype=b, layout="channel_first", out_layout="channel_first", mask=True) for a in DTYPES for b in DTYPES],
+    # Contiguous rows of every type and of all widths of a warp's share, in pieces and, where the width or the offset forbids it, one by one.
+    *[Case(70, 40, d, x_dtype=a, e_dtype=b, mask=True) for a, b in zip(DTYPES, DTYPES[1:] + DTYPES[:1], strict=True) for d in (28, 44, 132, 300)],
+    *[Case(34, 40, 70, metric="cosine", x_dtype=t, layout="sliced", out_layout="channel_first") for t in DTYPES],
     *[Case(37, 260, 40, metric=m, data=data, exact=data in ("duplicates", "equal", "ties", "zeros") and m != "cosine")
       for m in METRICS for data in ("duplicates", "equal", "ties", "common_mean", "outlier", "near", "zeros", "not_finite")],
     *[Case(48, 384, 16, data=data) for data in ("taming", "huge", "tiny", "mixed", "collinear", "same_magnitude")],
     *[Case(48, 384, 16, metric=m, data=data) for m in ("cosine", "ip") for data in ("huge", "tiny", "mixed", "same_magnitude")],
     Case(24, 130, 300, data="same_magnitude"), Case(24, 130, 300, data="near"),
     Case(24, 70, 16, x_dtype="f64", e_dtype="f64", data="near"), Case(24, 70, 16, x_dtype="f64", e_dtype="f64", metric="ip", data="tiny"),
-    Case(700, 384, 8, data="twins"), Case(9, 40, 12, x_dtype="f64", e_dtype="f64", data="far", exact=True),
+    Case(700, 384, 8, data="twins"), Case(60, 384, 300, data="twins"), Case(40, 1024, 24, data="twins"), Case(140, 384, 40, data="twins", mask=True),
+    *[Case(133, 400, 40, metric=m, x_dtype=t, e_dtype=t, layout="channel_first", data="copies", exact=m != "cosine") for m in METRICS for t in DTYPES],
+    *[Case(20, 1100, 33, metric=m, data="copies", exact=m != "cosine") for m in METRICS], Case(9, 40, 12, x_dtype="f64", e_dtype="f64", data="far", exact=True),
+    *[Case(9, 140, 36, metric=m, x_dtype="f64", e_dtype="f64", data="vast") for m in METRICS],
     Case(3, 4, 64, metric="ip", data="code_rounding"), Case(3, 4, 16, metric="ip", data="row_rounding"),
     Case(64, 256, 256, metric="ip", data="accumulation"), Case(64, 256, 320, metric="ip", data="accumulation"),
     Case(770, 300, 70, layout="channel_first"), Case(3100, 5, 2, mask=True),  # several panels a CTA; several chunks of rows
     Case(260, 33, 8, quantize=False), Case(0, 9, 8), Case(700, 40, 4, mask=True),
 ]  # fmt: skip
-# Every kernel, both forms of the screen, and the search of the whole block.
+# Every kernel, both forms of the screen, and the search for hidden codes.
 REDUCED = [
     Case(20, 140, 130, layout="channel_first", out_layout="channel_first", mask=True), Case(20, 70, 260, metric="ip", x_dtype="f16", e_dtype="f64"),
-    Case(12, 70, 24, data="ties"),
+    Case(12, 70, 24, data="ties"), Case(9, 384, 40, data="copies"),
 ]  # fmt: skip
-MORE = [Case(5, 7, 3, metric="cosine", layout="sliced"), Case(12, 130, 9, data="not_finite"), Case(700, 300, 40), Case(20, 129, 257)]
+MORE = [
+    Case(5, 7, 3, metric="cosine", layout="sliced"),
+    Case(12, 130, 9, data="not_finite"),
+    Case(700, 300, 40),
+    Case(20, 129, 257),
+    Case(6, 9, 28),
+]
 
 
 @pytest.mark.parametrize("case", NEAREST, ids=str)
@@ -299,7 +318,7 @@ def check_stats(n, k, d, dtype, layout, weighted, skew, sanitizer=""):
 STATS = [
     (1, 1, 1, "f32", "dense", False, False), (600, 7, 5, "f32", "channel_first", True, True), (600, 70, 33, "bf16", "dense", False, True),
     (300, 1100, 3, "f16", "sliced", False, False), (1000, 3, 2, "f64", "dense", True, True), (40, 5, 300, "f32", "dense", False, False),
-    (0, 4, 3, "f32", "dense", False, False),
+    (0, 4, 3, "f32", "dense", False, False), (90, 4, 700, "f32", "channel_first", True, True), (200, 40, 31, "f32", "dense", False, False),
 ]  # fmt: skip
 
 
@@ -392,7 +411,8 @@ BACKWARD = [
     *[(70, 9, 40, g, "f32", "f32", "dense", "qlxe") for g in ("none", "ste", "rotation")],
     (60, 5, 33, "rotation", "bf16", "f32", "channel_first", "qlx"), (33, 4, 3, "ste", "f16", "bf16", "sliced", "lxe"),
     (300, 2, 8, "rotation", "f64", "f64", "dense", "qlxe"), (20, 6, 70, "ste", "f32", "f16", "dense", "qx"),
-    (20, 6, 7, "none", "f32", "f32", "dense", "le"), (0, 3, 4, "ste", "f32", "f32", "dense", "qlxe"), (1, 1, 1, "rotation", "f32", "f32", "dense", "qlxe"),
+    (33, 5, 140, "rotation", "bf16", "f16", "dense", "qlxe"), (20, 4, 300, "rotation", "f16", "bf16", "channel_first", "qlx"),
+    (70, 5, 36, "ste", "bf16", "bf16", "dense", "qlx"), (20, 6, 7, "none", "f32", "f32", "dense", "le"), (99, 4, 530, "ste", "f32", "f32", "dense", "qle"), (0, 3, 4, "ste", "f32", "f32", "dense", "qlxe"), (1, 1, 1, "rotation", "f32", "f32", "dense", "qlxe"),
 ]  # fmt: skip
 
 
