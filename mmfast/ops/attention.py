@@ -337,15 +337,17 @@ def _attention(
     op: str, q, k, v, k2, v2, *, rule, lens=None, lens2=None, valid2=None, text_time=None, cu_q=None, cu_k=None, max_q=0, max_k=0,
     number=0, scale=None, dropout_p=0.0,
 ):  # fmt: skip
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    threshold, seed = 0, None
+    if dropout_p:
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+        threshold = min(round(dropout_p * 65536), 65535)
+    if threshold:  # the seed is a tensor, so that torch's generator governs it, graphs capture it and checkpointing repeats it
+        seed = torch.randint(2**62, (1,), device=q.device)
     kind = q.device.type
     if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
         narrow = torch.get_autocast_dtype(kind)
         q, k, v, k2, v2 = (t if t is None else t.to(narrow) for t in (q, k, v, k2, v2))
-    threshold = min(round(dropout_p * 65536), 65535)
-    # The seed is a tensor, so that torch's generator governs it, graphs capture it and checkpointing repeats it.
-    seed = torch.randint(2**62, (1,), device=q.device) if threshold else None
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return _op(
         q, k, v, k2, v2, _int32(lens), _int32(lens2), _flags(valid2), _int32(text_time), _int32(cu_q), _int32(cu_k), seed, rule, number,
@@ -378,8 +380,8 @@ def _(grad_out, grad_lse, q, k, v, k2, v2, out, lse, lens, lens2, valid2, text_t
 
 def _setup(ctx, inputs, output):
     # Saved: the inputs, the output and one lse a row; weights are formed again in backward.
-    *tensors, ctx.rule, ctx.number, ctx.max_q, ctx.max_k, ctx.scale, ctx.threshold = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs[:12], *output)
+    ctx.settings = inputs[12:]
     ctx.set_materialize_grads(False)
 
 
@@ -391,10 +393,7 @@ def _backward(ctx, grad_out, grad_lse):
     needs = ctx.needs_input_grad[:5]
     if grad_out is None and grad_lse is None:
         return (None,) * 5
-    grads = _grad(
-        grad_out, grad_lse, q, k, v, k2, v2, out, lse, *rest, ctx.rule, ctx.number, ctx.max_q, ctx.max_k, ctx.scale, ctx.threshold,
-        needs[0], any(needs[1:]),
-    )  # fmt: skip
+    grads = _grad(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *rest, *ctx.settings, needs[0], any(needs[1:]))
     return [g if n else None for g, n in zip(grads, needs, strict=True)]
 
 
