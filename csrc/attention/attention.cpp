@@ -71,7 +71,9 @@ struct Inputs {
     const int64_t dims = packed ? 3 : 4;
     MMFAST_CHECK(int64_t(rule) >= 0 && int64_t(rule) <= 4, kOp, ": unknown rule number ", int64_t(rule));
     MMFAST_CHECK(threshold >= 0 && threshold < 65536, kOp, ": dropout threshold ", threshold, " is not in [0, 65536)");
-    for (auto [name, t] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}, {"k2", k2 ? &*k2 : &k}, {"v2", v2 ? &*v2 : &v}}) {
+    Tensor *const k_second = k2 ? &*k2 : nullptr, *const v_second = v2 ? &*v2 : nullptr;
+    for (auto [name, t] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}, {"k2", k_second}, {"v2", v_second}}) {
+      if (!t) continue;
       check_same_device(kOp, "q", q, name, *t);
       MMFAST_CHECK(t->dim() == dims, kOp, ": expected ", name, packed ? " [total, heads, D]" : " [B, N, heads, D]", ", got ", shape_of(*t));
       MMFAST_CHECK(t->scalar_type() == q.scalar_type(), kOp, ": q is ", torch::headeronly::toString(q.scalar_type()), " but ", name, " is ",
@@ -85,8 +87,8 @@ struct Inputs {
     a.H = q.size(-2), a.D = q.size(-1), a.G = k.size(-2);
     a.scale = scale;
     MMFAST_CHECK(a.D >= 1, kOp, ": expected head width D >= 1, got q ", shape_of(q));
-    for (auto [name, t, as] :
-         {std::tuple{"k", &k, &q}, {"v", &v, &k}, {"k2", k2 ? &*k2 : &k, &k}, {"v2", v2 ? &*v2 : &v, k2 ? &*k2 : &k}}) {
+    for (auto [name, t, as] : {std::tuple{"k", &k, &q}, {"v", &v, &k}, {"k2", k_second, &k}, {"v2", v_second, k_second}}) {
+      if (!t) continue;
       const bool value = name[0] == 'v';
       MMFAST_CHECK(t->size(-1) == a.D && (as == &q || t->size(-2) == a.G) && (packed || t->size(0) == q.size(0)) &&
                        (!value || t->size(dims - 3) == as->size(dims - 3)),

@@ -394,8 +394,7 @@ def _backward(ctx, grad_loss, *_):
     if grad_loss is None:
         return (None,)
     scale, grad, source = ctx.saved_tensors
-    with torch.no_grad():
-        grad = (grad * (grad_loss * scale)).to(source.dtype)
+    grad = (grad * (grad_loss.detach() * scale)).to(source.dtype)
     return (_FirstOnly.apply(grad, source) if torch.is_grad_enabled() else grad,)  # with create_graph
 
 
