@@ -20,7 +20,7 @@ constexpr const char* kOp = "attention";
 bool has_media(AttentionRule rule) { return rule == AttentionRule::media || rule == AttentionRule::media_all; }
 bool has_text(AttentionRule rule) { return rule == AttentionRule::unimodal || rule == AttentionRule::multimodal_causal; }
 
-Tensor last_dim_contiguous(const Tensor& t) { return t.size(-1) == 1 || t.stride(-1) == 1 ? t : torch::stable::contiguous(t); }
+Tensor last_dim_contiguous(const Tensor& t) { return t.size(-1) == 1 || t.stride(-1) == 1 ? t : as_contiguous(t); }
 
 // [B, N, heads, D], or [N, heads, D] with packed sequences; `skip` leading rows are left out.
 AttentionTensor view(const Tensor& t, int64_t skip = 0) {
@@ -36,7 +36,7 @@ const int32_t* integers(const char* name, const Tensor& q, optional<Tensor>& t, 
   check_same_device(kOp, "q", q, name, *t);
   MMFAST_CHECK(t->scalar_type() == ScalarType::Int && t->numel() == count, kOp, ": expected ", count, " integers in ", name, ", got ",
                torch::headeronly::toString(t->scalar_type()), " ", shape_of(*t));
-  t = torch::stable::contiguous(*t);
+  t = as_contiguous(*t);
   return static_cast<const int32_t*>(t->data_ptr());
 }
 
@@ -71,7 +71,9 @@ struct Inputs {
     const int64_t dims = packed ? 3 : 4;
     MMFAST_CHECK(int64_t(rule) >= 0 && int64_t(rule) <= 4, kOp, ": unknown rule number ", int64_t(rule));
     MMFAST_CHECK(threshold >= 0 && threshold < 65536, kOp, ": dropout threshold ", threshold, " is not in [0, 65536)");
-    for (auto [name, t] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}, {"k2", k2 ? &*k2 : &k}, {"v2", v2 ? &*v2 : &v}}) {
+    Tensor *const k_second = k2 ? &*k2 : nullptr, *const v_second = v2 ? &*v2 : nullptr;
+    for (auto [name, t] : {std::pair{"q", &q}, {"k", &k}, {"v", &v}, {"k2", k_second}, {"v2", v_second}}) {
+      if (!t) continue;
       check_same_device(kOp, "q", q, name, *t);
       MMFAST_CHECK(t->dim() == dims, kOp, ": expected ", name, packed ? " [total, heads, D]" : " [B, N, heads, D]", ", got ", shape_of(*t));
       MMFAST_CHECK(t->scalar_type() == q.scalar_type(), kOp, ": q is ", torch::headeronly::toString(q.scalar_type()), " but ", name, " is ",
@@ -85,8 +87,8 @@ struct Inputs {
     a.H = q.size(-2), a.D = q.size(-1), a.G = k.size(-2);
     a.scale = scale;
     MMFAST_CHECK(a.D >= 1, kOp, ": expected head width D >= 1, got q ", shape_of(q));
-    for (auto [name, t, as] :
-         {std::tuple{"k", &k, &q}, {"v", &v, &k}, {"k2", k2 ? &*k2 : &k, &k}, {"v2", v2 ? &*v2 : &v, k2 ? &*k2 : &k}}) {
+    for (auto [name, t, as] : {std::tuple{"k", &k, &q}, {"v", &v, &k}, {"k2", k_second, &k}, {"v2", v_second, k_second}}) {
+      if (!t) continue;
       const bool value = name[0] == 'v';
       MMFAST_CHECK(t->size(-1) == a.D && (as == &q || t->size(-2) == a.G) && (packed || t->size(0) == q.size(0)) &&
                        (!value || t->size(dims - 3) == as->size(dims - 3)),
@@ -129,7 +131,7 @@ struct Inputs {
       check_same_device(kOp, "q", q, "text_mask", *valid2);
       MMFAST_CHECK(valid2->scalar_type() == ScalarType::Byte && valid2->numel() == a.B * a.N2, kOp, ": expected text_mask [B=", a.B,
                    ", S=", a.N2, "], got ", shape_of(*valid2));
-      valid2 = torch::stable::contiguous(*valid2);
+      valid2 = as_contiguous(*valid2);
       a.key2_valid = static_cast<const uint8_t*>(valid2->data_ptr());
     }
     if (has_media(rule)) {
@@ -152,8 +154,8 @@ struct Inputs {
 
   Tensor new_lse() const {
     const ScalarType type = q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    if (cu_q) return torch::stable::new_empty(q, {q.size(1), q.size(0)}, type);
-    return torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1)}, type);
+    if (cu_q) return allocate(q, {q.size(1), q.size(0)}, type);
+    return allocate(q, {q.size(0), q.size(2), q.size(1)}, type);
   }
 };
 
@@ -163,7 +165,7 @@ std::tuple<Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, optional<Tens
                                      int64_t max_k, double scale, int64_t threshold) {
   Inputs in{q, k, v, k2, v2, lens, lens2, valid2, text_time, cu_q, cu_k, seed, AttentionRule(rule), number, max_q, max_k, scale, threshold};
   AttentionArgs a = in.check();
-  Tensor out = torch::stable::new_empty(q, q.sizes()), lse = in.new_lse();
+  Tensor out = allocate(q, q.sizes()), lse = in.new_lse();
   a.out = view(out);
   a.lse = lse.data_ptr();
   if (out.numel() == 0) return {out, lse};
@@ -189,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(optional<T
   MMFAST_CHECK(out.dim() == q.dim() && out.numel() == q.numel() && out.scalar_type() == q.scalar_type(), kOp, ": out ", shape_of(out),
                " is not forward's");
   out = last_dim_contiguous(out);
-  lse = torch::stable::contiguous(lse);
+  lse = as_contiguous(lse);
   MMFAST_CHECK(lse.numel() * a.D == q.numel(), kOp, ": lse ", shape_of(lse), " is not forward's");
   a.out = view(out);
   a.lse = lse.data_ptr();
@@ -200,18 +202,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(optional<T
     args.grad_out = view(*grad_out);
   }
   if (grad_lse) {
-    grad_lse = torch::stable::contiguous(torch::stable::to(*grad_lse, lse.scalar_type()));
+    grad_lse = as_contiguous(as_type(*grad_lse, lse.scalar_type()));
     MMFAST_CHECK(grad_lse->numel() == lse.numel(), kOp, ": expected a gradient like lse ", shape_of(lse), ", got ", shape_of(*grad_lse));
     args.grad_lse = grad_lse->data_ptr();
   }
-  auto grad = [&](const optional<Tensor>& t, bool needed) {
-    return needed && t ? torch::stable::new_empty(*t, t->sizes()) : torch::stable::new_empty(q, {0});
-  };
+  auto grad = [&](const optional<Tensor>& t, bool needed) { return needed && t ? allocate(*t, t->sizes()) : allocate(q, {0}); };
   Tensor grad_q = grad(q, need_q), grad_k = grad(k, need_kv), grad_v = grad(v, need_kv), grad_k2 = grad(k2, need_kv),
          grad_v2 = grad(v2, need_kv);
   const auto result = std::make_tuple(grad_q, grad_k, grad_v, grad_k2, grad_v2);
   if (q.numel() == 0) {  // no rows: nothing flows to the keys
-    for (Tensor t : {grad_k, grad_v, grad_k2, grad_v2}) torch::stable::zero_(t);
+    for (Tensor t : {grad_k, grad_v, grad_k2, grad_v2}) fill_zero(t);
     return result;
   }
   if (need_q) args.grad_q = view(grad_q);
@@ -238,14 +238,14 @@ AttentionMergeArgs merge_args(Tensor& out_a, Tensor& lse_a, Tensor& out_b, Tenso
   a.dtype = dtype_of(op, "out_a", out_a);
   a.B = packed ? 1 : out_a.size(0), a.Nq = out_a.size(packed ? 0 : 1), a.H = out_a.size(-2), a.D = out_a.size(-1);
   const ScalarType wide = a.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-  MMFAST_CHECK(shape_of(out_a) == shape_of(out_b) && out_a.scalar_type() == out_b.scalar_type(), op, ": out_a ", shape_of(out_a),
-               " and out_b ", shape_of(out_b), " differ in shape or type");
+  MMFAST_CHECK(same_shape(out_a, out_b) && out_a.scalar_type() == out_b.scalar_type(), op, ": out_a ", shape_of(out_a), " and out_b ",
+               shape_of(out_b), " differ in shape or type");
   for (auto [name, t] : {std::pair{"lse_a", &lse_a}, {"lse_b", &lse_b}}) {
     check_same_device(op, "out_a", out_a, name, *t);
     MMFAST_CHECK(t->numel() == a.B * a.H * a.Nq && t->dim() == out_a.dim() - 1 && t->size(-1) == a.Nq && t->scalar_type() == wide, op,
                  ": expected ", name, packed ? " [H, total]" : " [B, H, Nq]", " in ", torch::headeronly::toString(wide), " beside out ",
                  shape_of(out_a), ", got ", shape_of(*t));
-    *t = torch::stable::contiguous(*t);
+    *t = as_contiguous(*t);
   }
   check_same_device(op, "out_a", out_a, "out_b", out_b);
   out_a = last_dim_contiguous(out_a), out_b = last_dim_contiguous(out_b);
@@ -256,7 +256,7 @@ AttentionMergeArgs merge_args(Tensor& out_a, Tensor& lse_a, Tensor& out_b, Tenso
 
 std::tuple<Tensor, Tensor> merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
   AttentionMergeArgs a = merge_args(out_a, lse_a, out_b, lse_b);
-  Tensor out = torch::stable::new_empty(out_a, out_a.sizes()), lse = torch::stable::new_empty(lse_a, lse_a.sizes());
+  Tensor out = allocate(out_a, out_a.sizes()), lse = allocate(lse_a, lse_a.sizes());
   a.out = view(out);
   a.lse = lse.data_ptr();
   if (lse.numel() == 0) return {out, lse};
@@ -271,10 +271,10 @@ std::tuple<Tensor, Tensor> merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(optional<Tensor> grad_out, optional<Tensor> grad_lse, Tensor out_a, Tensor lse_a,
                                                           Tensor out_b, Tensor lse_b, Tensor out, Tensor lse) {
   AttentionMergeArgs a = merge_args(out_a, lse_a, out_b, lse_b);
-  Tensor grad_a = torch::stable::new_empty(out_a, out_a.sizes()), grad_b = torch::stable::new_empty(out_b, out_b.sizes());
-  Tensor grad_lse_a = torch::stable::new_empty(lse_a, lse_a.sizes()), grad_lse_b = torch::stable::new_empty(lse_b, lse_b.sizes());
+  Tensor grad_a = allocate(out_a, out_a.sizes()), grad_b = allocate(out_b, out_b.sizes());
+  Tensor grad_lse_a = allocate(lse_a, lse_a.sizes()), grad_lse_b = allocate(lse_b, lse_b.sizes());
   out = last_dim_contiguous(out);
-  lse = torch::stable::contiguous(lse);
+  lse = as_contiguous(lse);
   a.out = view(out);
   a.lse = lse.data_ptr();
   if (grad_out) {
@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_backward(optional<Tensor> grad_
     a.grad_out = view(*grad_out);
   }
   if (grad_lse) {
-    grad_lse = torch::stable::contiguous(torch::stable::to(*grad_lse, lse.scalar_type()));
+    grad_lse = as_contiguous(as_type(*grad_lse, lse.scalar_type()));
     a.grad_lse = grad_lse->data_ptr();
   }
   a.grad_out_a = view(grad_a), a.grad_out_b = view(grad_b);

@@ -3,9 +3,6 @@
 // Argument checks of the torch side: each failure is one sentence that names the op, what it expected and what came.
 #pragma once
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <sstream>
@@ -13,11 +10,9 @@
 #include <string>
 
 #include "dtype.h"
+#include "tensor.h"
 
 namespace mmfast {
-
-using torch::stable::Tensor;
-using ScalarType = torch::headeronly::ScalarType;
 
 // Like torch's check, without the source location that torch puts in front of the sentence.
 #define MMFAST_CHECK(cond, ...) \

@@ -36,16 +36,19 @@ inline void* current_stream(const char* op, int32_t device) {
 template <class Args>
 void launch_on_cuda(const char* op, const Tensor& x, const Args& args, size_t (*bytes)(const Args&),
                     int (*launch)(const Args&, void*, void*)) {
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int32_t device = x.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t size = int64_t(bytes(args));
-  Tensor workspace = torch::stable::new_empty(x, {size}, ScalarType::Byte);
-  const int status = launch(args, size ? workspace.data_ptr() : nullptr, current_stream(op, x.get_device_index()));
+  std::optional<Tensor> workspace;
+  if (size) workspace = allocate(x, {size}, ScalarType::Byte);
+  const int status = launch(args, size ? workspace->data_ptr() : nullptr, current_stream(op, device));
   MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
 }
 template <class Args>
 void launch_on_cuda(const char* op, const Tensor& x, const Args& args, int (*launch)(const Args&, void*)) {
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int status = launch(args, current_stream(op, x.get_device_index()));
+  const int32_t device = x.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  const int status = launch(args, current_stream(op, device));
   MMFAST_CHECK(status == 0, op, ": CUDA launch failed with error ", status);
 }
 

@@ -17,8 +17,8 @@ using std::optional;
 // Checks `t` against the first input of its op and makes it contiguous; the copy, if one is needed, stays alive in `t`.
 void match(const char* op, const char* first_name, const Tensor& first, const char* name, Tensor& t) {
   check_same_device(op, first_name, first, name, t);
-  MMFAST_CHECK(shape_of(t) == shape_of(first), op, ": expected ", name, " ", shape_of(first), " like ", first_name, ", got ", shape_of(t));
-  t = torch::stable::contiguous(t);
+  MMFAST_CHECK(same_shape(t, first), op, ": expected ", name, " ", shape_of(first), " like ", first_name, ", got ", shape_of(t));
+  t = as_contiguous(t);
 }
 
 PpoInput values(const char* op, const char* name, const Tensor& t) { return {t.data_ptr(), dtype_of(op, name, t)}; }
@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor value, optional<Tensor> ma
                                double gamma, double lam) {
   const char* op = "gae";
   MMFAST_CHECK(rewards.dim() == 2, op, ": expected rewards [B, T], got ", shape_of(rewards));
-  rewards = torch::stable::contiguous(rewards);
+  rewards = as_contiguous(rewards);
   match(op, "rewards", rewards, "values", value);
   GaeArgs args{};
   args.rewards = values(op, "rewards", rewards);
@@ -58,12 +58,12 @@ std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor value, optional<Tensor> ma
     check_same_device(op, "rewards", rewards, "bootstrap", *bootstrap);
     MMFAST_CHECK(bootstrap->dim() == 1 && bootstrap->size(0) == args.B, op, ": expected bootstrap [B=", args.B, "], got ",
                  shape_of(*bootstrap));
-    bootstrap = torch::stable::contiguous(*bootstrap);
+    bootstrap = as_contiguous(*bootstrap);
     args.bootstrap = values(op, "bootstrap", *bootstrap);
   }
   const ScalarType type = wide_type(wide_type(rewards) == ScalarType::Double ? rewards : value);
-  Tensor advantages = torch::stable::new_empty(rewards, rewards.sizes(), type);
-  Tensor returns = torch::stable::new_empty(rewards, rewards.sizes(), type);
+  Tensor advantages = allocate(rewards, rewards.sizes(), type);
+  Tensor returns = allocate(rewards, rewards.sizes(), type);
   if (rewards.numel() == 0) return {advantages, returns};
   args.advantages = advantages.data_ptr();
   args.returns = returns.data_ptr();
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> gae(Tensor rewards, Tensor value, optional<Tensor> ma
 Tensor masked_whiten(Tensor x, optional<Tensor> mask, bool shift_mean, double eps, bool unbiased, bool eps_on_std) {
   const char* op = "masked_whiten";
   MMFAST_CHECK(eps >= 0, op, ": expected eps >= 0, got ", eps);
-  x = torch::stable::contiguous(x);
+  x = as_contiguous(x);
   WhitenArgs args{};
   args.x = values(op, "x", x);
   args.mask = flags(op, "x", x, "mask", mask);
@@ -84,7 +84,7 @@ Tensor masked_whiten(Tensor x, optional<Tensor> mask, bool shift_mean, double ep
   args.unbiased = unbiased;
   args.eps_on_std = eps_on_std;
   args.eps = eps;
-  Tensor out = torch::stable::new_empty(x, x.sizes(), wide_type(x));
+  Tensor out = allocate(x, x.sizes(), wide_type(x));
   if (args.n == 0) return out;
   args.out = out.data_ptr();
   args.out_type = dtype_of(op, "x", out);
@@ -96,7 +96,7 @@ Tensor masked_whiten(Tensor x, optional<Tensor> mask, bool shift_mean, double ep
 std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const char* op, std::initializer_list<const char*> names,
                                                 std::vector<optional<Tensor>> inputs, optional<Tensor> mask, PpoLossArgs args) {
   Tensor& first = *inputs[0];
-  first = torch::stable::contiguous(first);
+  first = as_contiguous(first);
   for (size_t j = 0; j < inputs.size(); ++j) {
     if (!inputs[j]) continue;
     if (j) match(op, names.begin()[0], first, names.begin()[j], *inputs[j]);
@@ -104,11 +104,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> loss(const char* op, std::initializer
   }
   args.mask = flags(op, names.begin()[0], first, "mask", mask);
   args.n = first.numel();
-  Tensor loss = torch::stable::new_zeros(first, {}, wide_type(first));
-  Tensor stats = torch::stable::new_zeros(first, {kPpoStats}, wide_type(first));
-  Tensor scale = torch::stable::new_zeros(first, {}, wide_type(first));
-  Tensor grad = torch::stable::new_empty(first, first.sizes(), wide_type(first));
-  if (args.n == 0) return {loss, stats, scale, grad};
+  const ScalarType type = wide_type(first);
+  Tensor loss = allocate(first, {}, type), stats = allocate(first, {kPpoStats}, type), scale = allocate(first, {}, type);
+  Tensor grad = allocate(first, first.sizes(), type);
+  if (args.n == 0) {
+    for (const Tensor& t : {loss, stats, scale}) fill_zero(t);
+    return {loss, stats, scale, grad};
+  }
   args.out = dtype_of(op, names.begin()[0], grad);
   args.loss = loss.data_ptr();
   args.stats = stats.data_ptr();

@@ -17,8 +17,8 @@ bool is_double(const Tensor& t) { return t.scalar_type() == ScalarType::Double; 
 // Checks that `t` has logp's shape and place, and makes it contiguous.
 void like_logp(const char* op, const Tensor& logp, const char* name, Tensor& t) {
   check_same_device(op, "logp", logp, name, t);
-  MMFAST_CHECK(shape_of(t) == shape_of(logp), op, ": expected ", name, " ", shape_of(logp), " like logp, got ", shape_of(t));
-  t = torch::stable::contiguous(t);
+  MMFAST_CHECK(same_shape(t, logp), op, ": expected ", name, " ", shape_of(logp), " like logp, got ", shape_of(t));
+  t = as_contiguous(t);
 }
 
 const int64_t* ids_like(const char* op, const Tensor& logp, const char* name, Tensor& ids) {
@@ -35,7 +35,7 @@ SegmentArgs segment_args(const char* op, Tensor& logp, Tensor& seq_ids, optional
   MMFAST_CHECK(S >= 0 && K >= 0, op, ": expected at least 0 segments, got ", S, " sequences of ", K);
   MMFAST_CHECK(K == 0 || S <= int64_t{0x7fffffff} / K, op, ": more than 2^31 segments");
   SegmentArgs a{};
-  logp = torch::stable::contiguous(logp);
+  logp = as_contiguous(logp);
   a.logp = logp.data_ptr();
   a.logp_dtype = dtype_of(op, "logp", logp);
   a.seq_ids = ids_like(op, logp, "seq_ids", seq_ids);
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> segment_logp(Tensor logp, Tensor seq_ids, optional<Te
   const char* op = "segment_logp";
   SegmentArgs a = segment_args(op, logp, seq_ids, segment_ids, token_weights, S, K, norm);
   const ScalarType type = a.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-  Tensor values = torch::stable::new_empty(logp, {S, K}, type), norms = torch::stable::new_empty(logp, {S, K}, type);
+  Tensor values = allocate(logp, {S, K}, type), norms = allocate(logp, {S, K}, type);
   a.values = values.data_ptr();
   a.norms = norms.data_ptr();
   if (logp.is_cuda()) {
@@ -80,17 +80,16 @@ std::tuple<Tensor, Tensor> segment_logp_backward(Tensor grad, Tensor logp, Tenso
   using Named = std::pair<const char*, Tensor*>;
   for (const auto& [name, t] : {Named{"grad", &grad}, Named{"values", &values}, Named{"norms", &norms}}) {
     check_same_device(op, "logp", logp, name, *t);
-    MMFAST_CHECK(shape_of(*t) == shape_of(values), op, ": expected ", name, " ", shape_of(values), " like values, got ", shape_of(*t));
-    *t = torch::stable::contiguous(torch::stable::to(*t, type));
+    MMFAST_CHECK(same_shape(*t, values), op, ": expected ", name, " ", shape_of(values), " like values, got ", shape_of(*t));
+    *t = as_contiguous(as_type(*t, type));
   }
   MMFAST_CHECK(!need_weights || token_weights, op, ": there are no token_weights to find a gradient for");
   b.forward.values = values.data_ptr();
   b.forward.norms = norms.data_ptr();
   b.grad = grad.data_ptr();
-  const Tensor nothing = torch::stable::new_empty(logp, {0});
-  Tensor grad_logp = need_logp ? torch::stable::new_empty(logp, logp.sizes()) : nothing;
-  Tensor grad_weights = need_weights ? torch::stable::new_empty(*token_weights, logp.sizes())
-                                     : torch::stable::new_empty(token_weights ? *token_weights : logp, {0});
+  const Tensor nothing = allocate(logp, {0});
+  Tensor grad_logp = need_logp ? allocate(logp, logp.sizes()) : nothing;
+  Tensor grad_weights = need_weights ? allocate(*token_weights, logp.sizes()) : allocate(token_weights ? *token_weights : logp, {0});
   b.grad_logp = need_logp ? grad_logp.data_ptr() : nullptr;
   b.grad_weights = need_weights ? grad_weights.data_ptr() : nullptr;
   if (logp.numel() == 0 || !(need_logp || need_weights)) return {grad_logp, grad_weights};
@@ -109,7 +108,7 @@ Column column(const char* op, const Tensor& chosen, const char* name, optional<T
   const bool single = one_for_all && t->numel() == 1;
   MMFAST_CHECK(single || (t->dim() == 1 && t->size(0) == chosen.size(0)), op, ": expected ", name, " [P=", chosen.size(0),
                "] like chosen, got ", shape_of(*t));
-  t = torch::stable::contiguous(*t);
+  t = as_contiguous(*t);
   return {t->data_ptr(), dtype_of(op, name, *t), single ? 0 : 1};
 }
 
@@ -139,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> preference_pairs(Tensor chosen, optional<Tens
   a.alpha = alpha, a.beta = beta, a.label_smoothing = label_smoothing, a.tau = tau;
   a.dtype = is_double(chosen) ? DType::f64 : DType::f32;
   const ScalarType type = a.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-  Tensor losses = torch::stable::new_empty(chosen, {a.P}, type);
-  Tensor rewards = torch::stable::new_empty(chosen, {2, a.P}, type), slopes = torch::stable::new_empty(chosen, {2, a.P}, type);
+  Tensor losses = allocate(chosen, {a.P}, type);
+  Tensor rewards = allocate(chosen, {2, a.P}, type), slopes = allocate(chosen, {2, a.P}, type);
   if (a.P == 0) return {losses, rewards, slopes};
   a.losses = losses.data_ptr();
   a.rewards = rewards.data_ptr();

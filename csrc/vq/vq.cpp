@@ -43,7 +43,7 @@ VqRows input_rows(const char* op, const char* name, Tensor& x, int64_t channel) 
   const DType dtype = dtype_of(op, name, x);
   VqRows rows;
   if (!group_rows(x, channel, x.data_ptr(), dtype, rows)) {
-    x = torch::stable::contiguous(x);
+    x = as_contiguous(x);
     group_rows(x, channel, x.data_ptr(), dtype, rows);
   }
   return rows;
@@ -53,9 +53,10 @@ VqRows input_rows(const char* op, const char* name, Tensor& x, int64_t channel) 
 struct OutputRows {
   Tensor result, written;
   VqRows rows;
-  OutputRows(const Tensor& like, DType dtype, int64_t channel) : result(torch::stable::empty_like(like)), written(result) {
+  OutputRows(const Tensor& like, DType dtype, int64_t channel)
+      : result(like.is_contiguous() ? allocate(like, like.sizes()) : torch::stable::empty_like(like)), written(result) {
     if (group_rows(written, channel, written.data_ptr(), dtype, rows)) return;
-    written = torch::stable::new_empty(like, like.sizes());
+    written = allocate(like, like.sizes());
     group_rows(written, channel, written.data_ptr(), dtype, rows);
   }
   Tensor finish() {
@@ -85,7 +86,7 @@ Tensor codebook_rows(const char* op, const Tensor& codebook, const Tensor& x, in
   MMFAST_CHECK(codebook.size(0) >= 1 && codebook.size(1) >= 1, op, ": expected at least one code and D >= 1, got codebook ",
                shape_of(codebook));
   MMFAST_CHECK(codebook.size(0) <= std::numeric_limits<int32_t>::max() - 1024, op, ": more than 2^31 codes");
-  return codebook.stride(1) == 1 && codebook.stride(0) >= 0 ? codebook : torch::stable::contiguous(codebook);
+  return codebook.stride(1) == 1 && codebook.stride(0) >= 0 ? codebook : as_contiguous(codebook);
 }
 
 Tensor contiguous_indices(const char* op, const Tensor& indices, const Tensor& x, int64_t channel) {
@@ -94,7 +95,7 @@ Tensor contiguous_indices(const char* op, const Tensor& indices, const Tensor& x
                torch::headeronly::toString(indices.scalar_type()));
   MMFAST_CHECK(indices.numel() * x.size(channel) == x.numel(), op, ": expected one index a row of x ", shape_of(x), " (channel dim ",
                channel, "), got indices ", shape_of(indices));
-  return torch::stable::contiguous(indices);
+  return as_contiguous(indices);
 }
 
 void run_nearest(const char* op, const Tensor& x, VqNearestArgs& args) {
@@ -113,8 +114,8 @@ std::tuple<Tensor, Tensor> nearest(Tensor x, Tensor codebook, int64_t metric, in
   MMFAST_CHECK(metric >= 0 && metric <= 2, op, ": unknown metric number ", metric);
   codebook = codebook_rows(op, codebook, x, channel);
   const std::vector<int64_t> sizes = row_sizes(x, channel);
-  Tensor indices = torch::stable::new_empty(x, sizes, ScalarType::Long);
-  Tensor distance = torch::stable::new_empty(x, return_distance ? sizes : std::vector<int64_t>{0}, wide_type(x));
+  Tensor indices = allocate(x, sizes, ScalarType::Long);
+  Tensor distance = allocate(x, return_distance ? sizes : std::vector<int64_t>{0}, wide_type(x));
   if (indices.numel() == 0) return {indices, distance};
   VqNearestArgs args{};
   args.x = input_rows(op, "x", x, channel);
@@ -135,16 +136,19 @@ std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x, Tensor codebook, optional<
   const char* op = "vq_quantize";
   const int64_t channel = channel_of(op, x, channel_dim);
   codebook = codebook_rows(op, codebook, x, channel);
-  Tensor indices = torch::stable::new_empty(x, row_sizes(x, channel), ScalarType::Long);
+  Tensor indices = allocate(x, row_sizes(x, channel), ScalarType::Long);
   if (mask) {
     check_same_device(op, "x", x, "mask", *mask);
-    MMFAST_CHECK(mask->scalar_type() == ScalarType::Bool && shape_of(*mask) == shape_of(indices), op, ": expected a bool mask ",
-                 shape_of(indices), ", one entry a row of x, got ", torch::headeronly::toString(mask->scalar_type()), " ", shape_of(*mask));
-    mask = torch::stable::contiguous(*mask);
+    MMFAST_CHECK(mask->scalar_type() == ScalarType::Bool && same_shape(*mask, indices), op, ": expected a bool mask ", shape_of(indices),
+                 ", one entry a row of x, got ", torch::headeronly::toString(mask->scalar_type()), " ", shape_of(*mask));
+    mask = as_contiguous(*mask);
   }
   OutputRows quantized(x, dtype_of(op, "x", x), channel);
-  Tensor mse = torch::stable::new_zeros(x, {}, wide_type(x));
-  if (indices.numel() == 0) return {quantized.result, indices, mse};
+  Tensor mse = allocate(x, {}, wide_type(x));
+  if (indices.numel() == 0) {
+    fill_zero(mse);
+    return {quantized.result, indices, mse};
+  }
   VqNearestArgs args{};
   args.x = input_rows(op, "x", x, channel);
   args.codebook = codebook.data_ptr();
@@ -183,23 +187,23 @@ std::tuple<Tensor, Tensor> quantize_backward(optional<Tensor> grad_q, optional<T
   }
   if (grad_mse) {
     check_same_device(op, "x", x, "grad_mse", *grad_mse);
-    grad_mse = torch::stable::contiguous(torch::stable::to(*grad_mse, wide_type(x)));
+    grad_mse = as_contiguous(as_type(*grad_mse, wide_type(x)));
     MMFAST_CHECK(grad_mse->numel() == 1, op, ": expected a scalar grad_mse, got ", shape_of(*grad_mse));
     args.grad_loss = grad_mse->data_ptr();
   }
   args.w_commit = commit_share;
   args.w_code = code_share;
   args.gradient = VqGradient(gradient);
-  Tensor nothing_x = torch::stable::new_empty(x, {0}), nothing_e = torch::stable::new_empty(codebook, {0});
+  Tensor nothing_x = allocate(x, {0}), nothing_e = allocate(codebook, {0});
   optional<OutputRows> grad_x;
   if (need_x) {
     grad_x.emplace(x, args.x.dtype, channel);
     args.grad_x = grad_x->rows;
   }
-  Tensor grad_codebook = need_codebook ? torch::stable::new_empty(codebook, codebook.sizes()) : nothing_e;
+  Tensor grad_codebook = need_codebook ? allocate(codebook, codebook.sizes()) : nothing_e;
   args.grad_codebook = need_codebook ? grad_codebook.data_ptr() : nullptr;
   if (x.numel() == 0) {
-    if (need_codebook) torch::stable::zero_(grad_codebook);
+    if (need_codebook) fill_zero(grad_codebook);
   } else if (x.is_cuda()) {
     MMFAST_ON_CUDA(op, x, args, vq_backward);
   } else {
@@ -216,7 +220,7 @@ VqStatsArgs stats_args(const char* op, Tensor& x, Tensor& indices, optional<Tens
     MMFAST_CHECK(weight->scalar_type() == ScalarType::Float && weight->numel() == indices.numel(), op,
                  ": expected float32 weights, one a row, like indices ", shape_of(indices), ", got ",
                  torch::headeronly::toString(weight->scalar_type()), " ", shape_of(*weight));
-    weight = torch::stable::contiguous(*weight);
+    weight = as_contiguous(*weight);
   }
   VqStatsArgs args{};
   args.x = input_rows(op, "x", x, channel);
@@ -305,7 +309,7 @@ void ema_update(Tensor cluster_size, Tensor embed_avg, Tensor codebook, Tensor x
   if (x.is_cuda()) {
     auto [counts, sums] = code_stats(x, indices, args.K, weight, channel_dim);
     const ScalarType type = codebook.scalar_type();
-    ema_step(cluster_size, embed_avg, codebook, torch::stable::to(counts, type), torch::stable::to(sums, type), decay, eps, normalize);
+    ema_step(cluster_size, embed_avg, codebook, as_type(counts, type), as_type(sums, type), decay, eps, normalize);
     return;
   }
   const VqStatsArgs rows = stats_args(op, x, indices, weight, args.K, channel);

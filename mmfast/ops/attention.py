@@ -18,7 +18,7 @@ Flamingo (arXiv:2204.14198, section 2.3), BLIP-2 (arXiv:2301.12597, figure 2), I
 import torch
 from torch import Tensor
 
-import mmfast.ops.library  # noqa: F401  registers torch.ops.mmfast
+from mmfast.ops.library import differentiable, without_graph
 
 _LENGTHS, _UNIMODAL, _MULTIMODAL_CAUSAL, _MEDIA, _MEDIA_ALL = range(5)
 _MASK_MODES = {"bidirectional": _LENGTHS, "unimodal": _UNIMODAL, "multimodal_causal": _MULTIMODAL_CAUSAL}
@@ -191,7 +191,7 @@ def merge_attention(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) 
     Returns:
         out, lse in the same shapes and types. A row that saw no key in either stays 0 with lse -inf.
     """
-    return torch.ops.mmfast.merge_attention(out_a, lse_a, out_b, lse_b)
+    return _merge(out_a, lse_a, out_b, lse_b)
 
 
 # ------------------------------------------------------------------------------------------------------------- references
@@ -337,22 +337,30 @@ def _attention(
     op: str, q, k, v, k2, v2, *, rule, lens=None, lens2=None, valid2=None, text_time=None, cu_q=None, cu_k=None, max_q=0, max_k=0,
     number=0, scale=None, dropout_p=0.0,
 ):  # fmt: skip
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    threshold, seed = 0, None
+    if dropout_p:
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+        threshold = min(round(dropout_p * 65536), 65535)
+    if threshold:  # the seed is a tensor, so that torch's generator governs it, graphs capture it and checkpointing repeats it
+        seed = torch.randint(2**62, (1,), device=q.device)
     kind = q.device.type
     if torch.is_autocast_enabled(kind) and q.dtype != torch.float64:
         narrow = torch.get_autocast_dtype(kind)
         q, k, v, k2, v2 = (t if t is None else t.to(narrow) for t in (q, k, v, k2, v2))
-    threshold = min(round(dropout_p * 65536), 65535)
-    # The seed is a tensor, so that torch's generator governs it, graphs capture it and checkpointing repeats it.
-    seed = torch.randint(2**62, (1,), device=q.device) if threshold else None
-    lens, lens2, text_time, cu_q, cu_k = (t if t is None else t.to(torch.int32) for t in (lens, lens2, text_time, cu_q, cu_k))
-    valid2 = valid2 if valid2 is None else (valid2 != 0).to(torch.uint8)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    args = (q, k, v, k2, v2, lens, lens2, valid2, text_time, cu_q, cu_k, seed, rule, number, max_q, max_k, scale, threshold)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(t is not None and t.requires_grad for t in args[:5]):
-        return _Eager.apply(*args)
-    return torch.ops.mmfast.attention(*args)
+    return _op(
+        q, k, v, k2, v2, _int32(lens), _int32(lens2), _flags(valid2), _int32(text_time), _int32(cu_q), _int32(cu_k), seed, rule, number,
+        max_q, max_k, scale, threshold,
+    )  # fmt: skip
+
+
+def _int32(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.dtype == torch.int32 else t.to(torch.int32)
+
+
+def _flags(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None else (mask if mask.dtype == torch.bool else mask != 0).view(torch.uint8)
 
 
 @torch.library.register_fake("mmfast::attention")
@@ -372,32 +380,24 @@ def _(grad_out, grad_lse, q, k, v, k2, v2, out, lse, lens, lens2, valid2, text_t
 
 def _setup(ctx, inputs, output):
     # Saved: the inputs, the output and one lse a row; weights are formed again in backward.
-    *tensors, ctx.rule, ctx.number, ctx.max_q, ctx.max_k, ctx.scale, ctx.threshold = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs[:12], *output)
+    ctx.settings = inputs[12:]
     ctx.set_materialize_grads(False)
+
+
+_grad = without_graph(torch.ops.mmfast.attention_backward.default)
 
 
 def _backward(ctx, grad_out, grad_lse):
     q, k, v, k2, v2, *rest, out, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[:5]
     if grad_out is None and grad_lse is None:
-        return (None,) * 18
-    grads = torch.ops.mmfast.attention_backward(
-        grad_out, grad_lse, q, k, v, k2, v2, out, lse, *rest, ctx.rule, ctx.number, ctx.max_q, ctx.max_k, ctx.scale, ctx.threshold,
-        needs[0], any(needs[1:]),
-    )  # fmt: skip
-    return *(g if n else None for g, n in zip(grads, needs, strict=True)), *(None,) * 13
+        return (None,) * 5
+    grads = _grad(grad_out, grad_lse, q, k, v, k2, v2, out, lse, *rest, *ctx.settings, needs[0], any(needs[1:]))
+    return [g if n else None for g, n in zip(grads, needs, strict=True)]
 
 
-torch.library.register_autograd("mmfast::attention", _backward, setup_context=_setup)
-
-
-class _Eager(torch.autograd.Function):
-    """The same rule as above, without the 50 us that register_autograd spends on filling in the defaults of 18 arguments."""
-
-    forward = staticmethod(lambda *args: torch.ops.mmfast.attention(*args))
-    setup_context = staticmethod(_setup)
-    backward = staticmethod(_backward)
+_op = differentiable(torch.ops.mmfast.attention.default, 5, _backward, _setup)
 
 
 @torch.library.register_fake("mmfast::merge_attention")
@@ -415,10 +415,13 @@ def _merge_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
+_merge_grad = without_graph(torch.ops.mmfast.merge_attention_backward.default)
+
+
 def _merge_backward(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
         return (None,) * 4
-    return tuple(torch.ops.mmfast.merge_attention_backward(grad_out, grad_lse, *ctx.saved_tensors))
+    return _merge_grad(grad_out, grad_lse, *ctx.saved_tensors)
 
 
-torch.library.register_autograd("mmfast::merge_attention", _merge_backward, setup_context=_merge_setup)
+_merge = differentiable(torch.ops.mmfast.merge_attention.default, 4, _merge_backward, _merge_setup)

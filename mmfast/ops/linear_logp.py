@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import mmfast.ops.library  # noqa: F401  registers torch.ops.mmfast
+from mmfast.ops.library import differentiable, without_graph
 
 LOGP, LSE, ENTROPY, SQUARES, HIT, REF_LOGP, _REF_LSE, KL = range(
     8
@@ -195,7 +195,7 @@ def label_logp(
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"label_logp: expected labels {list(logits.shape[:-1])} like logits [.., V], got {list(labels.shape)}")
     options = _options("label_logp", logits.device, ignore_index, temperature, softcap, "input", return_entropy or return_stats, None, None)
-    out = torch.ops.mmfast.label_logp(logits, labels, options.more, options.temperature, options.softcap, ignore_index)
+    out = _label(logits, labels, options.more, options.temperature, options.softcap, ignore_index)
     return _select(out, labels.shape, return_entropy, return_stats)
 
 
@@ -729,41 +729,50 @@ def _rows_of(logits: Tensor) -> list[Tensor]:
     return [logits if logits.dim() == 2 else logits.unsqueeze(0)]
 
 
-@torch.library.custom_op("mmfast::label_logp", mutates_args=())
-def _label_logp_op(logits: Tensor, labels: Tensor, more: bool, temperature: float, softcap: float, ignore_index: int) -> Tensor:
+def _split(x: Tensor, pieces: list[Tensor], dim: int = -1) -> Sequence[Tensor]:
+    return [x] if len(pieces) == 1 else x.split([len(z) for z in pieces], dim)
+
+
+def _label_forward(logits: Tensor, labels: Tensor, more: bool, temperature: float, softcap: float, ignore_index: int) -> Tensor:
     V, wide = logits.shape[-1], _wide_type(logits.dtype)
     pieces, labels = _rows_of(logits), labels.reshape(-1).contiguous()
     outs = []
-    for z, y in zip(pieces, labels.split([len(z) for z in pieces]), strict=True):
+    for z, y in zip(pieces, _split(labels, pieces), strict=True):
         state, out = z.new_empty((_STATES, len(z)), dtype=wide), z.new_zeros((_OUTPUTS, len(z)), dtype=wide)
         torch.ops.mmfast.logp_update_(z, None, y, 0, V, more, temperature, softcap, ignore_index, state, out)
         outs.append(out)
     return outs[0] if len(outs) == 1 else torch.cat(outs, 1) if outs else logits.new_zeros((_OUTPUTS, 0), dtype=wide)
 
 
-@_label_logp_op.register_fake
-def _(logits, labels, more, temperature, softcap, ignore_index):
-    return logits.new_empty(_OUTPUTS, labels.numel(), dtype=_wide_type(logits.dtype))
-
-
-@torch.library.custom_op("mmfast::label_logp_backward", mutates_args=())
-def _label_logp_backward_op(
+def _label_gradient(
     grad: Tensor, out: Tensor, logits: Tensor, labels: Tensor, more: bool, temperature: float, softcap: float, ignore_index: int
 ) -> Tensor:
     V = logits.shape[-1]
     result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     pieces, labels = _rows_of(logits), labels.reshape(-1).contiguous()
-    sizes = [len(z) for z in pieces]
-    parts = (x.split(sizes, -1) for x in (labels, out, grad))
-    for z, to, y, o, g in zip(pieces, result.view(-1, V).split(sizes), *parts, strict=True):
+    parts = (_split(x, pieces) for x in (labels, out, grad))
+    for z, to, y, o, g in zip(pieces, _split(result.view(-1, V), pieces, 0), *parts, strict=True):
         used = [g[i].contiguous() if more or i < ENTROPY else None for i in (LOGP, LSE, ENTROPY, SQUARES)]
         torch.ops.mmfast.logp_grad_(z, None, to, y, 0, V, temperature, softcap, ignore_index, o.contiguous(), *used, None)
     return result
 
 
-@_label_logp_backward_op.register_fake
+_label_op = torch.library.custom_op("mmfast::label_logp", _label_forward, mutates_args=())
+_label_gradient_op = torch.library.custom_op("mmfast::label_logp_backward", _label_gradient, mutates_args=())
+
+
+@_label_op.register_fake
+def _(logits, labels, more, temperature, softcap, ignore_index):
+    return logits.new_empty(_OUTPUTS, labels.numel(), dtype=_wide_type(logits.dtype))
+
+
+@_label_gradient_op.register_fake
 def _(grad, out, logits, labels, *options):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+for _name in ("logp_update_", "logp_grad_"):  # they write to tensors given to them: for fake ones there is nothing to do
+    torch.library.register_fake(f"mmfast::{_name}", lambda *_: None)
 
 
 def _label_setup(ctx, inputs, output):
@@ -773,10 +782,11 @@ def _label_setup(ctx, inputs, output):
 
 def _label_backward(ctx, grad):
     logits, labels, out = ctx.saved_tensors
-    return torch.ops.mmfast.label_logp_backward(grad, out, logits, labels, *ctx.options), *(None,) * 5
+    return (_label_grad(grad, out, logits, labels, *ctx.options),)
 
 
-_label_logp_op.register_autograd(_label_backward, setup_context=_label_setup)
+_label_grad = without_graph(torch.ops.mmfast.label_logp_backward.default, _label_gradient)
+_label = differentiable(torch.ops.mmfast.label_logp.default, 1, _label_backward, _label_setup, _label_forward)
 
 
 # ------------------------------------------------------------------------------------------------------- gradients in forward

@@ -15,7 +15,7 @@ Sources: PPO (arXiv:1707.06347), GAE (arXiv:1506.02438), dual clip (arXiv:1912.0
 import torch
 from torch import Tensor
 
-import mmfast.ops.library  # noqa: F401  registers torch.ops.mmfast
+from mmfast.ops.library import differentiable, of_constants
 
 _SEMANTICS = ("masked", "llava_rlhf")
 _SCORE_AT = ("end", "after_end", "last")
@@ -130,8 +130,10 @@ def gae(
     Raises:
         RuntimeError: shapes, types or devices that do not fit.
     """
-    inputs = rewards.detach(), values.detach(), _bool(mask), _bool(dones), None if bootstrap is None else bootstrap.detach()
-    return torch.ops.mmfast.gae(*inputs, gamma, lam)
+    return _gae(rewards, values, _bool(mask), _bool(dones), bootstrap, gamma, lam)
+
+
+_gae = of_constants(torch.ops.mmfast.gae.default)
 
 
 def gae_ref(
@@ -193,7 +195,10 @@ def masked_whiten(
     """
     faithful = _choice("masked_whiten", "semantics", semantics, _SEMANTICS) == "llava_rlhf"
     unbiased = not faithful if unbiased is None else unbiased
-    return torch.ops.mmfast.masked_whiten(x.detach(), None if faithful else _bool(mask), shift_mean, eps, unbiased, faithful)
+    return _whiten(x, None if faithful else _bool(mask), shift_mean, eps, unbiased, faithful)
+
+
+_whiten = of_constants(torch.ops.mmfast.masked_whiten.default)
 
 
 def masked_whiten_ref(
@@ -266,10 +271,9 @@ def ppo_policy_loss(
     clip = tuple(clip) if isinstance(clip, tuple | list) else (clip, clip)
     if len(clip) != 2 or min(clip) < 0 or (dual_clip is not None and dual_clip < 1):
         raise ValueError(f"{op}: expected clip >= 0 on both sides and dual_clip >= 1, got clip {clip}, dual_clip {dual_clip}")
-    constants = [None if t is None else t.detach() for t in (old_logp, advantages, weights, ref_logp)]
     mask = None if faithful else _bool(mask)
     bound = float("inf") if dual_clip is None else dual_clip
-    loss, stats = _run_loss(torch.ops.mmfast.ppo_policy_loss, logp, *constants[:2], mask, *constants[2:], *clip, bound, kl_coef, number)
+    loss, stats, *_ = _policy_loss(logp, old_logp, advantages, mask, weights, ref_logp, *clip, bound, kl_coef, number)
     return loss, dict(zip(_POLICY_STATS, stats.unbind(), strict=False))
 
 
@@ -336,7 +340,7 @@ def ppo_value_loss(
     if clip is not None and clip < 0:
         raise ValueError(f"ppo_value_loss: expected clip >= 0, got {clip}")
     mask, bound = None if faithful else _bool(mask), float("inf") if clip is None else clip
-    loss, stats = _run_loss(torch.ops.mmfast.ppo_value_loss, values, old_values.detach(), returns.detach(), mask, bound)
+    loss, stats, *_ = _value_loss(values, old_values, returns, mask, bound)
     return loss, dict(zip(_VALUE_STATS, stats.unbind(), strict=False))
 
 
@@ -379,21 +383,19 @@ def _fake_loss(first: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _setup(ctx, inputs, output):
-    # The gradient of the sum is there already, and so is the divisor that makes it the mean's: no input has to live on.
+    # The gradient of the sum is there already, and so is the divisor that makes it the mean's. The input is there to be named (_FirstOnly).
     _, stats, scale, grad = output
-    ctx.dtype, ctx.count = inputs[0].dtype, len(inputs)
-    ctx.save_for_backward(scale, grad)
+    ctx.save_for_backward(scale, grad, inputs[0])
     ctx.mark_non_differentiable(stats, scale, grad)
     ctx.set_materialize_grads(False)
 
 
-@torch.no_grad()  # a gradient without a graph: asking for second derivatives is an error, not 0
 def _backward(ctx, grad_loss, *_):
-    nothing = (None,) * (ctx.count - 1)
     if grad_loss is None:
-        return None, *nothing
-    scale, grad, *_ = ctx.saved_tensors
-    return (grad * (grad_loss * scale)).to(ctx.dtype), *nothing
+        return (None,)
+    scale, grad, source = ctx.saved_tensors
+    grad = (grad * (grad_loss.detach() * scale)).to(source.dtype)
+    return (_FirstOnly.apply(grad, source) if torch.is_grad_enabled() else grad,)  # with create_graph
 
 
 class _FirstOnly(torch.autograd.Function):
@@ -408,31 +410,6 @@ class _FirstOnly(torch.autograd.Function):
         raise RuntimeError("ppo losses have first derivatives only; their _ref twins have all of them")
 
 
-class _Eager(torch.autograd.Function):
-    """The rule that is registered below, without the time that register_autograd and a separate setup spend on each call."""
-
-    @staticmethod
-    def forward(ctx, op, first, *args):
-        loss, stats, scale, grad = op(first, *args)
-        ctx.dtype, ctx.count = first.dtype, len(args) + 1
-        ctx.save_for_backward(scale, grad, first)
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
-
-    @staticmethod
-    def backward(ctx, *grads):
-        grad, *nothing = _backward(ctx, *grads)
-        if torch.is_grad_enabled() and grad is not None:  # create_graph
-            grad = _FirstOnly.apply(grad, ctx.saved_tensors[2])
-        return None, grad, *nothing
-
-
-def _run_loss(op, first: Tensor, *args) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and first.requires_grad and not torch.compiler.is_compiling():
-        return _Eager.apply(op, first, *args)
-    return op(first, *args)[:2]
-
-
-for _op in ("ppo_policy_loss", "ppo_value_loss"):
-    torch.library.register_autograd(f"mmfast::{_op}", _backward, setup_context=_setup)
+# The other inputs are constants of the loss: they may require gradients, and get none.
+_policy_loss = differentiable(torch.ops.mmfast.ppo_policy_loss.default, 1, _backward, _setup)
+_value_loss = differentiable(torch.ops.mmfast.ppo_value_loss.default, 1, _backward, _setup)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import mmfast.ops.library  # noqa: F401  registers torch.ops.mmfast
+from mmfast.ops.library import differentiable, without_graph
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -66,8 +66,8 @@ def segment_logp(
     """
     _known("segment_logp", "norm", norm, _NORMS)
     sizes = _sizes(seq_ids, segment_ids, num_segments, segments_per_sequence)
-    values, _ = torch.ops.mmfast.segment_logp(logp, seq_ids, segment_ids, token_weights, *sizes, _NORMS.index(norm))
-    return values[:, 0] if segment_ids is None else values
+    values, _ = _segment(logp, seq_ids, segment_ids, token_weights, *sizes, _NORMS.index(norm))
+    return values.view(-1) if segment_ids is None else values
 
 
 def _sizes(seq_ids: Tensor, segment_ids: Tensor | None, S: int | None, K: int | None) -> tuple[int, int]:
@@ -130,12 +130,13 @@ def _segment_setup(ctx, inputs, output):
 def _segment_backward(ctx, grad, _):
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
     if grad is None or not any(needs):
-        return (None,) * 7
-    grad_logp, grad_weights = torch.ops.mmfast.segment_logp_backward(grad, *ctx.saved_tensors, ctx.norm, *needs)
-    return grad_logp if needs[0] else None, None, None, grad_weights if needs[1] else None, None, None, None
+        return (None,) * 4
+    grad_logp, grad_weights = _segment_grad(grad, *ctx.saved_tensors, ctx.norm, *needs)
+    return grad_logp if needs[0] else None, None, None, grad_weights if needs[1] else None
 
 
-torch.library.register_autograd("mmfast::segment_logp", _segment_backward, setup_context=_segment_setup)
+_segment_grad = without_graph(torch.ops.mmfast.segment_logp_backward.default)
+_segment = differentiable(torch.ops.mmfast.segment_logp.default, 4, _segment_backward, _segment_setup)
 
 
 def _no_second(ctx, *_):
@@ -429,11 +430,10 @@ def _evaluate_op(kernel: str, answers: _Answers, settings: _Settings) -> tuple[T
         margin = torch.full((1,), margin, dtype=torch.float64, device=answers.chosen.device)
     # Lengths and severities are often whole numbers.
     numbers = (x.double() if x is not None and not x.is_floating_point() else x for x in answers[4:7])
-    columns = (x if x is None else x.reshape(-1) for x in (*answers[:4], *numbers, margin))
-    losses, rewards, _ = torch.ops.mmfast.preference_pairs(
-        *columns, _KERNELS.index(kernel), _DIVERGENCES.index(settings.divergence), settings.alpha, *settings[:3]
-    )
-    return tuple(x.view(answers.chosen.shape) for x in (losses, *rewards))
+    columns = (x if x is None or x.dim() == 1 else x.reshape(-1) for x in (*answers[:4], *numbers, margin))
+    losses, rewards, _ = _pairs(*columns, _KERNELS.index(kernel), _DIVERGENCES.index(settings.divergence), settings.alpha, *settings[:3])
+    results, shape = (losses, *rewards.unbind()), answers.chosen.shape
+    return results if len(shape) == 1 else tuple(x.view(shape) for x in results)
 
 
 def _evaluate_ref(kernel: str, answers: _Answers, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
@@ -500,9 +500,9 @@ def _pairs_backward(ctx, grad, *_):
     if torch.is_grad_enabled():  # a second derivative would silently take the slopes for constants
         raise RuntimeError("preference_loss: the op has first derivatives only; preference_loss_ref has all of them")
     if grad is None:
-        return (None,) * 14
-    both = zip(grad * ctx.saved_tensors[0], ctx.types, strict=True)
-    return *(g.to(kind) if need else None for (g, kind), need in zip(both, ctx.needs_input_grad[:2], strict=True)), *(None,) * 12
+        return None, None
+    both = zip((grad * ctx.saved_tensors[0]).unbind(), ctx.types, strict=True)
+    return [g.to(kind) if need else None for (g, kind), need in zip(both, ctx.needs_input_grad[:2], strict=True)]
 
 
-torch.library.register_autograd("mmfast::preference_pairs", _pairs_backward, setup_context=_pairs_setup)
+_pairs = differentiable(torch.ops.mmfast.preference_pairs.default, 2, _pairs_backward, _pairs_setup)

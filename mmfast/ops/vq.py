@@ -10,7 +10,7 @@ search certifies its answers: docs/kernels.md.
 import torch
 from torch import Tensor
 
-import mmfast.ops.library  # noqa: F401  registers torch.ops.mmfast
+from mmfast.ops.library import differentiable, of_constants, without_graph
 
 _METRICS = {"l2": 0, "cosine": 1, "ip": 2}
 _GRADIENTS = {"none": 0, "ste": 1, "rotation": 2}
@@ -44,8 +44,11 @@ def vq_nearest(
             where raising would cost a synchronisation, such a row gets index -1 (NaN distance) and such a code is never chosen.
     """
     number = _number("vq_nearest", "metric", metric, _METRICS)
-    indices, distance = torch.ops.mmfast.vq_nearest(x, codebook, number, channel_dim, return_distance)
+    indices, distance = _nearest(x, codebook, number, channel_dim, return_distance)
     return (indices, distance) if return_distance else indices
+
+
+_nearest = of_constants(torch.ops.mmfast.vq_nearest.default)
 
 
 def vq_nearest_ref(
@@ -130,7 +133,7 @@ def vq_quantize(
     total = w_commit + w_code
     # The op returns the mean squared error; the shares say how its gradient is split between x and the codes.
     shares = (w_commit / total, w_code / total) if total else (0.0, 0.0)
-    quantized, indices, mse = torch.ops.mmfast.vq_quantize(x, codebook, mask, channel_dim, number, *shares)
+    quantized, indices, mse = _quantize(x, codebook, mask, channel_dim, number, *shares)
     return quantized, indices, mse * total
 
 
@@ -206,29 +209,20 @@ def _quantize_backward(ctx, grad_q, _, grad_mse):
     x, codes, indices = ctx.saved_tensors
     need_x, need_codebook = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     if grad_q is None and grad_mse is None:
-        return (None,) * 7
+        return None, None
     if ctx.keeps_rows:  # row r's code is row r
         codes = codes.movedim(ctx.channel_dim, -1).reshape(-1, x.shape[ctx.channel_dim])
-        indices = torch.where(indices >= 0, torch.arange(len(codes), device=x.device).view(indices.shape), -1)
+        indices = torch.where(indices < 0, indices, torch.arange(len(codes), device=x.device).view(indices.shape))
         if len(codes) == 0:
-            return grad_q, None, None, None, None, None, None
-    grad_x, grad_codebook = torch.ops.mmfast.vq_quantize_backward(
-        grad_q,
-        grad_mse,
-        x,
-        codes,
-        indices,
-        ctx.commit_share,
-        ctx.code_share,
-        ctx.gradient,
-        ctx.channel_dim,
-        need_x,
-        need_codebook,
+            return grad_q, None
+    grad_x, grad_codebook = _quantize_grad(
+        grad_q, grad_mse, x, codes, indices, ctx.commit_share, ctx.code_share, ctx.gradient, ctx.channel_dim, need_x, need_codebook
     )
-    return grad_x if need_x else None, grad_codebook if need_codebook else None, None, None, None, None, None
+    return grad_x if need_x else None, grad_codebook if need_codebook else None
 
 
-torch.library.register_autograd("mmfast::vq_quantize", _quantize_backward, setup_context=_quantize_setup)
+_quantize_grad = without_graph(torch.ops.mmfast.vq_quantize_backward.default)
+_quantize = differentiable(torch.ops.mmfast.vq_quantize.default, 2, _quantize_backward, _quantize_setup)
 
 
 # --------------------------------------------------------------------------------------------------- codebook statistics
@@ -243,7 +237,10 @@ def vq_code_stats(x: Tensor, indices: Tensor, K: int, *, weight: Tensor | None =
     Raises:
         RuntimeError: shapes that do not fit; on the CPU also an index outside [-1, K), which CUDA leaves out instead.
     """
-    return torch.ops.mmfast.vq_code_stats(x, indices, K, weight, channel_dim)
+    return _code_stats(x, indices, K, weight, channel_dim)
+
+
+_code_stats = of_constants(torch.ops.mmfast.vq_code_stats.default)
 
 
 def vq_code_stats_ref(x: Tensor, indices: Tensor, K: int, *, weight: Tensor | None = None, channel_dim: int = -1) -> tuple[Tensor, Tensor]:
