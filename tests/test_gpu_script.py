@@ -158,7 +158,8 @@ def test_a_machine_with_a_card(card):
     assert "-m gpu tests/ops tests/nn" in done.stdout
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         said = (card / "build" / "gpu-run" / f"sanitize-{tool}.log").read_text()
-        assert f"--tool {tool} --kernel-name kns=mmfast --error-exitcode 9" in said
+        ours = "" if tool == "initcheck" else "--kernel-name kns=mmfast "  # what torch's kernels write is to be seen
+        assert f"--tool {tool} {ours}--error-exitcode 9" in said
         assert "-m gpu and reduced" in said
 
 
