@@ -158,7 +158,7 @@ def limits() -> dict[str, float]:
 
 @cache
 def environment() -> dict:
-    """What a reader needs to judge a figure: machine, versions, commit (``MMFAST_COMMIT`` where there is no git), date."""
+    """What a reader needs to judge a figure: machine, versions, commit (``MMFAST_COMMIT`` where git does not know it), date."""
 
     def run(*command: str) -> str:
         try:
@@ -171,7 +171,8 @@ def environment() -> dict:
         cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))  # noqa: SIM115
     except (OSError, StopIteration):
         pass
-    commit = run("git", "rev-parse", "--short", "HEAD")
+    commit = run("git", "rev-parse", "--short", "HEAD") or "unknown"
+    commit += "+changes" if run("git", "status", "--porcelain", "csrc", "mmfast") else ""
     facts = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else cpu,
         "threads": torch.get_num_threads(),
@@ -180,9 +181,7 @@ def environment() -> dict:
         "mmfast": mmfast.__version__,
         "build": mmfast.build_info(),
         "python": platform.python_version(),
-        "commit": commit + ("+changes" if run("git", "status", "--porcelain", "csrc", "mmfast") else "")
-        if commit
-        else os.environ.get("MMFAST_COMMIT", "unknown"),
+        "commit": os.environ.get("MMFAST_COMMIT") or commit,
         "date": datetime.date.today().isoformat(),
     }
     if DEVICE == "cuda":
