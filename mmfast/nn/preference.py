@@ -124,7 +124,8 @@ class FusedLinearDPOLoss(nn.Module):
         counts = (target != self.ignore_index).sum(1)
         wait()
         sizes = (labels != self.ignore_index).sum(1).tolist()
-        rows = (labels.reshape(-1) != self.ignore_index).nonzero()[:, 0].split(sizes)  # of each sequence
+        scored = (labels.reshape(-1) != self.ignore_index).nonzero()[:, 0]
+        rows = scored.split(sizes)  # of each sequence
         reference = self._reference(target, counts, weights, ref_input, ref_weight, ref_bias, ref_chosen_logps, ref_rejected_logps)
         loss_lens = dict(chosen_lens=counts[:pairs], rejected_lens=counts[pairs:]) if self.facts.lens else {}
         chosen_tokens = max(sum(sizes[:pairs]), 1)
@@ -158,7 +159,8 @@ class FusedLinearDPOLoss(nn.Module):
             return loss.sum() / max(pairs, 1) - self.alpha * chosen_sum / chosen_tokens if self.alpha else loss.sum() / max(pairs, 1)
 
         if self.facts.whole:
-            loss = self._whole(lin_weight, _input, target, bias, values, reference, loss_lens, chosen_tokens, logps, rewards, nll)
+            which = scored.to(target.device)
+            loss = self._whole(lin_weight, _input, target, bias, which, values, reference, loss_lens, chosen_tokens, logps, rewards, nll)
         else:
             options = objective_options(_input, **self.head)
             spans = self._chunks(sizes, pairs, options.rows(lin_weight))
@@ -200,11 +202,10 @@ class FusedLinearDPOLoss(nn.Module):
             held += more
         return [*spans, (first, pairs)] if pairs else []
 
-    def _whole(self, weight, hidden, target, bias, values, reference, lens, chosen_tokens, logps, rewards, nll) -> Tensor:
+    def _whole(self, weight, hidden, target, bias, which, values, reference, lens, chosen_tokens, logps, rewards, nll) -> Tensor:
         """The losses that need all pairs at once."""
         pairs = len(target) // 2
         logp = linear_logp(hidden, weight, target, bias, **self.head)
-        which = (target != self.ignore_index).view(-1).nonzero()[:, 0]
         sums, chosen_sum = values(logp.view(-1)[which], 0, pairs, which)
         loss, won, lost = preference_loss(*sums.chunk(2), *reference, beta=self.beta, **self.loss_options, **lens)
         logps.copy_(sums.detach())
