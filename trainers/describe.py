@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import importlib
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmfast import spec
 from mmfast.spec import Alignment, NoRegions, System, to_dict
 
 from .config import load_recipe, recipe_names
@@ -60,7 +64,7 @@ def table(markdown: bool = False, root: Path = Path()) -> str:
     return "\n".join(columns([names, *([row[c] for c in names] for row in rows)]))
 
 
-def flat(spec: Any) -> dict[str, Any]:
+def flat(recipe: Any) -> dict[str, Any]:
     """Dotted fields of a recipe; stages and other named members by their names."""
 
     def walk(value: Any, path: str) -> None:
@@ -74,7 +78,7 @@ def flat(spec: Any) -> dict[str, Any]:
             out[path] = value
 
     out: dict[str, Any] = {}
-    walk(to_dict(spec), "")
+    walk(to_dict(recipe), "")
     return out
 
 
@@ -88,7 +92,7 @@ def text(value: Any) -> str:
 
 
 # Kinds without an alternative: nothing to be set, nothing to be shown.
-_ONLY_KINDS = ("Stage", "Optim", "Compute", "Lora", "View", "Pairs", "System")
+_ONLY_KINDS = ("Stage", "Optim", "Compute", "Lora", "View", "Pairs", "System", "Pages", "Shots", "Drawing")
 
 
 def show(recipe: System | Alignment, before: System | Alignment | None = None) -> str:
@@ -118,14 +122,80 @@ def _group(key: str) -> str:
 
 
 def diff(a: System | Alignment, b: System | Alignment) -> str:
-    """The fields that differ, apart from names and papers; "-" where one has no such field."""
-    left, right = flat(a), flat(b)
-    keys = [k for k in {**left, **right} if k not in ("name", "paper") and (k not in left or k not in right or left[k] != right[k])]
-    if not keys:
+    """What each of the two is, the fields that differ, and what the kinds are that only one of them has.
+
+    A field that one side has no place for ("-") is told where it is set to something: a default that nothing stands against explains nothing.
+    """
+    # Beside a preference method a system is what it would start from.
+    one, other = (side if type(a) is type(b) or isinstance(side, Alignment) else {"kind": "System", "policy": side} for side in (a, b))
+    rows = [row for row in _differences(one, other) if row[0] not in ("name", "paper")]
+    if not rows:
         return f"{a.name} and {b.name} do not differ"
-    same = len({**left, **right}) - len(keys)
-    rows = [("", a.name, b.name), *((k, *(text(side[k]) if k in side else "-" for side in (left, right))) for k in keys)]
-    return "\n".join([*columns(rows), "", f"{len(keys)} fields differ, {same} are the same"])
+    cells = [("", a.name, b.name), *((path, *("-" if side is _ABSENT else text(side) for side in sides)) for path, *sides in rows)]
+    abouts = [(recipe.name, about) for recipe in (a, b) if (about := _about(recipe.name))]
+    kinds = dict.fromkeys(str(side) for path, *sides in rows if path.endswith("kind") for side in sides if side is not _ABSENT)
+    told = [(kind, _sentence(getattr(spec, kind).__doc__)) for kind in kinds if kind not in _ONLY_KINDS]
+    blocks = [columns(block) for block in (abouts, cells, told) if block]
+    return "\n\n".join(["\n".join(block) for block in blocks] + [f"{len(rows)} fields differ; `mmfast show` tells all of one"])
+
+
+_ABSENT = object()
+
+
+def _differences(left: Any, right: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Rows of path and both values. Named members are compared by name, those that are left over by their place."""
+    groups = [_members(side) for side in (left, right)]
+    if groups == [None, None]:
+        if left != right:
+            yield path, left, right
+        return
+    if any(isinstance(side, tuple) for side in (left, right)):
+        groups = _by_place(*(group or {} for group in groups))
+    for key in dict.fromkeys(key for group in groups for key in group or {}):
+        sides = [(group or {}).get(key, _ABSENT) for group in groups]
+        owner, value = next(((o, v) for o, v in zip((left, right), sides, strict=True) if v is not _ABSENT))
+        alone = _ABSENT in sides
+        if alone and (
+            value == _default(owner, key) or (key == "kind" and value in _ONLY_KINDS) or (key == "name" and path.endswith(f".{value}"))
+        ):
+            continue
+        yield from _differences(*sides, f"{path}.{key}".lstrip("."))
+
+
+def _members(value: Any) -> dict[str, Any] | None:
+    """A choice's kind and fields, a dictionary's entries, a tuple's choices by name; None for a plain value."""
+    if dataclasses.is_dataclass(value):
+        return {"kind": type(value).__name__, **{f.name: getattr(value, f.name) for f in dataclasses.fields(value)}}
+    if isinstance(value, tuple) and value and dataclasses.is_dataclass(value[0]):
+        return {getattr(item, "name", str(i)): item for i, item in enumerate(value)}
+    return value if isinstance(value, dict) and value else None
+
+
+def _by_place(left: dict[str, Any], right: dict[str, Any]) -> list[dict[str, Any]]:
+    """Members that have no namesake are called by their place where the other side has such a one there too."""
+    places = {str(i): pair for i, pair in enumerate(zip(left, right, strict=False)) if pair[0] not in right and pair[1] not in left}
+    return [
+        {{pair[i]: place for place, pair in places.items()}.get(name, name): item for name, item in side.items()}
+        for i, side in enumerate((left, right))
+    ]
+
+
+def _default(owner: Any, name: str) -> Any:
+    field = getattr(owner, "__dataclass_fields__", {}).get(name)
+    if field is None or (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING):
+        return _ABSENT
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def _about(name: str) -> str:
+    """A bundled recipe's own first sentence."""
+    module = recipe_names().get(name)
+    return _sentence(importlib.import_module(module).__doc__) if module else ""
+
+
+def _sentence(doc: str | None) -> str:
+    """A docstring's first sentence, on one line."""
+    return re.split(r"(?<=[^\s.])\.(?=\s|$)", " ".join((doc or "").split()).replace("``", ""), maxsplit=1)[0]
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

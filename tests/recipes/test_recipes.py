@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mmfast.trainers import config
+from mmfast.trainers import config, describe
 from mmfast.trainers.__main__ import run as run_command
 from mmfast.trainers.checkpoint import Run
 from mmfast.trainers.exams import EXAMS
@@ -181,6 +181,13 @@ def test_list_show_and_diff(name, capsys):
         assert not run_command(["diff", name, other])
         told = capsys.readouterr().out
         assert ("do not differ" in told) == (other == name)
+        assert len(told.splitlines()) <= 150, "defaults that nothing stands against are not told"
+        left, right = (describe.flat(config.load_recipe(side)) for side in (name, other))
+        if left["kind"] != right["kind"]:  # a system beside a policy
+            continue
+        rows = {line.split()[0]: line for line in told.splitlines() if line}
+        for key in left.keys() & right.keys() - {"name", "paper", "kind"}:
+            assert (left[key] == right[key]) or (describe.text(left[key]) in rows[key] and describe.text(right[key]) in rows[key]), key
 
 
 @pytest.mark.parametrize("name", NAMES)
