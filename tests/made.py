@@ -159,7 +159,7 @@ def words_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def same_logits(ours, theirs, batch: dict, *, loss: bool = True, atol: float = 1e-5) -> None:
+def same_logits(ours, theirs, batch: dict, *, loss: bool = True) -> None:
     """Logits of real tokens and the loss equal those of the stock class, which says more than nothing.
 
     Args:
@@ -170,9 +170,9 @@ def same_logits(ours, theirs, batch: dict, *, loss: bool = True, atol: float = 1
         want = theirs(**(batch if loss else {k: v for k, v in batch.items() if k != "labels"}))
         got = ours(**batch)
     assert want.logits[real].std() > 0.3, "a checkpoint that says nothing proves nothing"
-    torch.testing.assert_close(got.logits[real], want.logits[real], atol=atol, rtol=0)
+    torch.testing.assert_close(got.logits[real], want.logits[real], atol=1e-5, rtol=0)
     if "labels" in batch:
-        torch.testing.assert_close(got.loss, want.loss if loss else words_loss(want.logits, batch["labels"]), atol=atol, rtol=0)
+        torch.testing.assert_close(got.loss, want.loss if loss else words_loss(want.logits, batch["labels"]), atol=1e-5, rtol=0)
 
 
 def same_tokens(ours, theirs, batch: dict, *, end: int, steps: int = 12) -> torch.Tensor:

@@ -62,6 +62,10 @@ def chat(
         RunError, ValueError: an unreadable picture, or a prompt longer than the model's context.
     """
     system, model, tokenizer = session.system, session.model, session.tokenizer
+    if prompt.replace("<image>", "").strip() and not TEMPLATES[template].keep_question:
+        raise RunError(
+            f"template {template} shows pictures without words, so {prompt!r} would not be read; show them alone, with --prompt ''"
+        )
     asked = question(system, prompt, len(images))
     ids, _ = session.encoder(template, 1 << 30)([*history, (asked, None)])  # nothing is cut: what does not fit is told
     context = model.system.language.context
@@ -113,7 +117,7 @@ def converse(
         line = line.strip()
         word, _, rest = line.partition(" ")
         try:
-            if not line:
+            if not line and (TEMPLATES[template].keep_question or not waiting):  # else pictures are shown alone
                 continue
             if word == "/quit":
                 break

@@ -693,6 +693,8 @@ def _check_mixture(mixture: Mixture, rules: _Rules) -> None:
     its(all(given) or not any(given), "parts", "give every data set of a mixture a weight, or none")
     given = [p.loss is not None for p in parts]
     its(all(given) or not any(given), "parts", "give the loss of every data set of a mixture a weight, or of none")
+    built_in = all(p.path is None and p.name in BUILT_IN for p in parts)
+    its(not any(given) or not built_in, "parts", "the losses of built-in sets have no weights of their own; leave loss out")
     bare = [p.name for p in parts if p.path is None]
     its(
         not bare or len(bare) == len(parts),

@@ -17,7 +17,7 @@ from mmfast.data import supervised
 from mmfast.data.episodes import ATTRIBUTES, Episode, Plan, Pool, Prompts, mixed, most_similar, orderings, prompts_of
 from mmfast.data.synthetic import COLOURS, SHAPES, Draws
 from mmfast.models.generate import option_logps
-from mmfast.models.tokenizer import plain_text
+from mmfast.models.tokenizer import behind_a_word, plain_text
 from mmfast.spec import System
 
 from .captions import captions_exam
@@ -125,7 +125,7 @@ def answers(
         end: text whose first token ends an answer, as the end token does. An answer that comes to no end is None.
     """
     tokenizer, place, model = session.tokenizer, session.place, session.model.eval()
-    ends = {tokenizer.eos_token_id, *tokenizer(end, add_special_tokens=False)["input_ids"][:1]}
+    ends = {tokenizer.eos_token_id, *behind_a_word(tokenizer, end)[:1]}
     encode = session.encoder("bare", 1 << 30)
     said: list[str | None] = [None] * len(asked)
     for numbers, ids in alike([encode([(text, None)])[0] for text, _ in asked]):

@@ -178,12 +178,14 @@ def _empty(source: str | Path | bytes) -> bool:
 
 
 def _rgb(picture: Image, name: str) -> Image:
-    """RGB of any mode. Sixteen bits keep their upper eight, where Pillow's own conversion would cut everything above 255 to white."""
+    """RGB of any mode. Sixteen bits keep their upper eight, where Pillow's own conversion would cut everything above 255 to white; of 32 bits, whose
+    white is unknown, those of the picture's brightest place count: 8 or 16."""
     from PIL import Image as Pillow
 
     if picture.mode.startswith("I"):
         deep = np.asarray(picture).astype(np.int64)
-        return Pillow.fromarray((deep >> 8 if deep.max() > 255 else deep).clip(0, 255).astype(np.uint8)).convert("RGB")
+        upper = picture.mode.startswith("I;16") or deep.max() > 255
+        return Pillow.fromarray((deep >> 8 if upper else deep).clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
         raise _Refused(f"image {name} has floating-point pixels, whose white is unknown; save it with 8 or 16 bits a channel")
     if "transparency" in picture.info:

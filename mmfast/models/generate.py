@@ -80,9 +80,12 @@ class Reading:
     """
 
     def __init__(self, model: MultimodalModel, input_ids: Tensor, attention_mask: Tensor | None = None, **images: Tensor | None):
-        self.model, config = model, model.language.config
+        self.model, config, split = model, model.language.config, model.is_encoder_decoder
+        if attention_mask is not None and not split and not attention_mask[:, -1].all():
+            raise ValueError(
+                "attention_mask: a prompt is padded on its right, where its answer begins; pad on the left (tokenizer.padding_side)"
+            )
         input_ids = model.with_slots(input_ids, images)
-        split = model.is_encoder_decoder
         self.told = torch.full_like(input_ids[:, :1], encoder_decoder.start_token(config)) if split else input_ids
         self._cache, self._mask = encoder_decoder.empty_cache() if split else DynamicCache(config=config), attention_mask
         self._positions = None if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp_min(0)

@@ -30,7 +30,7 @@ def encode(model: MultimodalModel, tokenizer: Any, parts: Sequence[Part], *, beg
 
     A picture has its places (and the tokens around it, where the system has such) where it stands. The beginning token comes once: before all,
     or where the system has learnt pictures before it (FROMAGe, BLIP-2) before the first text; not at all where the template of its last stage
-    has none; ``begin_each``: before each text. A Q-Former that reads questions reads all texts beside each picture.
+    has none; ``begin_each``: before each text. The end token follows where the template's encoder has learnt it. A Q-Former that reads questions reads all texts beside each picture.
 
     Raises:
         ValueError: no part, a picture that cannot be read or has another size, or ``<image>`` in a text.
@@ -43,6 +43,8 @@ def encode(model: MultimodalModel, tokenizer: Any, parts: Sequence[Part], *, beg
         image_token=model.image_token, borders=tokenizer.convert_tokens_to_ids(list(system.borders)),
         begin="each" if begin_each else _begin(system),
     )  # fmt: skip
+    if system.stages and chat.TEMPLATES[system.stages[-1].template].end_asked:
+        ids.append(tokenizer.eos_token_id)
     row, shown = torch.tensor([ids], device=device), [_pixels(part, system.image) for part in parts if not isinstance(part, str)]
     if not shown:
         return row, {}

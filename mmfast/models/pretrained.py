@@ -189,11 +189,13 @@ def resolved(system: spec.System) -> spec.System:
                 f"weights: {system.weights} are those of a model with {type(stock.fusion).__name__}; with {type(system.fusion).__name__} give the "
                 "parts' own weights"
             )
-        return taken(system, stock, image=replace(system.image, size=stock.image.size, **_normalisation(system.weights)))
+        return taken(
+            system, stock, image=replace(system.image, size=stock.image.size, **_normalisation(system.weights, stock.encoder, system.image))
+        )
     encoder, language, image, connector = system.encoder, system.language, system.image, system.connector
     if encoder.weights and type(encoder) in TOWERS:
         encoder = tower_sizes(encoder, tower_config(encoder))
-        image = replace(image, size=encoder.size, **_normalisation(encoder.weights))
+        image = replace(image, size=encoder.size, **_normalisation(encoder.weights, encoder, image))
     if language.weights:
         language = language_sizes(language, language_config(language))
     if isinstance(connector, spec.QFormer) and connector.weights:
@@ -263,8 +265,15 @@ def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec
     )
 
 
-def _normalisation(weights: str) -> dict[str, tuple[float, ...]]:
-    """Mean and deviation that a tower was trained with, as far as they lie beside its weights."""
+# Mean and deviation of towers that were not trained with CLIP's.
+_PIXELS = {
+    spec.Siglip: {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
+    spec.Dino: {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)},
+}
+
+
+def _normalisation(weights: str, encoder: object, image: spec.Fixed) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation that a tower was trained with: those beside its weights, else its kind's, where the plan names none of its own."""
     from transformers.utils import cached_file
 
     folder, _ = locate(weights, "weights")
@@ -277,7 +286,7 @@ def _normalisation(weights: str) -> dict[str, tuple[float, ...]]:
         told = told.get("image_processor", told)
         if "image_mean" in told and "image_std" in told:
             return {"mean": tuple(told["image_mean"]), "std": tuple(told["image_std"])}
-    return {}
+    return _PIXELS.get(type(encoder), {}) if (image.mean, image.std) == (spec.Fixed.mean, spec.Fixed.std) else {}
 
 
 # ------------------------------------------------------------------------------------------------------------- the parts

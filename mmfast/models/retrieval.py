@@ -21,7 +21,7 @@ from mmfast.models.build import MultimodalModel
 from mmfast.models.generate import Reading
 from mmfast.models.generate import generate as say
 from mmfast.models.interleaved import Part, encode
-from mmfast.models.tokenizer import plain_text
+from mmfast.models.tokenizer import behind_a_word, plain_text
 
 __all__ = ["Index", "answer_losses", "encode", "generate", "log_likelihood"]
 
@@ -126,8 +126,8 @@ def generate(
 
 
 def _up_to_line_break(tokenizer: Any, ids: Tensor) -> Tensor:
-    line_break = tokenizer("\n", add_special_tokens=False)["input_ids"]
-    at = (ids[0] == line_break[0]).nonzero() if len(line_break) else ids.new_empty(0)
+    line_break = behind_a_word(tokenizer, "\n")
+    at = (ids[0] == line_break[0]).nonzero() if line_break else ids.new_empty(0)
     return ids[:, : int(at[0])] if len(at) else ids
 
 

@@ -8,6 +8,7 @@ import torch
 
 from mmfast.data import chat
 from mmfast.data.formats import Record
+from mmfast.models.tokenizer import behind_a_word
 
 BOS, EOS, IMAGE = 1, 2, 3
 
@@ -224,6 +225,15 @@ def test_mpt_token_for_token(turns):
     assert chat.last_token(tokenizer, "mpt") == tokenizer.convert_tokens_to_ids("<|im_end|>") == ids[-1] != tokenizer.eos_token_id
     # What is cut is cut: no end is put in its place.
     assert chat.encode(tokenizer, "mpt", turns, image_tokens=1, image_token=PLACE, max_length=len(ids) - 2) == (ids[:-2], labels[:-2])
+
+
+def test_a_text_behind_a_word():
+    """LLaMA's first tokenizer puts a space before what stands alone: that would be the first token of any text."""
+    tokenizer = legacy_llama()
+    alone, behind = tokenizer("!", add_special_tokens=False)["input_ids"], behind_a_word(tokenizer, "!")
+    assert tokenizer.convert_ids_to_tokens(behind) == ["!"]
+    assert alone != behind
+    assert behind_a_word(tokenizer, "") == []
 
 
 def test_alpaca_token_for_token():

@@ -442,6 +442,8 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path):
     deep = (np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)
     Image.fromarray(deep).save(tmp_path / "a.png")
     assert (images.load(tmp_path / "a.png", 64)[..., 0] == deep >> 8).all()
+    Image.fromarray(deep // 512).save(tmp_path / "b.png")  # as dark as it is: its neighbour in a film may have a light in it
+    assert (images.load(tmp_path / "b.png", 64)[..., 0] == 0).all()
 
 
 def test_exif_says_what_is_up(tmp_path):

@@ -38,6 +38,16 @@ def inputs():
     return {"input_ids": torch.tensor([[1, 49, 49, 49, 49, 5], [1, 49, 49, 49, 49, 8]]), "pixel_values": torch.randn(2, 3, 16, 16)}
 
 
+def test_a_prompt_padded_on_the_right_is_told():
+    """Its answer would stand behind padding; a mask without holes at the end is none of its business."""
+    ours, x = model(), inputs()
+    mask = torch.ones_like(x["input_ids"])
+    assert torch.equal(ours.generate(**x, attention_mask=mask, max_new_tokens=3), ours.generate(**x, max_new_tokens=3))
+    mask[1, -1] = 0
+    with pytest.raises(ValueError, match=r"attention_mask: a prompt is padded on its right, .* pad on the left"):
+        ours.generate(**x, attention_mask=mask, max_new_tokens=3)
+
+
 def test_steps_are_the_columns_of_generate():
     ours, x = model(), inputs()
     whole = ours.generate(**x, max_new_tokens=9)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from blip import IMAGE, WORDS, drawn, saved, shapes, sizes
+from made import lively
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from mmfast import spec
@@ -41,7 +42,7 @@ NAMES = ["llama", "seed", "size", "tower", "opt"]
 @pytest.mark.parametrize("case", CASES, ids=NAMES)
 @pytest.mark.parametrize("pad", ["right", "left"])
 def test_logits_and_loss_equal_the_stock_class_both_ways(case, pad, tmp_path):
-    theirs = stock(**case)
+    theirs = lively(stock(**case))
     ours, inputs = from_pretrained(saved(theirs, tmp_path / "a")), batch(**shapes(case), pad=pad, seed=case.get("seed", 0))
     assert ours.system.connector.instructed
     assert not ours.system.connector.text

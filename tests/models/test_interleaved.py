@@ -122,6 +122,14 @@ def test_a_text_ends_at_its_templates_text_where_no_token_ends_it(monkeypatch):
     assert write(model, tokenizer, ["a"], max_new_tokens=2, end=2) == "red\n### Human: blue", "the end that is given, and nothing else"
 
 
+def test_an_encoder_reads_the_end_that_it_has_learnt():
+    model, tokenizer = made("blip2_flan_t5")
+    taught(model, "blip2_t5")
+    (ids,) = encode(model, tokenizer, ["a", "red"])[0].tolist()
+    taught(model, "blip2_t5_prompt")
+    assert encode(model, tokenizer, ["a", "red"])[0].tolist() == [[*ids, tokenizer.eos_token_id]]
+
+
 def test_no_beginning_token_where_the_template_has_none():
     model, tokenizer = made("llava")
     taught(model, "mpt")

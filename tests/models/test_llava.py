@@ -19,11 +19,11 @@ def stock(act="gelu", tied=False, layer=-2, select="default", seed=0):
         num_attention_heads=4,
         image_size=28,
         patch_size=14,
-        initializer_factor=3.0,
+        initializer_factor=2.0,
     )
     text = LlamaConfig(
         vocab_size=99, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        rms_norm_eps=1e-5, tie_word_embeddings=tied, initializer_range=0.3, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
+        rms_norm_eps=1e-5, tie_word_embeddings=tied, initializer_range=0.2, pad_token_id=PAD, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=4 + (select == "full"), projector_hidden_act=act,
@@ -93,7 +93,7 @@ def test_the_way_back_loads_in_the_stock_class(tmp_path):
     for i, kwargs in enumerate(CASES):
         ours = from_pretrained(saved(stock(**kwargs), tmp_path / f"a{i}"))
         theirs = LlavaForConditionalGeneration.from_pretrained(saved(ours, tmp_path / f"b{i}")).eval()
-        same_logits(ours, theirs, batch(4 + (kwargs.get("select") == "full")), atol=1e-6)
+        same_logits(ours, theirs, batch(4 + (kwargs.get("select") == "full")))
 
 
 def test_greedy_tokens_equal_the_stock_class(tmp_path):

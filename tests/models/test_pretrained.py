@@ -78,6 +78,16 @@ def system(tmp_path, kind=spec.Clip, family="llama", **kwargs):
     )
 
 
+@pytest.mark.parametrize("kind", TOWERS)
+def test_a_tower_alone_has_its_kinds_pixels(kind, tmp_path):
+    """Without preprocessor_config.json beside it: what its kind was trained with, if the plan does not say otherwise."""
+    given = system(tmp_path, kind)
+    (tmp_path / "tower" / "preprocessor_config.json").unlink()
+    mean = {spec.Siglip: (0.5, 0.5, 0.5), spec.Dino: (0.485, 0.456, 0.406)}.get(kind, spec.Fixed.mean)
+    assert resolved(given).image.mean == mean
+    assert resolved(replace(given, image=spec.Fixed(size=28, mean=(0.1, 0.1, 0.1)))).image.mean == (0.1, 0.1, 0.1)
+
+
 def batch(tokens):
     ids = torch.tensor([[1, *[4] * tokens, 5, 6, 7, 8], [1, 9, *[4] * tokens, 10, 11, 0]])
     return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))}

@@ -102,6 +102,19 @@ def test_decoding_is_what_is_asked_for(session, pictures, asked):
     assert said != chat(session, pictures[:1], "What is this?", **plain), "or it would not show that anything was asked"
 
 
+def test_words_that_the_template_drops_are_told(session, pictures):
+    """A run that describes pictures alone would answer another question than the one asked."""
+    with pytest.raises(
+        RunError, match=r"template plain shows pictures without words, so 'What is this\?' would not be read; .* --prompt ''"
+    ):
+        chat(session, pictures[:1], "What is this?", template="plain", max_new_tokens=2)
+    said = chat(session, pictures[:1], "", template="plain", max_new_tokens=4)
+    written = []
+    turns = converse(session, ["", f"/image {pictures[0]}", "What?", "", "/quit"], written.append, template="plain", max_new_tokens=4)
+    assert [answer for _, answer in turns] == [said]
+    assert any("would not be read" in line for line in written)
+
+
 def test_the_mode_of_the_model_is_kept(session, pictures):
     session.model.train()
     chat(session, [], "Hello", template="vicuna_v1", max_new_tokens=2)

@@ -373,6 +373,11 @@ RULES = [
         ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: a, loss: 1}, {name: b}]}"],
         "stages.align.data.parts: give the loss of every data set of a mixture a weight, or of none",
     ),
+    (
+        "llava",
+        ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: shapes, loss: 1}, {name: shapes_told, loss: 2}]}"],
+        "stages.align.data.parts: the losses of built-in sets have no weights of their own; leave loss out",
+    ),
     ("llava", ["--stages.align.data.pages.following", "1.5"], "stages.align.data.pages.following: expected"),
     ("llava", ["--stages.align.data.loss", "0"], "stages.align.data.loss: expected"),
     (
