@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_NO_CACHE_DIR := 1
 export HF_HUB_OFFLINE := 1
@@ -25,8 +26,9 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install -q --no-build-isolation --no-deps -e .
 	touch $@
 
-test: build  ## the whole suite
-	TMPDIR=$$(mkdir -p .cache/tmp && cd .cache/tmp && pwd) $(BIN)/python -m pytest --basetemp=.cache/pytest -o cache_dir=.cache/pytest_cache $(ARGS)
+test: build  ## the whole suite, WORKERS tests at once on a thread each (tests of kernels take two)
+	TMPDIR=$$(mkdir -p .cache/tmp && cd .cache/tmp && pwd) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal \
+		--basetemp=.cache/pytest -o cache_dir=.cache/pytest_cache $(ARGS)
 
 demo: build  ## train, align and measure a tiny multimodal model; the page is runs/demo/report.html
 	$(BIN)/mmfast demo $(ARGS)
