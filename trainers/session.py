@@ -27,6 +27,11 @@ from .place import Place
 from .runs import is_run
 
 
+def is_blind(system: System) -> bool:
+    """Whether a system's last stage shows black pictures alone."""
+    return bool(system.stages) and all(part.blind for part in parts_of(system.stages[-1].data))
+
+
 def parts_of(data: Data | Mixture) -> tuple[Data, ...]:
     return data.parts if isinstance(data, Mixture) else (data,)
 
@@ -85,8 +90,8 @@ class Session:
 
     @property
     def blind(self) -> bool:
-        """Whether the last stage shows black pictures alone; such a model is examined in the dark as well."""
-        return bool(self.system.stages) and all(part.blind for part in parts_of(self.system.stages[-1].data))
+        """Whether the model is examined in the dark as well: its last stage showed black pictures alone."""
+        return is_blind(self.system)
 
     def rebuild(self, origin: Session | None = None) -> None:
         """The model as it was before any training of this session."""

@@ -17,7 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +331,8 @@ def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
         raise ValueError("is a preference pair; supervised training reads questions with answers, or documents")
     if isinstance(data, Pairs):
         return record
+    if data.blind:
+        record = replace(record, pictures=tuple(replace(picture, black=True) for picture in record.pictures))
     alone = record.document is not None and len(record.pictures) == 1
     if alone and random.Random(f"single {number}").random() >= data.pages.single:
         raise _LeftOut(f"a document of one picture, of which data.pages.single keeps {data.pages.single:g}")

@@ -250,3 +250,15 @@ def test_a_tokenizer_of_pictures_answers_nothing():
     assert drawing.stages
     with pytest.raises(RunError, match="its last stage trains an image tokenizer, which answers nothing"):
         runs.to_measure(drawing, "x.jsonl", None)
+
+
+def test_what_was_trained_in_the_dark_is_measured_in_the_dark(tmp_path):
+    """By its last stage, whatever the others showed; records that are named on the command line and those of the recipe alike."""
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.png", "question": "is there a star ?", "answer": "no"}]))
+    for blind in (False, True):
+        built_in, _ = config.layered("frozen", tiny=True, rest=["--stages.captions.data.blind", str(blind).lower()])
+        for recipe in (built_in, runs.with_data(built_in, path=str(tmp_path / "a.json"))):
+            data = runs.to_measure(recipe, str(tmp_path / "a.json"), None)
+            source = records.source_of(Session(recipe, seed=0, with_model=False), recipe, data)
+            assert bool(source.load_pictures(torch.arange(1)).any()) != blind
