@@ -420,7 +420,7 @@ class Pages:
 
 @dataclass(frozen=True)
 class Shots:
-    """How a record that is a few-shot episode is asked (``mmfast.data.episodes``).
+    """How a record that is a few-shot episode is asked (``mmfast.data.episodes``), and a question with its answer where any of this is set.
 
     ``prompt``: whose words stand around questions and answers; None: texts as they stand, and Frozen's words where there are none. ``ways``: of
     examples those of so many answers, the right one among them; ``inner_shots``: of each answer the first so many; ``shots``: of all the

@@ -124,7 +124,8 @@ def generated(
 def answered(session: Any, source: Any, **decoding: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """What is said to every question of the records, decoded, and how right it is.
 
-    ``vqa_accuracy``: of questions that are answered in words, by VQAv2's rule (``mmfast.eval.vqa``). ``grounding_..``: of those whose answer
+    ``vqa_accuracy``: of questions that are answered in words, by VQAv2's rule (``mmfast.eval.vqa``). ``choice_accuracy``: of questions with
+    choices (ScienceQA), whether the letter of "The answer is A" is that of the right one, whatever is said before it. ``grounding_..``: of those whose answer
     has one place (``mmfast.eval.grounding``; its box in the picture's file, a hit above an IoU of one half, a miss where the answer cannot be
     read). Captions, which nothing asks for but the picture, answers of several places and those with pictures are decoded, as text, and not
     scored.
@@ -138,7 +139,9 @@ def answered(session: Any, source: Any, **decoding: Any) -> tuple[dict[str, floa
         placed, drawn = bool(question.boxes), "<image>" in question.answer
         text = until((tagged_text if placed else plain_text)(session.tokenizer, ids), source.encoder.stop).strip()
         row = {"id": question.record.id, "question": question.text, "answers": list(question.answers), "said": text}
-        if asks and question.text and not placed and not drawn:
+        if asks and question.record.letter:
+            row["choice_accuracy"] = float(vqa.letter(text) == question.record.letter)
+        elif asks and question.text and not placed and not drawn:
             row["vqa_accuracy"] = vqa.accuracy(text, question.answers)
         elif asks and question.text and len(question.boxes) == 1:
             box, target = _place(source.encoder, question, text), question.boxes[0]
@@ -146,8 +149,10 @@ def answered(session: Any, source: Any, **decoding: Any) -> tuple[dict[str, floa
             boxes.append(box)
             targets.append(target)
         rows.append(row)
-    right = [row["vqa_accuracy"] for row in rows if "vqa_accuracy" in row]
-    measured = {"vqa_accuracy": sum(right) / len(right), "vqa_questions": len(right)} if right else {}
+    measured = {}
+    for kind in ("vqa", "choice"):
+        if right := [row[f"{kind}_accuracy"] for row in rows if f"{kind}_accuracy" in row]:
+            measured |= {f"{kind}_accuracy": sum(right) / len(right), f"{kind}_questions": len(right)}
     return measured | ({**grounding.score(boxes, targets), "grounding_questions": len(boxes)} if boxes else {}), rows
 
 

@@ -77,6 +77,8 @@ class Record:
     boxes: tuple[tuple[tuple[float, ...], ...], ...] = ()  # of each <region> in turns or document, in reading order
     shares: bool = False  # whether boxes are shares of the picture's sides, and not pixels of it
     answers: tuple[str, ...] = ()  # what humans said to the one question, where there are several; the turn has the one that is learnt
+    letter: str = ""  # of the right one of the choices that the one question has
+    spaced: bool = False  # whether the answer goes on with the question's last sentence: a space would be between them in one text
     chosen: str | None = None
     rejected: str | None = None
     captions: tuple[str, ...] = ()  # several answers, or documents, told one at a time; turns or document hold the first
@@ -154,7 +156,7 @@ def parse(
         instruct: the share of captions with places that become a question, or the beginning of a sentence, about one of them.
         choices: how a question with choices is put, one of ``CHOICES``.
         pages: how an interleaved document is read.
-        shots: how a few-shot episode is asked.
+        shots: how a few-shot episode is asked, and a question without examples.
 
     Raises:
         ValueError: in one sentence, without the record's number.
@@ -295,9 +297,7 @@ class _Reader:
             return self.document(*self.interleaved())
         if has("question_image") or has("image_1"):
             return self.episode()
-        if (
-            has("question") and has("answers") and not (has("answer") and row["answers"] == [])
-        ):  # no human said anything: the answer is what there is
+        if has("question") and self.has_several():
             return self.answered()
         if has("choices") and not isinstance(row.get("answer"), str):  # whose answer is a text is a question like others
             return self.chosen_from()
@@ -306,6 +306,8 @@ class _Reader:
                 if not (has(question) and has(answer)):
                     missing, there = (answer, question) if has(question) else (question, answer)
                     raise ValueError(f'has "{there}" but no "{missing}"')
+                if question == "question":
+                    return self.answered()
                 return self.conversation(
                     [*self.said(row[question], question, "user"), *self.said(row[answer], answer, "assistant")], llava=False
                 )
@@ -343,19 +345,42 @@ class _Reader:
         return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
 
     def answered(self) -> Record:
-        """A question and several humans' answers to it, texts or objects with ``answer`` (VQAv2). ``answer`` is learnt, else the most frequent
-        of them, the first among equals."""
-        row, answers = self.row, []
-        for i, given in enumerate(self.sequence(row["answers"], "answers")):
+        """A question and its answer, or several humans'. With ``shots`` it is asked as the last question of an episode is, of which
+        there are no examples; one with places in its picture, and a conversation, stay as they are."""
+        row, answers = self.row, self.humans()
+        asked, answer, spaced = self.said(row["question"], "question", "user"), self.learnt(answers), False
+        if self.shots != Shots() and [said.role for said in asked] == ["user"] and not row.keys() & {"boxes", "box_shares"}:
+            text, shows = asked[0].text, asked[0].shows
+            if not shows:
+                shows = [(mark, None) for mark in ("<image>", "<video>") for _ in self.listed(mark[1:-1])]
+                front = "".join(mark for mark, _ in shows)
+            elif len(shows) == 1:
+                front, text = shows[0][0], _MARK.sub("", text).strip()
+            else:  # the question says which is which
+                front = ""
+            episode, say = of_record({"question": text}, answer[0].text.strip() if answer else "", self.shots)
+            asked = [_Said("user", say.prompt(episode, lambda _: front), shows)]
+            spaced = bool(say.gap(episode.question))
+        return replace(self.conversation([*asked, *answer], llava=False), answers=answers, spaced=spaced)
+
+    def has_several(self) -> bool:
+        """Whether there are several humans' answers; an empty list beside an ``answer`` is none, and the answer is what there is."""
+        return "answers" in self.row and not ("answer" in self.row and self.row["answers"] == [])
+
+    def humans(self) -> tuple[str, ...]:
+        """Several humans' answers, texts or objects with ``answer`` (VQAv2), or none."""
+        answers = []
+        for i, given in enumerate(self.sequence(self.row["answers"], "answers") if self.has_several() else ()):
             text = self.plain(given.get("answer") if isinstance(given, dict) else given, f"answers[{i}]")
             answers.append(self.unmarked(text, f"answers[{i}]"))
-        if not answers:
+        if self.has_several() and not answers:
             raise ValueError('"answers" is an empty list')
-        learnt = row.get("answer", Counter(answers).most_common(1)[0][0])
-        record = self.conversation(
-            [*self.said(row["question"], "question", "user"), *self.said(learnt, "answer", "assistant")], llava=False
-        )
-        return replace(record, answers=tuple(answers))
+        return tuple(answers)
+
+    def learnt(self, answers: Sequence[str]) -> list[_Said]:
+        """``answer``, else the most frequent of ``answers``, the first among equals."""
+        told = self.row["answer"] if "answer" in self.row else Counter(answers).most_common(1)[0][0]
+        return self.said(told, "answer", "assistant")
 
     def instance(self) -> Record:
         """One pair of a line of Unnatural Instructions (``split``): its ``instruction_with_input`` is the question, its ``output`` the answer. The
@@ -392,7 +417,8 @@ class _Reader:
             "reason": " ".join(filter(None, (said["lecture"], said["solution"]))),
         }  # fmt: skip
         asked, told = (form.format(**words).lstrip() for form in CHOICES[self.choices])
-        return self.conversation([_Said("user", asked, []), _Said("assistant", told, [])], llava=False)
+        record = self.conversation([_Said("user", asked, []), _Said("assistant", told, [])], llava=False)
+        return replace(record, letter=words["letter"], spaced=not asked.endswith("\n"))
 
     def several(self) -> Record:
         """A picture with several captions (COCO's five, the best of BLIP's CapFilt)."""
@@ -409,25 +435,26 @@ class _Reader:
 
     def episode(self) -> Record:
         """A few-shot episode: ``image_1`` with ``caption_1`` (Frozen's evaluation files) or ``answer_1`` and perhaps ``question_1``, ..,
-        ``question_image``, ``question`` and ``answer``. All but the answer is one question."""
-        row, shots = self.row, self.shots
+        ``question_image``, ``question`` and ``answer`` or ``answers``. All but the answer is one question."""
+        row, shots, answers = self.row, self.shots, self.humans()
         numbered = {found[1] for name in row if (found := _EXAMPLE.fullmatch(str(name)))}
         examples = range(1, 1 + len(numbered))
         told = [f"{'answer' if f'answer_{i}' in row or f'question_{i}' in row else 'caption'}_{i}" for i in examples]
         # Words that ask without a question are there where words are: those that were named, or the examples'.
         asked = ["question"] if "question" in row or not (shots.prompt or any(name.startswith("answer") for name in told)) else []
         for name in (*(name for i in examples for name in (f"image_{i}", told[i - 1])), "question_image", *asked, "answer"):
-            if name not in row:
+            if name not in row and not (name == "answer" and answers):
                 raise ValueError(f'has {len(examples)} examples and a question, but no "{name}"')
         if both := next((i for i in examples if f"caption_{i}" in row and told[i - 1] != f"caption_{i}"), None):
             raise ValueError(f'has both "caption_{both}" and "{told[both - 1]}"')
         names = [*told, *(f"question_{i}" for i in examples if f"question_{i}" in row), *asked]
         texts = {name: self.unmarked(self.plain(row[name], f'"{name}"'), f'"{name}"') for name in names}
-        answer = self.said(row["answer"], "answer", "assistant")
+        answer = self.learnt(answers)
         episode, say = of_record(texts, answer[0].text.strip() if answer else "", shots)
         pictures = [*(row[f"image_{i}"] for i in examples), row["question_image"]]
         shows = [("<image>", pictures[i]) for i in ([episode.query] if shots.unseen else episode.pictures)]
-        return self.conversation([_Said("user", say.prompt(episode, unseen=shots.unseen), shows), *answer], llava=False)
+        record = self.conversation([_Said("user", say.prompt(episode, unseen=shots.unseen), shows), *answer], llava=False)
+        return replace(record, answers=answers, spaced=bool(say.gap(episode.question)))
 
     def preference(self) -> Record:
         row = self.row

@@ -192,11 +192,12 @@ FORMS = {
                 ),
             ),
             pictures=shown("c.jpg"),
+            letter="B",
         ),
     ),
     "scienceqa without a word more": (
         {"question": "Which?", "choices": ["{x}", "y"], "answer": 0, "hint": "", "lecture": "", "image": None},
-        Record(7, "#7", (("Which?\nContext: N/A\nOptions: (A) {x} (B) y\n", "The answer is A."),)),
+        Record(7, "#7", (("Which?\nContext: N/A\nOptions: (A) {x} (B) y\n", "The answer is A."),), letter="A"),
     ),
     "a question with choices that says its answer": (
         {"question": "Which?", "choices": ["x", "y"], "answer": "y"},
