@@ -406,7 +406,7 @@ class Pages:
     """How interleaved documents are read. What is drawn is drawn once a document, the same in every run.
 
     ``pictures``: the first so many are kept; 0: all. ``similarity``: of MMC4's records, pictures that match no sentence so well are left out,
-    and the others are matched one to one. ``window``: a document begins at one of its pieces, drawn, and what follows ``max_length`` is cut
+    and records of which none is left; the others are matched one to one. ``window``: a document begins at one of its pieces, drawn, and what follows ``max_length`` is cut
     as ever. ``following``: the share of documents whose pictures each stand before the text that precedes them, so that it is read with them.
     ``single``: the share of documents with one picture that is kept; the others are left out, and told.
     """

@@ -19,6 +19,10 @@ IGNORE = -100
 INPUT = "\n\n### Input:\n"
 
 
+class LeftOut(ValueError):
+    """A record that a setting leaves out, which is no fault of it."""
+
+
 @dataclass(frozen=True)
 class Template:
     """The words around turns. Only answers, and the end token where it follows one, are supervised (but for ``mark`` and ``role``)."""
@@ -252,7 +256,11 @@ def encode_document(
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Token ids and labels of an interleaved document: all its text is supervised (but for ``Template.only_seen``), and with
     ``learn_pictures`` its pictures are. Without, the first of ``borders`` is where something comes before it: that a picture follows is said
-    by the text (Kosmos-1). As in ``encode`` otherwise."""
+    by the text (Kosmos-1). As in ``encode`` otherwise.
+
+    Raises:
+        LeftOut: with ``Template.only_seen``, no text follows a picture within ``max_length``.
+    """
     form = TEMPLATES[template]
     line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures, begin=form.begin)
     if form.chunk:
@@ -260,6 +268,8 @@ def encode_document(
     else:
         line.add(text, supervised=True)
     line.end(supervised=not form.only_seen)
+    if form.only_seen and all(label == IGNORE for label in line.labels[:max_length]):
+        raise LeftOut(f"no picture in the first {max_length} tokens, and the template {template} learns what is said of pictures alone")
     return line.cut(max_length, form.prefix)
 
 

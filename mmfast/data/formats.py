@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mmfast.data import images
-from mmfast.data.chat import INPUT
+from mmfast.data.chat import INPUT, LeftOut
 from mmfast.data.episodes import of_record
 from mmfast.data.images import Picture
 from mmfast.data.regions import REGION
@@ -34,11 +34,14 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TURN_NAMES = ("from", "value", "role", "content")
 NAMES = (
     "id", "image_id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "answers",
-    "caption", "captions", "instruction", "input", "output", "instances", "reformulations", "instruction_with_input", "inputs", "targets", "choices", "hint", "lecture", "solution", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
+    "caption", "captions", "instruction", "input", "output", "instances", "reformulations", "instruction_with_input", "inputs", "targets", "choices", "hint", "lecture", "solution", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", "example", "image_map", *TURN_NAMES,
 )  # fmt: skip
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
 MAX_CHARACTERS = 1_000_000
+# What interleaved documents have; their pictures are in it.
+DOCUMENTS = ("texts", "text_list", "items", "image_map")
 _MARK = re.compile("<image>|<video>")
+_PLACE = re.compile(r"(_!_IMAGE\d+_!_)")  # in OpenFlamingo's generated sequences
 _EXAMPLE = re.compile(r"(?:image|caption|question|answer)_(\d+)")
 _TAGS = re.compile("</?phrase>|<region>|^<grounding> ")
 # GRIT's boxes below this score are left out (Kosmos-2, arXiv:2306.14824, section 2).
@@ -293,7 +296,7 @@ class _Reader:
         shown = has("image") or has("images")  # beside a picture instances are things that it shows
         if not shown and (has("instances") or has("reformulations")):
             return self.instance()
-        if has("texts") or has("text_list") or has("items"):
+        if any(map(has, DOCUMENTS)):
             return self.document(*self.interleaved())
         if has("question_image") or has("image_1"):
             return self.episode()
@@ -493,19 +496,27 @@ class _Reader:
         return Record(self.number, self.id, *self.asked(turns, shows, system), chosen=answers[0], rejected=answers[1])
 
     def document(self, text: str, shows: list[tuple[str, Any]]) -> Record:
-        own = any(n in self.row for n in ("texts", "text_list", "items"))  # its pictures are in ``shows``
+        own = any(name in self.row for name in DOCUMENTS)  # its pictures are in ``shows``, and its pieces as ``pages`` wants them
         if own and "image" in self.row:
             raise ValueError('an interleaved document has an "image" of no place')
         (text,), pictures = self.place([text], shows, own=own)
+        if not own and not self.row.keys() & {"boxes", "box_shares"}:
+            shown = iter(pictures)
+            pieces = [(piece, next(shown) if piece == "<image>" else None) for piece in re.split("(<image>)", text) if piece.strip()]
+            if (paged := self.paged(pieces)) != pieces:
+                text, pictures = "".join(piece for piece, _ in paged), tuple(picture for _, picture in paged if picture is not None)
         if not _MARK.sub("", text).strip():
             raise ValueError("the document holds no text")
         return Record(self.number, self.id, document=text, pictures=pictures)
 
     def interleaved(self) -> tuple[str, list[tuple[str, Any]]]:
-        """OBELICS: parallel ``texts`` and ``images``; MMC4: ``text_list`` and ``image_info``; or ``items``, each with text or image."""
+        """OBELICS: parallel ``texts`` and ``images``; MMC4: ``text_list`` and ``image_info``, or ``example`` and ``image_map``; or ``items``, each with
+        text or image."""
         row = self.row
         if "text_list" in row:
             return self.matched()
+        if "image_map" in row:
+            return self.generated()
         if "items" in row:
             steps = [(f"items[{i}]", item) for i, item in enumerate(self.sequence(row["items"], "items"))]
             for what, item in steps:
@@ -533,8 +544,8 @@ class _Reader:
     def paged(self, pieces: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         """Pieces of a document, texts with None and places of pictures, as ``spec.Pages`` wants them."""
         drawn, pages = Random(self.number), self.pages
-        follows, start = drawn.random() < pages.following, drawn.randrange(len(pieces)) if pages.window and pieces else 0
-        pieces = pieces[start:]
+        follows, begins = drawn.random() < pages.following, max((i for i, (_, shown) in enumerate(pieces) if shown is None), default=0)
+        pieces = pieces[drawn.randrange(begins + 1) if pages.window else 0 :]  # some text is left
         if follows:  # pictures go before the text that ends where they stand
             ordered: list[tuple[str, Any]] = []
             before: list[tuple[str, Any]] = []
@@ -549,7 +560,8 @@ class _Reader:
 
     def matched(self) -> tuple[str, list[tuple[str, Any]]]:
         """MMC4: every picture stands before the sentence that it was matched to; with ``pages.similarity`` they are matched anew, one to one,
-        so that similarities add up to the most (OpenFlamingo, arXiv:2308.01390, section 3.2)."""
+        so that similarities add up to the most (OpenFlamingo, arXiv:2308.01390, section 3.2). Where some pictures are in the record, those that are not
+        were not to be had."""
         row, least = self.row, self.pages.similarity
         texts = [
             self.unmarked(self.plain(t, f"text_list[{i}]"), f"text_list[{i}]")
@@ -557,29 +569,53 @@ class _Reader:
         ]
         found: list[tuple[int, Any]] = []  # place and picture
         infos = self.sequence(row.get("image_info", []), "image_info")
-        similar = self.similarities(len(infos), len(texts)) if least else None
-        anew = dict(zip(*assign(-similar), strict=True)) if similar is not None else {}
-        for i, info in enumerate(infos):
+        there = [i for i, info in enumerate(infos) if isinstance(info, dict) and not _null(info.get("image_base64"))]
+        there = there or list(range(len(infos)))
+        similar = self.similarities(len(infos), len(texts))[there] if least and there else None
+        anew = (
+            {there[i]: place for i, place in zip(*assign(-similar), strict=True) if similar[i, place] >= least}
+            if similar is not None
+            else {}
+        )
+        for i in there:
+            info = infos[i]
             place = info.get("matched_text_index") if isinstance(info, dict) else None
             if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(texts):
                 raise ValueError(f"image_info[{i}] has matched_text_index {place!r}, expected the place of one of {len(texts)} texts")
-            if similar is not None:
-                if i not in anew or similar[i, anew[i]] < least:
-                    continue
-                place = anew[i]
-            if "image_base64" in info and not _null(info["image_base64"]):
-                shown = f"data:image;base64,{info['image_base64']}"
-            else:
-                shown = info.get("image_name") or info.get("raw_url") or ""
-            found.append((place, shown))
-        if self.pages.pictures:
+            if least and i not in anew:
+                continue
+            carried = info.get("image_base64")
+            shown = (info.get("image_name") or info.get("raw_url") or "") if _null(carried) else f"data:image;base64,{carried}"
+            found.append((anew.get(i, place), shown))
+        if least and not found:
+            raise LeftOut(f"a document without a picture that is as similar to a sentence as data.pages.similarity, {least:g}")
+        if self.pages.pictures and not self.pages.window:  # of a window its first are kept
             found = found[: self.pages.pictures]
         # In the order of the sentences, which need not be that of the pictures.
-        at: dict[int, list[Any]] = {}
-        for place, shown in sorted(found, key=lambda pair: pair[0]):
-            at.setdefault(place, []).append(shown)
-        shows = [("<image>", shown) for place in at for shown in at[place]]
-        return " ".join("<image>" * len(at.get(i, ())) + text for i, text in enumerate(texts)), shows
+        pieces: list[tuple[str, Any]] = []
+        for i, text in enumerate(texts):
+            pieces += [*(("<image>", shown) for place, shown in found if place == i), (text, None)]
+        pieces = self.paged(pieces)
+        text = "".join(piece if shown is not None else f"{piece} " for piece, shown in pieces)
+        return text.removesuffix(" "), [piece for piece in pieces if piece[1] is not None]
+
+    def generated(self) -> tuple[str, list[tuple[str, Any]]]:
+        """OpenFlamingo's sequences that ChatGPT wrote: each marker in ``example`` is the place of its picture in ``image_map``."""
+        row, pieces = self.row, []
+        if not isinstance(row["image_map"], dict):
+            raise ValueError(f'"image_map" is {_kind(row["image_map"])}, expected an object of pictures by their markers')
+        for piece in _PLACE.split(self.unmarked(self.plain(row.get("example"), '"example"'), '"example"')):
+            if _PLACE.fullmatch(piece):
+                shown = row["image_map"].get(piece)
+                if not isinstance(shown, dict) or not isinstance(shown.get("base64_image"), str):
+                    raise ValueError(f'"example" has the place {piece}, of which "image_map" has no base64_image')
+                pieces.append(("<image>", f"data:image;base64,{shown['base64_image']}"))
+            elif piece.strip():
+                pieces.append((piece, None))
+        if (places := sum(shown is not None for _, shown in pieces)) != len(row["image_map"]):
+            raise ValueError(f'"example" has {places} places of pictures but "image_map" {len(row["image_map"])} pictures')
+        pieces = self.paged(pieces)
+        return "".join(piece for piece, _ in pieces), [piece for piece in pieces if piece[1] is not None]
 
     def similarities(self, pictures: int, texts: int) -> np.ndarray:
         """``similarity_matrix`` as numbers [pictures, texts]."""

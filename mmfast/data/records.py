@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from mmfast.data.chat import LeftOut
 from mmfast.data.formats import INSTANCES, NAMES, TURN_NAMES, Record, cleaned, name_of, paired, parse, split
 from mmfast.data.images import SUFFIXES, Picture
 from mmfast.spec import Data, Pairs, nearest
@@ -39,10 +40,6 @@ class _Broken:
     """A row that could not be read at all, and why; it keeps its number, so the others keep theirs."""
 
     why: str
-
-
-class _LeftOut(ValueError):
-    """What a setting leaves out, which is no fault."""
 
 
 class Records:
@@ -227,7 +224,7 @@ class Stream:
             return record
         except ValueError as error:
             sentence = f"{self.name}: record {number}: {error}"
-            if self.data.on_bad_record != "skip" and not isinstance(error, _LeftOut):
+            if self.data.on_bad_record != "skip" and not isinstance(error, LeftOut):
                 raise ValueError(sentence) from None
             self.left_out += 1
             if self.left_out <= _LISTED:
@@ -244,7 +241,7 @@ def check(
 ) -> list[int]:  # fmt: skip
     """The numbers of the good records. Every record is parsed, its pictures decoded once, its text encoded and found to have labels.
 
-    All faults are told at once: under "fail" in the ValueError, under "skip" by ``say``, which also hears of what ``min_side`` leaves out under
+    All faults are told at once: under "fail" in the ValueError, under "skip" by ``say``, which also hears of what settings leave out (``LeftOut``) under
     either, and of ids that come twice (such records are kept). ``encode(record)`` gives ids and labels.
 
     Raises:
@@ -276,7 +273,7 @@ def check(
                 if fault is None:
                     good.append(number)
                 else:
-                    (small if isinstance(fault, _LeftOut) else faults).append(f"record {number} ({records.id(number)}): {fault}")
+                    (small if isinstance(fault, LeftOut) else faults).append(f"record {number} ({records.id(number)}): {fault}")
     if twice := [name for name, count in ids.items() if count > 1]:
         say(
             f"{records.name}: warning: {len(twice)} ids occur more than once ({', '.join(twice[:3])}{', ..' if len(twice) > 3 else ''}); all their records are kept"
@@ -312,7 +309,7 @@ def _fault(picture: Picture, least: int) -> ValueError | None:
 
 def _check_side(picture: Picture, least: int) -> None:
     if least and min(size := picture.size()) < least:
-        raise _LeftOut(f"a picture has {size[0]} x {size[1]} pixels, and data.min_side is {least}")
+        raise LeftOut(f"a picture has {size[0]} x {size[1]} pixels, and data.min_side is {least}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- rows
@@ -335,7 +332,7 @@ def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
         record = replace(record, pictures=tuple(replace(picture, black=True) for picture in record.pictures))
     alone = record.document is not None and len(record.pictures) == 1
     if alone and random.Random(f"single {number}").random() >= data.pages.single:
-        raise _LeftOut(f"a document of one picture, of which data.pages.single keeps {data.pages.single:g}")
+        raise LeftOut(f"a document of one picture, of which data.pages.single keeps {data.pages.single:g}")
     return paired(cleaned(record) if data.clean else record, data.captions_first)
 
 

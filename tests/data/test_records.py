@@ -285,12 +285,12 @@ def test_documented_examples_are_records(tmp_path):
     examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
     animated(tmp_path / "clip.gif")
     records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
-    assert len(records) == 25
-    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 6, 0, 0, 0, 1, 2, *[1] * 4, 3, 2, *[1] * 4, 8]
-    assert [len(r.boxes) for r in records] == [0] * 20 + [1, 1, 0, 0, 0]
-    assert [len(r.captions) for r in records] == [0] * 8 + [2] + [0] * 16
-    assert [len(r.answers) for r in records] == [0] * 5 + [3] + [0] * 19
-    assert [r.chosen for r in records] == [None] * 22 + ["A cat."] * 2 + [None]
+    assert len(records) == 26
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 6, 0, 0, 0, 1, 2, *[1] * 5, 3, 2, *[1] * 4, 8]
+    assert [len(r.boxes) for r in records] == [0] * 21 + [1, 1, 0, 0, 0]
+    assert [len(r.captions) for r in records] == [0] * 8 + [2] + [0] * 17
+    assert [len(r.answers) for r in records] == [0] * 5 + [3] + [0] * 20
+    assert [r.chosen for r in records] == [None] * 23 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():
