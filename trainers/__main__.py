@@ -266,7 +266,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if args.generate:
             write_atomically(run.folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in said).encode())
             print(f"answers in {run.folder / 'predictions.jsonl'}", file=sys.stderr)
-    if not measured:
+    if not measured and given is None:
         raise UsageError(f"{args.run} was trained on data of your own: give records to measure on with --data FILE")
     run.write_json("eval.json", measured)
     print(json.dumps(measured, indent=2))

@@ -73,7 +73,7 @@ class Record:
 
     number: int
     id: str
-    turns: tuple[tuple[str, str | None], ...] = ()  # (question, answer); a preference pair's last answer is None
+    turns: tuple[tuple[str, str | None], ...] = ()  # (question, answer); a preference pair's last answer is None, and an open question's
     system: str | None = None
     pictures: tuple[Picture, ...] = ()
     document: str | None = None  # an interleaved document, all of it supervised
@@ -91,6 +91,11 @@ class Record:
     def keys(self) -> tuple[str, ...]:
         """For each picture what is the same where another record shows it."""
         return (f"id {self.image_id}",) if self.image_id and len(self.pictures) == 1 else tuple(p.key for p in self.pictures)
+
+    @property
+    def open(self) -> bool:
+        """Whether it ends with a question that has no answer."""
+        return bool(self.turns) and self.turns[-1][1] is None and self.chosen is None
 
     @property
     def tellings(self) -> int:
@@ -329,6 +334,8 @@ class _Reader:
             if not (self.listed("image") or self.listed("video")):
                 raise ValueError('has a "caption" but no "image"')
             return self.conversation([_Said("user", "", []), *self.said(row["caption"], "caption", "assistant")], llava=False)
+        if has("text") and has("question_id"):
+            return self.unanswered()
         if has("text"):
             text = self.plain(row["text"], '"text"')
             return self.document(text, [(mark, None) for mark in _MARK.findall(text)])
@@ -384,6 +391,14 @@ class _Reader:
         """``answer``, else the most frequent of ``answers``, the first among equals."""
         told = self.row["answer"] if "answer" in self.row else Counter(answers).most_common(1)[0][0]
         return self.said(told, "answer", "assistant")
+
+    def unanswered(self) -> Record:
+        """A question of LLaVA's evaluation files: ``question_id``, ``image``, ``text`` and ``category``."""
+        said = self.said(self.row["text"], "text", "user")
+        if not said or not said[0].text.strip():
+            raise ValueError('"text" is empty')
+        system, turns, shows = self.turns(said)
+        return Record(self.number, _name(self.row["question_id"], "question_id"), *self.asked(turns, shows, system, llava=True))
 
     def instance(self) -> Record:
         """One pair of a line of Unnatural Instructions (``split``): its ``instruction_with_input`` is the question, its ``output`` the answer. The
@@ -644,8 +659,9 @@ class _Reader:
             return record
         if len(names) > 1:
             raise ValueError('has both "boxes" and "box_shares"')
-        if record.chosen is not None:
-            raise ValueError(f'is a preference pair with "{names[0]}"; places are told in questions with answers, and documents')
+        if record.chosen is not None or record.open:
+            kind = "question without an answer" if record.open else "preference pair"
+            raise ValueError(f'is a {kind} with "{names[0]}"; places are told in questions with answers, and documents')
         if len(record.pictures) != 1:
             raise ValueError(f'"{names[0]}" are places in one picture, and the record has {len(record.pictures)}')
         groups = tuple(self.boxes(group, f"{names[0]}[{i}]") for i, group in enumerate(self.sequence(self.row[names[0]], names[0])))

@@ -43,14 +43,15 @@ class _Broken:
 
 
 class Records:
-    """The records of a data set, by number; a list to its users. What a row lacks is told when the row is asked for.
+    """The records of a data set, by number; a list to its users. What a row lacks is told when the row is asked for. With ``open_questions``, for
+    whoever answers them, questions without an answer (LLaVA's evaluation files) are records, too.
 
     Raises:
         ValueError: no such file, nothing in it, not in a form that is read, or ``columns`` of names that no record has.
     """
 
-    def __init__(self, data: Data | Pairs):
-        self.data, self.name = data, data.path or data.name
+    def __init__(self, data: Data | Pairs, *, open_questions: bool = False):
+        self.data, self.name, self.open_questions = data, data.path or data.name, open_questions
         _check_columns(data)
         self.rows: Any
         if str(data.path).startswith("hub:"):
@@ -95,7 +96,7 @@ class Records:
     def parse(self, number: int) -> Record:
         """The record; ValueError without saying whose."""
         root = self._roots[bisect.bisect_right(self._starts, number) - 1]
-        return _parse(self._row(number), number, self.data, root)
+        return _parse(self._row(number), number, self.data, root, self.open_questions)
 
     def id(self, number: int) -> str:
         """A row's id for an error sentence, whatever the row is."""
@@ -262,7 +263,7 @@ def check(
                     if open_pictures:
                         keys = [picture.key for picture in record.pictures]
                         asked |= {k: p for k, p in zip(keys, record.pictures, strict=True) if k not in known}
-                    if encode is not None and all(label == IGNORE for label in encode(record)[1]):
+                    if encode is not None and all(label == IGNORE for label in encode(record)[1]) and not record.open:
                         raise ValueError("has nothing to learn: every label is masked")
                 except ValueError as error:
                     fault = error
@@ -315,7 +316,7 @@ def _check_side(picture: Picture, least: int) -> None:
 # ------------------------------------------------------------------------------------------------------------------- rows
 
 
-def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
+def _parse(row: Any, number: int, data: Data | Pairs, root: str, open_questions: bool = False) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
     extra = {}
@@ -326,6 +327,10 @@ def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
     if isinstance(data, Data) and record.chosen is not None:
         raise ValueError("is a preference pair; supervised training reads questions with answers, or documents")
+    if record.open and not open_questions:
+        raise ValueError(
+            'is a question ("question_id", "text") without an answer to learn or compare with; mmfast eval --generate answers it'
+        )
     if isinstance(data, Pairs):
         return record
     if data.blind:
