@@ -78,13 +78,17 @@ class Records:
             raise ValueError(f"{self.name}: holds no record")
         self._json = _json_columns(self.rows)
         self._check_names()
-        if not isinstance(self.rows, list) and {data.columns.get(name, name) for name in self.rows.column_names} & {*INSTANCES}:
-            self.rows = [one for i in range(len(self)) for one in split(self._row(i), data.columns)]
+        self._begins: list[int] = []  # the first record of each row, and how many there are, where rows are several
+        columns = [] if isinstance(self.rows, list) else [n for n in self.rows.column_names if data.columns.get(n, n) in INSTANCES]
+        if columns:
+            lists = self.rows.select_columns(columns)
+            counts = (len(split(_plain(lists[i].to_pylist()[0], self._json), data.columns)) for i in range(len(lists)))
+            self._begins = list(itertools.accumulate(counts, initial=0))
         settings = [self._roots, sorted(data.columns.items()), data.frames]
         self.fingerprint = hashlib.sha256(json.dumps([identity, settings]).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._begins[-1] if self._begins else len(self.rows)
 
     def __getitem__(self, number: int) -> Record:
         number = range(len(self))[number]
@@ -107,8 +111,12 @@ class Records:
             return f"#{number}"
 
     def _row(self, number: int) -> Any:
-        row = self.rows[number]
-        return row if isinstance(self.rows, list) else _plain(row.to_pylist()[0], self._json)
+        at = bisect.bisect_right(self._begins, number) - 1 if self._begins else number
+        row = self.rows[at]
+        if isinstance(self.rows, list):
+            return row
+        row = _plain(row.to_pylist()[0], self._json)
+        return split(row, self.data.columns)[number - self._begins[at]] if self._begins else row
 
     def _check_names(self) -> None:
         for theirs, ours in self.data.columns.items():

@@ -804,7 +804,10 @@ def several(folder, kind):
 @pytest.mark.parametrize("kind", [".json", ".jsonl", "parquet"])
 def test_a_line_of_instances_is_a_record_for_each(tmp_path, kind):
     data = Data("mine", several(tmp_path, kind))
-    assert list(Records(data)) == PAIRS
+    records = Records(data)
+    assert list(records) == PAIRS
+    assert records[-1] == PAIRS[-1]
+    assert isinstance(records.rows, list) == (kind != "parquet"), "what lies in a table is read a row at a time"
     if kind != ".json":
         pytest.importorskip("datasets")
         assert list(Stream(data)) == PAIRS
