@@ -406,7 +406,7 @@ class Pages:
     """How interleaved documents are read. What is drawn is drawn once a document, the same in every run.
 
     ``pictures``: the first so many are kept; 0: all. ``similarity``: of MMC4's records, pictures that match no sentence so well are left out,
-    and the others are matched one to one. ``window``: a document begins at one of its pieces, drawn, and what follows ``max_length`` is cut
+    and records of which none is left; the others are matched one to one. ``window``: a document begins at one of its pieces, drawn, and what follows ``max_length`` is cut
     as ever. ``following``: the share of documents whose pictures each stand before the text that precedes them, so that it is read with them.
     ``single``: the share of documents with one picture that is kept; the others are left out, and told.
     """
@@ -420,7 +420,7 @@ class Pages:
 
 @dataclass(frozen=True)
 class Shots:
-    """How a record that is a few-shot episode is asked (``mmfast.data.episodes``).
+    """How a record that is a few-shot episode is asked (``mmfast.data.episodes``), and a question with its answer where any of this is set.
 
     ``prompt``: whose words stand around questions and answers; None: texts as they stand, and Frozen's words where there are none. ``ways``: of
     examples those of so many answers, the right one among them; ``inner_shots``: of each answer the first so many; ``shots``: of all the

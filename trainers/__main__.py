@@ -95,7 +95,7 @@ def parser() -> Parser:
             sub.add_argument("--eval-every", type=int, default=0, metavar="N", help="steps between measures and samples during training")
             sub.add_argument("--track", default="", metavar="LIST", help="also log to some of tensorboard,wandb,trackio")
             sub.add_argument("--device", choices=("auto", "cpu", "cuda"), help="short for --compute.device")
-            sub.add_argument("--eval-data", metavar="FILE", help="records to measure the trained model on")
+            sub.add_argument("--eval-data", metavar="FILE", help="what to measure the trained model on, as --data of eval")
             sub.add_argument("--dry-run", action="store_true", help="print the recipe and what is supervised, train nothing")
             sub.add_argument("--quiet", action="store_true", help="no progress bars")
     sub = add("diff", "the fields in which two recipes differ")
@@ -266,7 +266,7 @@ def evaluate(args: argparse.Namespace) -> None:
         if args.generate:
             write_atomically(run.folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in said).encode())
             print(f"answers in {run.folder / 'predictions.jsonl'}", file=sys.stderr)
-    if not measured:
+    if not measured and given is None:
         raise UsageError(f"{args.run} was trained on data of your own: give records to measure on with --data FILE")
     run.write_json("eval.json", measured)
     print(json.dumps(measured, indent=2))

@@ -97,7 +97,8 @@ def _pooled(session: Any, files: Sequence[Path], *, skip: bool = False, batch: i
                 continue
             read.append(number)
         if loaded:
-            states = session.states(torch.from_numpy(np.stack(loaded)))
+            pixels = torch.from_numpy(np.stack(loaded))
+            states = session.states(torch.zeros_like(pixels) if session.blind else pixels)
             pooled.append(session.model.connector.pooled(states)[:, None])
     return torch.cat(pooled) if pooled else torch.empty(0), read
 

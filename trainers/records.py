@@ -26,14 +26,14 @@ from .runs import system_of, template_of
 RERANKED = 128
 
 
-def source_of(session: Any, recipe: System | Alignment, data: Data) -> Any:
-    """The records as the model's last training read its own.
+def source_of(session: Any, recipe: System | Alignment, data: Data, *, open_questions: bool = False) -> Any:
+    """The records as the model's last training read its own, and with ``open_questions`` those that ask and do not answer.
 
     Raises:
         RunError: records of which nothing can be measured.
     """
     last = recipe if isinstance(recipe, Alignment) else recipe.stages[-1]
-    source = session.source(data, template_of(recipe), last.max_length, compared=compares(recipe))
+    source = session.source(data, template_of(recipe), last.max_length, compared=compares(recipe), open_questions=open_questions)
     if compares(recipe) and len(source.captions()) < 2:
         raise RunError(f"{data.path}: pictures are compared with captions, and there are not two records of one picture and one caption")
     return source
@@ -50,10 +50,11 @@ def measure(
     """``measure_answers``; ``retrieved``, for a system that finds pictures; and with ``decoding``, the options of ``generated``, ``answered``.
     Returns the measures, and what was said to each question.
     """
-    source, finds = source_of(session, recipe, data), compares(recipe) or isinstance(system_of(recipe).fusion, Retrieval)
+    source = source_of(session, recipe, data, open_questions=decoding is not None)
+    finds = compares(recipe) or isinstance(system_of(recipe).fusion, Retrieval)
     measured, said = {}, []
-    if not compares(recipe):
-        measured |= measure_answers(session, source)
+    if not compares(recipe) and (told := measure_answers(session, source))["answers"]:
+        measured |= told
     if finds:
         measured |= retrieved(session, source)
     if decoding is not None:
@@ -124,10 +125,11 @@ def generated(
 def answered(session: Any, source: Any, **decoding: Any) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """What is said to every question of the records, decoded, and how right it is.
 
-    ``vqa_accuracy``: of questions that are answered in words, by VQAv2's rule (``mmfast.eval.vqa``). ``grounding_..``: of those whose answer
+    ``vqa_accuracy``: of questions that are answered in words, by VQAv2's rule (``mmfast.eval.vqa``). ``choice_accuracy``: of questions with
+    choices (ScienceQA), whether the letter of "The answer is A" is that of the right one, whatever is said before it. ``grounding_..``: of those whose answer
     has one place (``mmfast.eval.grounding``; its box in the picture's file, a hit above an IoU of one half, a miss where the answer cannot be
-    read). Captions, which nothing asks for but the picture, answers of several places and those with pictures are decoded, as text, and not
-    scored.
+    read). Captions, which nothing asks for but the picture, answers of several places and those with pictures, and questions without an answer are
+    decoded, as text, and not scored.
     """
     questions = list(source.questions(range(len(source))))
     if not questions:
@@ -138,7 +140,9 @@ def answered(session: Any, source: Any, **decoding: Any) -> tuple[dict[str, floa
         placed, drawn = bool(question.boxes), "<image>" in question.answer
         text = until((tagged_text if placed else plain_text)(session.tokenizer, ids), source.encoder.stop).strip()
         row = {"id": question.record.id, "question": question.text, "answers": list(question.answers), "said": text}
-        if asks and question.text and not placed and not drawn:
+        if asks and question.record.letter:
+            row["choice_accuracy"] = float(vqa.letter(text) == question.record.letter)
+        elif asks and question.text and question.answers and not placed and not drawn:
             row["vqa_accuracy"] = vqa.accuracy(text, question.answers)
         elif asks and question.text and len(question.boxes) == 1:
             box, target = _place(source.encoder, question, text), question.boxes[0]
@@ -146,8 +150,10 @@ def answered(session: Any, source: Any, **decoding: Any) -> tuple[dict[str, floa
             boxes.append(box)
             targets.append(target)
         rows.append(row)
-    right = [row["vqa_accuracy"] for row in rows if "vqa_accuracy" in row]
-    measured = {"vqa_accuracy": sum(right) / len(right), "vqa_questions": len(right)} if right else {}
+    measured = {}
+    for kind in ("vqa", "choice"):
+        if right := [row[f"{kind}_accuracy"] for row in rows if f"{kind}_accuracy" in row]:
+            measured |= {f"{kind}_accuracy": sum(right) / len(right), f"{kind}_questions": len(right)}
     return measured | ({**grounding.score(boxes, targets), "grounding_questions": len(boxes)} if boxes else {}), rows
 
 

@@ -31,6 +31,7 @@ MEASURES = (
     ("loss", "Loss", False, "nats a token of the answers"),
     ("answer_accuracy", "Right answers", True, "answers that greedy decoding gives word for word"),
     ("vqa_accuracy", "VQA accuracy", True, "decoded answers against what humans said"),
+    ("choice_accuracy", "Right choices", True, "decoded answers that name the right one of the question's choices"),
     ("grounding_accuracy", "Grounding", True, "decoded boxes that overlap the right one by more than half"),
 )
 CURVES = (

@@ -95,7 +95,7 @@ def _go(recipe, session, run: Run, options, stored: dict[str, Any], eval_data: D
 
 def finish(recipe, session, run: Run, exam=None, before: dict | None = None, eval_data: Data | None = None) -> None:
     """Measures, samples and the page of a trained model; one process does it."""
-    from . import report
+    from . import benchmarks, report
     from .demo import pick_samples, write_samples
     from .records import measure as measure_records
 
@@ -103,7 +103,8 @@ def finish(recipe, session, run: Run, exam=None, before: dict | None = None, eva
         return
     measured, details, exam = measure(session, recipe, exam=exam)
     if eval_data is not None:
-        measured |= measure_records(session, recipe, eval_data)[0]
+        published = benchmarks.opened(session, eval_data.path, eval_data.images)
+        measured |= measure_records(session, recipe, eval_data)[0] if published is None else published.take()
     run.write_json("eval.json", measured)
     if details is not None:
         captions = {"before": before["captions"], "after": details["captions"]} if before else {"model": details["captions"]}
@@ -234,13 +235,16 @@ def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:
 
 
 def to_measure(recipe: System | Alignment, path: str, images: str | None, shots: str | None = None) -> Data:
-    """Records to measure a recipe's model on, read as the recipe's own records are: a file of conversations has the same names, and episodes are
-    asked alike but for the fields of ``shots`` (YAML); of ScienceQA's problems, whose file holds every split, they are the test's.
+    """Records to measure a recipe's model on, read as the recipe's own records are: a file of conversations has the same names, episodes are
+    asked alike but for the fields of ``shots`` (YAML), and a model that saw black pictures alone sees no others; of ScienceQA's problems, whose
+    file holds every split, they are the test's.
 
     Raises:
         RunError: a model that answers nothing and finds nothing.
         ConfigError: wrong ``shots``.
     """
+    from .session import is_blind
+
     if isinstance(recipe, System) and recipe.stages[-1].objective == "tokenizer":
         raise RunError(f"{recipe.name}: its last stage trains an image tokenizer, which answers nothing; records cannot be measured")
     own = next((data for data in reversed(data_of(recipe)) if data.path is not None and isinstance(data, Data)), Data("eval"))
@@ -248,7 +252,7 @@ def to_measure(recipe: System | Alignment, path: str, images: str | None, shots:
     asked = own.shots if shots is None else config.read_shots(own.shots, shots)
     return Data(
         "eval", path=path, images=images, split=split, columns=own.columns, frames=own.frames, clean=own.clean, boxes=own.boxes,
-        choices=own.choices, pages=replace(own.pages, single=1.0), shots=asked,
+        choices=own.choices, pages=replace(own.pages, single=1.0), shots=asked, blind=is_blind(system_of(recipe)),
     )  # fmt: skip
 
 
@@ -264,9 +268,11 @@ def _check_records(recipe, session, eval_data: Data | None) -> None:
             if any(data.path is not None for data in data_of(replace(recipe, stages=(stage,)))):
                 session.source_of(stage)
     if eval_data is not None:
+        from .benchmarks import opened
         from .records import source_of
 
-        source_of(session, recipe, eval_data)
+        if opened(session, eval_data.path, eval_data.images) is None:
+            source_of(session, recipe, eval_data)
 
 
 def _where_it_lies(recipe: System | Alignment) -> System | Alignment:

@@ -27,6 +27,11 @@ from .place import Place
 from .runs import is_run
 
 
+def is_blind(system: System) -> bool:
+    """Whether a system's last stage shows black pictures alone."""
+    return bool(system.stages) and all(part.blind for part in parts_of(system.stages[-1].data))
+
+
 def parts_of(data: Data | Mixture) -> tuple[Data, ...]:
     return data.parts if isinstance(data, Mixture) else (data,)
 
@@ -85,8 +90,8 @@ class Session:
 
     @property
     def blind(self) -> bool:
-        """Whether the last stage shows black pictures alone; such a model is examined in the dark as well."""
-        return bool(self.system.stages) and all(part.blind for part in parts_of(self.system.stages[-1].data))
+        """Whether the model is examined in the dark as well: its last stage showed black pictures alone."""
+        return is_blind(self.system)
 
     def rebuild(self, origin: Session | None = None) -> None:
         """The model as it was before any training of this session."""
@@ -175,15 +180,16 @@ class Session:
         """What a stage draws from."""
         return self.source(stage.data, stage.template, stage.max_length, compared=stage.objective == "queries")
 
-    def source(self, data: Data | Mixture, template: str, max_length: int = 2048, *, compared: bool = False):
-        """The stages of a system mostly read the same data: it is made once. ``compared``: as a Q-Former's text side reads it."""
-        key = repr((data, None if compared else template, max_length))
+    def source(self, data: Data | Mixture, template: str, max_length: int = 2048, *, compared: bool = False, open_questions: bool = False):
+        """The stages of a system mostly read the same data: it is made once. ``compared``: as a Q-Former's text side reads it. ``open_questions``: those
+        without an answer, too."""
+        key = repr((data, None if compared else template, max_length, open_questions))
         if key not in self._sources:
-            self._sources[key] = self._make_source(data, template, max_length, compared)
+            self._sources[key] = self._make_source(data, template, max_length, compared, open_questions)
             self._sources[key].asked = None if compared else self.questions
         return self._sources[key]
 
-    def _make_source(self, data: Data | Mixture, template: str, max_length: int, compared: bool):
+    def _make_source(self, data: Data | Mixture, template: str, max_length: int, compared: bool, open_questions: bool):
         plan, encode = self.system.image, self.text_side(max_length) if compared else self.encoder(template, max_length)
         parts, by_tokens = parts_of(data), isinstance(data, Mixture) and data.by == "tokens"
         if all(part.path is not None for part in parts):
@@ -191,7 +197,8 @@ class Session:
                 if len(parts) > 1:
                     raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
                 return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, plan=plan)
-            return Conversations([Records(part) for part in parts], encode, plan=plan, seed=self.seed, by_tokens=by_tokens)
+            records = [Records(part, open_questions=open_questions) for part in parts]
+            return Conversations(records, encode, plan=plan, seed=self.seed, by_tokens=by_tokens)
         if all(part.path is None and part.name in BUILT_IN for part in parts):
             if isinstance(data, Data):
                 return supervised.make(data, self.world, encode)

@@ -19,6 +19,10 @@ IGNORE = -100
 INPUT = "\n\n### Input:\n"
 
 
+class LeftOut(ValueError):
+    """A record that a setting leaves out, which is no fault of it."""
+
+
 @dataclass(frozen=True)
 class Template:
     """The words around turns. Only answers, and the end token where it follows one, are supervised (but for ``mark`` and ``role``)."""
@@ -171,14 +175,15 @@ def check_template(name: str) -> None:
 
 def encode(
     tokenizer: Any, template: str, turns: Sequence[tuple[str, str | None]], *, image_tokens: int, image_token: int, max_length: int = 2048,
-    system: str | None = None, borders: Sequence[int] = (), learn_pictures: bool = False, last_alone: bool = False,
+    system: str | None = None, borders: Sequence[int] = (), learn_pictures: bool = False, last_alone: bool = False, spaced: bool = False,
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Token ids and labels of a conversation; an answer of None leaves the prompt open for generation. Answers are supervised, with ``last_alone``
     none but the last.
 
     Each ``<image>`` becomes ``image_tokens`` places between ``borders`` (the ids before and behind a picture, if any). With ``learn_pictures``
     those in a supervised text are supervised: the label of a place is the placeholder, for which the model puts the picture's own token. What is longer than ``max_length`` (places counted) loses its end, and a
-    picture that would lose its own end goes whole. ``system`` takes the place of the template's.
+    picture that would lose its own end goes whole. ``system`` takes the place of the template's. ``spaced``: answers go on with the sentences of
+    their questions, where the template has no words between them.
 
     Raises:
         ValueError: unknown template, a prompt that is longer than ``max_length``, answers all beyond it, or a picture in an answer without
@@ -224,6 +229,10 @@ def encode(
             break
         if "<image>" in answer and not learn_pictures:
             raise ValueError(f"answer {i} holds <image>, and this system does not draw; only questions may")
+        if form.chunk:
+            answer = answer.strip()
+        if spaced and form.keep_question and not form.between and not asked[-1:].isspace():
+            answer = _going_on(tokenizer, answer)
         if form.picture_first and asked:
             answer = " " + answer.lstrip()  # the prompt and what follows are one sentence, whose words begin with their spaces
         line.add(answer + form.after, supervised=learnt)
@@ -234,13 +243,24 @@ def encode(
     return line.cut(max_length, form.prefix)
 
 
+def _going_on(tokenizer: Any, text: str) -> str:
+    """A text that is tokenised by itself so that it gives the tokens which it would have behind another word: with a space in front, unless the
+    tokenizer begins every text as it begins a word (SentencePiece's; those of words)."""
+    alone, behind = (tokenizer(words, add_special_tokens=False)["input_ids"] for words in ("a", "a a"))
+    return text if behind[len(alone) :] == alone else " " + text
+
+
 def encode_document(
     tokenizer: Any, text: str, *, image_tokens: int, image_token: int, max_length: int = 2048, borders: Sequence[int] = (),
     learn_pictures: bool = False, template: str = "bare",
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Token ids and labels of an interleaved document: all its text is supervised (but for ``Template.only_seen``), and with
     ``learn_pictures`` its pictures are. Without, the first of ``borders`` is where something comes before it: that a picture follows is said
-    by the text (Kosmos-1). As in ``encode`` otherwise."""
+    by the text (Kosmos-1). As in ``encode`` otherwise.
+
+    Raises:
+        LeftOut: with ``Template.only_seen``, no text follows a picture within ``max_length``.
+    """
     form = TEMPLATES[template]
     line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures, begin=form.begin)
     if form.chunk:
@@ -248,6 +268,8 @@ def encode_document(
     else:
         line.add(text, supervised=True)
     line.end(supervised=not form.only_seen)
+    if form.only_seen and all(label == IGNORE for label in line.labels[:max_length]):
+        raise LeftOut(f"no picture in the first {max_length} tokens, and the template {template} learns what is said of pictures alone")
     return line.cut(max_length, form.prefix)
 
 
@@ -393,9 +415,11 @@ class Encoder:
     plan: Fixed | None = None  # what becomes of a picture, and so of places in it
     one_run: str = ""  # the family of a language model that learns one run of tokens a row, as an encoder-decoder does
 
-    def __call__(self, turns: Sequence[tuple[str, str | None]], system: str | None = None) -> tuple[list[int], list[int]]:
+    def __call__(
+        self, turns: Sequence[tuple[str, str | None]], system: str | None = None, *, spaced: bool = False
+    ) -> tuple[list[int], list[int]]:
         """ids and labels of turns."""
-        ids, labels = encode(self.tokenizer, self.template, turns, system=system, **self._sizes())
+        ids, labels = encode(self.tokenizer, self.template, turns, system=system, spaced=spaced, **self._sizes())
         return (ids, labels) if turns and turns[-1][1] is None else self._whole(ids, labels)  # labels of a prompt are not looked at
 
     @property
@@ -411,7 +435,7 @@ class Encoder:
     def record(self, record: Any) -> tuple[list[int], list[int]]:
         """ids and labels of a ``mmfast.data.records.Record``: a conversation or a document."""
         record = self.placed(record)
-        return self(record.turns, record.system) if record.document is None else self.document(record.document)
+        return self.document(record.document) if record.document is not None else self(record.turns, record.system, spaced=record.spaced)
 
     def document(self, text: str) -> tuple[list[int], list[int]]:
         """ids and labels of an interleaved document, all of it supervised."""

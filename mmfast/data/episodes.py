@@ -151,7 +151,7 @@ class Prompts:
 
     def document(self, episode: Episode) -> str:
         """Prompt, answer and what ends it."""
-        return self.prompt(episode) + self._gap(episode.question) + episode.answer + self.after(episode.question)
+        return self.prompt(episode) + self.gap(episode.question) + episode.answer + self.after(episode.question)
 
     def turns(self, episode: Episode, show: Callable[[int], str]) -> list[tuple[str, str]]:
         """The document as a conversation: what stands for a picture, and what is asked about it, is a question, what is said of it the answer."""
@@ -160,7 +160,7 @@ class Prompts:
         for shown in episode.examples:
             asked, answer = self.said(shown)
             turns.append((f"{show(shown.picture)} {asked}", answer + self.between))
-        last = f"{show(episode.query)} {self.asked(episode)}{self._gap(episode.question)}"
+        last = f"{show(episode.query)} {self.asked(episode)}{self.gap(episode.question)}"
         turns.append((last, episode.answer + self.after(episode.question)))
         return [(first + turns[0][0], turns[0][1]), *turns[1:]]
 
@@ -175,7 +175,7 @@ class Prompts:
         """Between the last picture and its answer."""
         return self.turn.partition("{answer}")[0].rstrip().format(question=episode.question) if episode.question else self.query
 
-    def _gap(self, question: str) -> str:
+    def gap(self, question: str) -> str:
         """Between what is asked and the answer: a space, where answers have one before them."""
         return " " if (self.turn if question else self.example).partition("{answer}")[0].endswith(" ") else ""
 

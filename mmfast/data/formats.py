@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from mmfast.data import images
-from mmfast.data.chat import INPUT
+from mmfast.data.chat import INPUT, LeftOut
 from mmfast.data.episodes import of_record
 from mmfast.data.images import Picture
 from mmfast.data.regions import REGION
@@ -34,11 +34,14 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TURN_NAMES = ("from", "value", "role", "content")
 NAMES = (
     "id", "image_id", "image", "images", "video", "videos", "system", "conversations", "messages", "prompt", "completion", "question", "answer", "answers",
-    "caption", "captions", "instruction", "input", "output", "instances", "reformulations", "instruction_with_input", "inputs", "targets", "choices", "hint", "lecture", "solution", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", *TURN_NAMES,
+    "caption", "captions", "instruction", "input", "output", "instances", "reformulations", "instruction_with_input", "inputs", "targets", "choices", "hint", "lecture", "solution", "text", "boxes", "box_shares", "noun_chunks", "ref_exps", "chosen", "rejected", "texts", "text_list", "image_info", "items", "example", "image_map", *TURN_NAMES,
 )  # fmt: skip
 # Longer records are a mistake in the data (a book in one field), and would stall a tokenizer before being cut to a few thousand tokens.
 MAX_CHARACTERS = 1_000_000
+# What interleaved documents have; their pictures are in it.
+DOCUMENTS = ("texts", "text_list", "items", "image_map")
 _MARK = re.compile("<image>|<video>")
+_PLACE = re.compile(r"(_!_IMAGE\d+_!_)")  # in OpenFlamingo's generated sequences
 _EXAMPLE = re.compile(r"(?:image|caption|question|answer)_(\d+)")
 _TAGS = re.compile("</?phrase>|<region>|^<grounding> ")
 # GRIT's boxes below this score are left out (Kosmos-2, arXiv:2306.14824, section 2).
@@ -70,13 +73,15 @@ class Record:
 
     number: int
     id: str
-    turns: tuple[tuple[str, str | None], ...] = ()  # (question, answer); a preference pair's last answer is None
+    turns: tuple[tuple[str, str | None], ...] = ()  # (question, answer); a preference pair's last answer is None, and an open question's
     system: str | None = None
     pictures: tuple[Picture, ...] = ()
     document: str | None = None  # an interleaved document, all of it supervised
     boxes: tuple[tuple[tuple[float, ...], ...], ...] = ()  # of each <region> in turns or document, in reading order
     shares: bool = False  # whether boxes are shares of the picture's sides, and not pixels of it
     answers: tuple[str, ...] = ()  # what humans said to the one question, where there are several; the turn has the one that is learnt
+    letter: str = ""  # of the right one of the choices that the one question has
+    spaced: bool = False  # whether the answer goes on with the question's last sentence: a space would be between them in one text
     chosen: str | None = None
     rejected: str | None = None
     captions: tuple[str, ...] = ()  # several answers, or documents, told one at a time; turns or document hold the first
@@ -86,6 +91,11 @@ class Record:
     def keys(self) -> tuple[str, ...]:
         """For each picture what is the same where another record shows it."""
         return (f"id {self.image_id}",) if self.image_id and len(self.pictures) == 1 else tuple(p.key for p in self.pictures)
+
+    @property
+    def open(self) -> bool:
+        """Whether it ends with a question that has no answer."""
+        return bool(self.turns) and self.turns[-1][1] is None and self.chosen is None
 
     @property
     def tellings(self) -> int:
@@ -154,7 +164,7 @@ def parse(
         instruct: the share of captions with places that become a question, or the beginning of a sentence, about one of them.
         choices: how a question with choices is put, one of ``CHOICES``.
         pages: how an interleaved document is read.
-        shots: how a few-shot episode is asked.
+        shots: how a few-shot episode is asked, and a question without examples.
 
     Raises:
         ValueError: in one sentence, without the record's number.
@@ -291,13 +301,11 @@ class _Reader:
         shown = has("image") or has("images")  # beside a picture instances are things that it shows
         if not shown and (has("instances") or has("reformulations")):
             return self.instance()
-        if has("texts") or has("text_list") or has("items"):
+        if any(map(has, DOCUMENTS)):
             return self.document(*self.interleaved())
         if has("question_image") or has("image_1"):
             return self.episode()
-        if (
-            has("question") and has("answers") and not (has("answer") and row["answers"] == [])
-        ):  # no human said anything: the answer is what there is
+        if has("question") and self.has_several():
             return self.answered()
         if has("choices") and not isinstance(row.get("answer"), str):  # whose answer is a text is a question like others
             return self.chosen_from()
@@ -306,6 +314,8 @@ class _Reader:
                 if not (has(question) and has(answer)):
                     missing, there = (answer, question) if has(question) else (question, answer)
                     raise ValueError(f'has "{there}" but no "{missing}"')
+                if question == "question":
+                    return self.answered()
                 return self.conversation(
                     [*self.said(row[question], question, "user"), *self.said(row[answer], answer, "assistant")], llava=False
                 )
@@ -324,6 +334,8 @@ class _Reader:
             if not (self.listed("image") or self.listed("video")):
                 raise ValueError('has a "caption" but no "image"')
             return self.conversation([_Said("user", "", []), *self.said(row["caption"], "caption", "assistant")], llava=False)
+        if has("text") and has("question_id"):
+            return self.unanswered()
         if has("text"):
             text = self.plain(row["text"], '"text"')
             return self.document(text, [(mark, None) for mark in _MARK.findall(text)])
@@ -343,19 +355,50 @@ class _Reader:
         return Record(self.number, self.id, *self.asked(turns, shows, system, llava))
 
     def answered(self) -> Record:
-        """A question and several humans' answers to it, texts or objects with ``answer`` (VQAv2). ``answer`` is learnt, else the most frequent
-        of them, the first among equals."""
-        row, answers = self.row, []
-        for i, given in enumerate(self.sequence(row["answers"], "answers")):
+        """A question and its answer, or several humans'. With ``shots`` it is asked as the last question of an episode is, of which
+        there are no examples; one with places in its picture, and a conversation, stay as they are."""
+        row, answers = self.row, self.humans()
+        asked, answer, spaced = self.said(row["question"], "question", "user"), self.learnt(answers), False
+        if self.shots != Shots() and [said.role for said in asked] == ["user"] and not row.keys() & {"boxes", "box_shares"}:
+            text, shows = asked[0].text, asked[0].shows
+            if not shows:
+                shows = [(mark, None) for mark in ("<image>", "<video>") for _ in self.listed(mark[1:-1])]
+                front = "".join(mark for mark, _ in shows)
+            elif len(shows) == 1:
+                front, text = shows[0][0], _MARK.sub("", text).strip()
+            else:  # the question says which is which
+                front = ""
+            episode, say = of_record({"question": text}, answer[0].text.strip() if answer else "", self.shots)
+            asked = [_Said("user", say.prompt(episode, lambda _: front), shows)]
+            spaced = bool(say.gap(episode.question))
+        return replace(self.conversation([*asked, *answer], llava=False), answers=answers, spaced=spaced)
+
+    def has_several(self) -> bool:
+        """Whether there are several humans' answers; an empty list beside an ``answer`` is none, and the answer is what there is."""
+        return "answers" in self.row and not ("answer" in self.row and self.row["answers"] == [])
+
+    def humans(self) -> tuple[str, ...]:
+        """Several humans' answers, texts or objects with ``answer`` (VQAv2), or none."""
+        answers = []
+        for i, given in enumerate(self.sequence(self.row["answers"], "answers") if self.has_several() else ()):
             text = self.plain(given.get("answer") if isinstance(given, dict) else given, f"answers[{i}]")
             answers.append(self.unmarked(text, f"answers[{i}]"))
-        if not answers:
+        if self.has_several() and not answers:
             raise ValueError('"answers" is an empty list')
-        learnt = row.get("answer", Counter(answers).most_common(1)[0][0])
-        record = self.conversation(
-            [*self.said(row["question"], "question", "user"), *self.said(learnt, "answer", "assistant")], llava=False
-        )
-        return replace(record, answers=tuple(answers))
+        return tuple(answers)
+
+    def learnt(self, answers: Sequence[str]) -> list[_Said]:
+        """``answer``, else the most frequent of ``answers``, the first among equals."""
+        told = self.row["answer"] if "answer" in self.row else Counter(answers).most_common(1)[0][0]
+        return self.said(told, "answer", "assistant")
+
+    def unanswered(self) -> Record:
+        """A question of LLaVA's evaluation files: ``question_id``, ``image``, ``text`` and ``category``."""
+        said = self.said(self.row["text"], "text", "user")
+        if not said or not said[0].text.strip():
+            raise ValueError('"text" is empty')
+        system, turns, shows = self.turns(said)
+        return Record(self.number, _name(self.row["question_id"], "question_id"), *self.asked(turns, shows, system, llava=True))
 
     def instance(self) -> Record:
         """One pair of a line of Unnatural Instructions (``split``): its ``instruction_with_input`` is the question, its ``output`` the answer. The
@@ -392,7 +435,8 @@ class _Reader:
             "reason": " ".join(filter(None, (said["lecture"], said["solution"]))),
         }  # fmt: skip
         asked, told = (form.format(**words).lstrip() for form in CHOICES[self.choices])
-        return self.conversation([_Said("user", asked, []), _Said("assistant", told, [])], llava=False)
+        record = self.conversation([_Said("user", asked, []), _Said("assistant", told, [])], llava=False)
+        return replace(record, letter=words["letter"], spaced=not asked.endswith("\n"))
 
     def several(self) -> Record:
         """A picture with several captions (COCO's five, the best of BLIP's CapFilt)."""
@@ -409,25 +453,26 @@ class _Reader:
 
     def episode(self) -> Record:
         """A few-shot episode: ``image_1`` with ``caption_1`` (Frozen's evaluation files) or ``answer_1`` and perhaps ``question_1``, ..,
-        ``question_image``, ``question`` and ``answer``. All but the answer is one question."""
-        row, shots = self.row, self.shots
+        ``question_image``, ``question`` and ``answer`` or ``answers``. All but the answer is one question."""
+        row, shots, answers = self.row, self.shots, self.humans()
         numbered = {found[1] for name in row if (found := _EXAMPLE.fullmatch(str(name)))}
         examples = range(1, 1 + len(numbered))
         told = [f"{'answer' if f'answer_{i}' in row or f'question_{i}' in row else 'caption'}_{i}" for i in examples]
         # Words that ask without a question are there where words are: those that were named, or the examples'.
         asked = ["question"] if "question" in row or not (shots.prompt or any(name.startswith("answer") for name in told)) else []
         for name in (*(name for i in examples for name in (f"image_{i}", told[i - 1])), "question_image", *asked, "answer"):
-            if name not in row:
+            if name not in row and not (name == "answer" and answers):
                 raise ValueError(f'has {len(examples)} examples and a question, but no "{name}"')
         if both := next((i for i in examples if f"caption_{i}" in row and told[i - 1] != f"caption_{i}"), None):
             raise ValueError(f'has both "caption_{both}" and "{told[both - 1]}"')
         names = [*told, *(f"question_{i}" for i in examples if f"question_{i}" in row), *asked]
         texts = {name: self.unmarked(self.plain(row[name], f'"{name}"'), f'"{name}"') for name in names}
-        answer = self.said(row["answer"], "answer", "assistant")
+        answer = self.learnt(answers)
         episode, say = of_record(texts, answer[0].text.strip() if answer else "", shots)
         pictures = [*(row[f"image_{i}"] for i in examples), row["question_image"]]
         shows = [("<image>", pictures[i]) for i in ([episode.query] if shots.unseen else episode.pictures)]
-        return self.conversation([_Said("user", say.prompt(episode, unseen=shots.unseen), shows), *answer], llava=False)
+        record = self.conversation([_Said("user", say.prompt(episode, unseen=shots.unseen), shows), *answer], llava=False)
+        return replace(record, answers=answers, spaced=bool(say.gap(episode.question)))
 
     def preference(self) -> Record:
         row = self.row
@@ -466,19 +511,27 @@ class _Reader:
         return Record(self.number, self.id, *self.asked(turns, shows, system), chosen=answers[0], rejected=answers[1])
 
     def document(self, text: str, shows: list[tuple[str, Any]]) -> Record:
-        own = any(n in self.row for n in ("texts", "text_list", "items"))  # its pictures are in ``shows``
+        own = any(name in self.row for name in DOCUMENTS)  # its pictures are in ``shows``, and its pieces as ``pages`` wants them
         if own and "image" in self.row:
             raise ValueError('an interleaved document has an "image" of no place')
         (text,), pictures = self.place([text], shows, own=own)
+        if not own and not self.row.keys() & {"boxes", "box_shares"}:
+            shown = iter(pictures)
+            pieces = [(piece, next(shown) if piece == "<image>" else None) for piece in re.split("(<image>)", text) if piece.strip()]
+            if (paged := self.paged(pieces)) != pieces:
+                text, pictures = "".join(piece for piece, _ in paged), tuple(picture for _, picture in paged if picture is not None)
         if not _MARK.sub("", text).strip():
             raise ValueError("the document holds no text")
         return Record(self.number, self.id, document=text, pictures=pictures)
 
     def interleaved(self) -> tuple[str, list[tuple[str, Any]]]:
-        """OBELICS: parallel ``texts`` and ``images``; MMC4: ``text_list`` and ``image_info``; or ``items``, each with text or image."""
+        """OBELICS: parallel ``texts`` and ``images``; MMC4: ``text_list`` and ``image_info``, or ``example`` and ``image_map``; or ``items``, each with
+        text or image."""
         row = self.row
         if "text_list" in row:
             return self.matched()
+        if "image_map" in row:
+            return self.generated()
         if "items" in row:
             steps = [(f"items[{i}]", item) for i, item in enumerate(self.sequence(row["items"], "items"))]
             for what, item in steps:
@@ -506,8 +559,8 @@ class _Reader:
     def paged(self, pieces: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         """Pieces of a document, texts with None and places of pictures, as ``spec.Pages`` wants them."""
         drawn, pages = Random(self.number), self.pages
-        follows, start = drawn.random() < pages.following, drawn.randrange(len(pieces)) if pages.window and pieces else 0
-        pieces = pieces[start:]
+        follows, begins = drawn.random() < pages.following, max((i for i, (_, shown) in enumerate(pieces) if shown is None), default=0)
+        pieces = pieces[drawn.randrange(begins + 1) if pages.window else 0 :]  # some text is left
         if follows:  # pictures go before the text that ends where they stand
             ordered: list[tuple[str, Any]] = []
             before: list[tuple[str, Any]] = []
@@ -522,7 +575,8 @@ class _Reader:
 
     def matched(self) -> tuple[str, list[tuple[str, Any]]]:
         """MMC4: every picture stands before the sentence that it was matched to; with ``pages.similarity`` they are matched anew, one to one,
-        so that similarities add up to the most (OpenFlamingo, arXiv:2308.01390, section 3.2)."""
+        so that similarities add up to the most (OpenFlamingo, arXiv:2308.01390, section 3.2). Where some pictures are in the record, those that are not
+        were not to be had."""
         row, least = self.row, self.pages.similarity
         texts = [
             self.unmarked(self.plain(t, f"text_list[{i}]"), f"text_list[{i}]")
@@ -530,29 +584,53 @@ class _Reader:
         ]
         found: list[tuple[int, Any]] = []  # place and picture
         infos = self.sequence(row.get("image_info", []), "image_info")
-        similar = self.similarities(len(infos), len(texts)) if least else None
-        anew = dict(zip(*assign(-similar), strict=True)) if similar is not None else {}
-        for i, info in enumerate(infos):
+        there = [i for i, info in enumerate(infos) if isinstance(info, dict) and not _null(info.get("image_base64"))]
+        there = there or list(range(len(infos)))
+        similar = self.similarities(len(infos), len(texts))[there] if least and there else None
+        anew = (
+            {there[i]: place for i, place in zip(*assign(-similar), strict=True) if similar[i, place] >= least}
+            if similar is not None
+            else {}
+        )
+        for i in there:
+            info = infos[i]
             place = info.get("matched_text_index") if isinstance(info, dict) else None
             if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(texts):
                 raise ValueError(f"image_info[{i}] has matched_text_index {place!r}, expected the place of one of {len(texts)} texts")
-            if similar is not None:
-                if i not in anew or similar[i, anew[i]] < least:
-                    continue
-                place = anew[i]
-            if "image_base64" in info and not _null(info["image_base64"]):
-                shown = f"data:image;base64,{info['image_base64']}"
-            else:
-                shown = info.get("image_name") or info.get("raw_url") or ""
-            found.append((place, shown))
-        if self.pages.pictures:
+            if least and i not in anew:
+                continue
+            carried = info.get("image_base64")
+            shown = (info.get("image_name") or info.get("raw_url") or "") if _null(carried) else f"data:image;base64,{carried}"
+            found.append((anew.get(i, place), shown))
+        if least and not found:
+            raise LeftOut(f"a document without a picture that is as similar to a sentence as data.pages.similarity, {least:g}")
+        if self.pages.pictures and not self.pages.window:  # of a window its first are kept
             found = found[: self.pages.pictures]
         # In the order of the sentences, which need not be that of the pictures.
-        at: dict[int, list[Any]] = {}
-        for place, shown in sorted(found, key=lambda pair: pair[0]):
-            at.setdefault(place, []).append(shown)
-        shows = [("<image>", shown) for place in at for shown in at[place]]
-        return " ".join("<image>" * len(at.get(i, ())) + text for i, text in enumerate(texts)), shows
+        pieces: list[tuple[str, Any]] = []
+        for i, text in enumerate(texts):
+            pieces += [*(("<image>", shown) for place, shown in found if place == i), (text, None)]
+        pieces = self.paged(pieces)
+        text = "".join(piece if shown is not None else f"{piece} " for piece, shown in pieces)
+        return text.removesuffix(" "), [piece for piece in pieces if piece[1] is not None]
+
+    def generated(self) -> tuple[str, list[tuple[str, Any]]]:
+        """OpenFlamingo's sequences that ChatGPT wrote: each marker in ``example`` is the place of its picture in ``image_map``."""
+        row, pieces = self.row, []
+        if not isinstance(row["image_map"], dict):
+            raise ValueError(f'"image_map" is {_kind(row["image_map"])}, expected an object of pictures by their markers')
+        for piece in _PLACE.split(self.unmarked(self.plain(row.get("example"), '"example"'), '"example"')):
+            if _PLACE.fullmatch(piece):
+                shown = row["image_map"].get(piece)
+                if not isinstance(shown, dict) or not isinstance(shown.get("base64_image"), str):
+                    raise ValueError(f'"example" has the place {piece}, of which "image_map" has no base64_image')
+                pieces.append(("<image>", f"data:image;base64,{shown['base64_image']}"))
+            elif piece.strip():
+                pieces.append((piece, None))
+        if (places := sum(shown is not None for _, shown in pieces)) != len(row["image_map"]):
+            raise ValueError(f'"example" has {places} places of pictures but "image_map" {len(row["image_map"])} pictures')
+        pieces = self.paged(pieces)
+        return "".join(piece for piece, _ in pieces), [piece for piece in pieces if piece[1] is not None]
 
     def similarities(self, pictures: int, texts: int) -> np.ndarray:
         """``similarity_matrix`` as numbers [pictures, texts]."""
@@ -581,8 +659,9 @@ class _Reader:
             return record
         if len(names) > 1:
             raise ValueError('has both "boxes" and "box_shares"')
-        if record.chosen is not None:
-            raise ValueError(f'is a preference pair with "{names[0]}"; places are told in questions with answers, and documents')
+        if record.chosen is not None or record.open:
+            kind = "question without an answer" if record.open else "preference pair"
+            raise ValueError(f'is a {kind} with "{names[0]}"; places are told in questions with answers, and documents')
         if len(record.pictures) != 1:
             raise ValueError(f'"{names[0]}" are places in one picture, and the record has {len(record.pictures)}')
         groups = tuple(self.boxes(group, f"{names[0]}[{i}]") for i, group in enumerate(self.sequence(self.row[names[0]], names[0])))

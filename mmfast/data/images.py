@@ -36,18 +36,22 @@ class Picture:
     source: str | bytes  # a file, or encoded bytes
     frame: int | None = None  # of an animated picture or a video
     name: str = ""  # what error sentences call it; a file is called by its path
+    black: bool = False  # whatever it shows, all that is seen of it is black (``Data.blind``)
 
     @cached_property
     def key(self) -> str:
-        """What is the same for two records that show one picture: the file's path or the hash of the bytes, and the frame."""
+        """What is the same for two records that show one picture: the file's path or the hash of the bytes, the frame, and whether it is black."""
         if isinstance(self.source, bytes):
             where = "sha256:" + hashlib.sha256(self.source).hexdigest()
         else:
             where = os.path.abspath(self.source)
+        where = f"black:{where}" if self.black else where
         return where if self.frame is None else f"{where}#{self.frame}"
 
     def load(self, plan: Fixed | int) -> np.ndarray:
         """uint8 ``[size, size, 3]``; raises ValueError as ``images.load`` does."""
+        if self.black:
+            return np.zeros((fixed(plan).size, fixed(plan).size, 3), np.uint8)
         return load(self.source, plan, self.frame, self.name)
 
     def size(self) -> tuple[int, int]:

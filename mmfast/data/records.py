@@ -17,12 +17,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mmfast.data.chat import LeftOut
 from mmfast.data.formats import INSTANCES, NAMES, TURN_NAMES, Record, cleaned, name_of, paired, parse, split
 from mmfast.data.images import SUFFIXES, Picture
 from mmfast.spec import Data, Pairs, nearest
@@ -41,19 +42,16 @@ class _Broken:
     why: str
 
 
-class _LeftOut(ValueError):
-    """What a setting leaves out, which is no fault."""
-
-
 class Records:
-    """The records of a data set, by number; a list to its users. What a row lacks is told when the row is asked for.
+    """The records of a data set, by number; a list to its users. What a row lacks is told when the row is asked for. With ``open_questions``, for
+    whoever answers them, questions without an answer (LLaVA's evaluation files) are records, too.
 
     Raises:
         ValueError: no such file, nothing in it, not in a form that is read, or ``columns`` of names that no record has.
     """
 
-    def __init__(self, data: Data | Pairs):
-        self.data, self.name = data, data.path or data.name
+    def __init__(self, data: Data | Pairs, *, open_questions: bool = False):
+        self.data, self.name, self.open_questions = data, data.path or data.name, open_questions
         _check_columns(data)
         self.rows: Any
         if str(data.path).startswith("hub:"):
@@ -80,13 +78,17 @@ class Records:
             raise ValueError(f"{self.name}: holds no record")
         self._json = _json_columns(self.rows)
         self._check_names()
-        if not isinstance(self.rows, list) and {data.columns.get(name, name) for name in self.rows.column_names} & {*INSTANCES}:
-            self.rows = [one for i in range(len(self)) for one in split(self._row(i), data.columns)]
+        self._begins: list[int] = []  # the first record of each row, and how many there are, where rows are several
+        columns = [] if isinstance(self.rows, list) else [n for n in self.rows.column_names if data.columns.get(n, n) in INSTANCES]
+        if columns:
+            lists = self.rows.select_columns(columns)
+            counts = (len(split(_plain(lists[i].to_pylist()[0], self._json), data.columns)) for i in range(len(lists)))
+            self._begins = list(itertools.accumulate(counts, initial=0))
         settings = [self._roots, sorted(data.columns.items()), data.frames]
         self.fingerprint = hashlib.sha256(json.dumps([identity, settings]).encode()).hexdigest()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._begins[-1] if self._begins else len(self.rows)
 
     def __getitem__(self, number: int) -> Record:
         number = range(len(self))[number]
@@ -98,7 +100,7 @@ class Records:
     def parse(self, number: int) -> Record:
         """The record; ValueError without saying whose."""
         root = self._roots[bisect.bisect_right(self._starts, number) - 1]
-        return _parse(self._row(number), number, self.data, root)
+        return _parse(self._row(number), number, self.data, root, self.open_questions)
 
     def id(self, number: int) -> str:
         """A row's id for an error sentence, whatever the row is."""
@@ -109,8 +111,12 @@ class Records:
             return f"#{number}"
 
     def _row(self, number: int) -> Any:
-        row = self.rows[number]
-        return row if isinstance(self.rows, list) else _plain(row.to_pylist()[0], self._json)
+        at = bisect.bisect_right(self._begins, number) - 1 if self._begins else number
+        row = self.rows[at]
+        if isinstance(self.rows, list):
+            return row
+        row = _plain(row.to_pylist()[0], self._json)
+        return split(row, self.data.columns)[number - self._begins[at]] if self._begins else row
 
     def _check_names(self) -> None:
         for theirs, ours in self.data.columns.items():
@@ -227,7 +233,7 @@ class Stream:
             return record
         except ValueError as error:
             sentence = f"{self.name}: record {number}: {error}"
-            if self.data.on_bad_record != "skip" and not isinstance(error, _LeftOut):
+            if self.data.on_bad_record != "skip" and not isinstance(error, LeftOut):
                 raise ValueError(sentence) from None
             self.left_out += 1
             if self.left_out <= _LISTED:
@@ -244,7 +250,7 @@ def check(
 ) -> list[int]:  # fmt: skip
     """The numbers of the good records. Every record is parsed, its pictures decoded once, its text encoded and found to have labels.
 
-    All faults are told at once: under "fail" in the ValueError, under "skip" by ``say``, which also hears of what ``min_side`` leaves out under
+    All faults are told at once: under "fail" in the ValueError, under "skip" by ``say``, which also hears of what settings leave out (``LeftOut``) under
     either, and of ids that come twice (such records are kept). ``encode(record)`` gives ids and labels.
 
     Raises:
@@ -265,7 +271,7 @@ def check(
                     if open_pictures:
                         keys = [picture.key for picture in record.pictures]
                         asked |= {k: p for k, p in zip(keys, record.pictures, strict=True) if k not in known}
-                    if encode is not None and all(label == IGNORE for label in encode(record)[1]):
+                    if encode is not None and all(label == IGNORE for label in encode(record)[1]) and not record.open:
                         raise ValueError("has nothing to learn: every label is masked")
                 except ValueError as error:
                     fault = error
@@ -276,7 +282,7 @@ def check(
                 if fault is None:
                     good.append(number)
                 else:
-                    (small if isinstance(fault, _LeftOut) else faults).append(f"record {number} ({records.id(number)}): {fault}")
+                    (small if isinstance(fault, LeftOut) else faults).append(f"record {number} ({records.id(number)}): {fault}")
     if twice := [name for name, count in ids.items() if count > 1]:
         say(
             f"{records.name}: warning: {len(twice)} ids occur more than once ({', '.join(twice[:3])}{', ..' if len(twice) > 3 else ''}); all their records are kept"
@@ -312,13 +318,13 @@ def _fault(picture: Picture, least: int) -> ValueError | None:
 
 def _check_side(picture: Picture, least: int) -> None:
     if least and min(size := picture.size()) < least:
-        raise _LeftOut(f"a picture has {size[0]} x {size[1]} pixels, and data.min_side is {least}")
+        raise LeftOut(f"a picture has {size[0]} x {size[1]} pixels, and data.min_side is {least}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- rows
 
 
-def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
+def _parse(row: Any, number: int, data: Data | Pairs, root: str, open_questions: bool = False) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
     extra = {}
@@ -329,11 +335,17 @@ def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
     if isinstance(data, Data) and record.chosen is not None:
         raise ValueError("is a preference pair; supervised training reads questions with answers, or documents")
+    if record.open and not open_questions:
+        raise ValueError(
+            'is a question ("question_id", "text") without an answer to learn or compare with; mmfast eval --generate answers it'
+        )
     if isinstance(data, Pairs):
         return record
+    if data.blind:
+        record = replace(record, pictures=tuple(replace(picture, black=True) for picture in record.pictures))
     alone = record.document is not None and len(record.pictures) == 1
     if alone and random.Random(f"single {number}").random() >= data.pages.single:
-        raise _LeftOut(f"a document of one picture, of which data.pages.single keeps {data.pages.single:g}")
+        raise LeftOut(f"a document of one picture, of which data.pages.single keeps {data.pages.single:g}")
     return paired(cleaned(record) if data.clean else record, data.captions_first)
 
 

@@ -42,8 +42,8 @@ class Question:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """What humans said, where there are several; else the one answer."""
-        return self.record.answers or (self.answer,)
+        """What humans said, where there are several; else the one answer, if there is any."""
+        return () if self.record.open else self.record.answers or (self.answer,)
 
 
 class _Checked:
@@ -135,7 +135,7 @@ class _Checked:
         found = []
         for item, (at, number) in enumerate(self.items):
             record = self.parts[at].parse(number) if number >= 0 else None
-            if record is not None and len(record.turns) == len(record.pictures) == 1 and not record.boxes:
+            if record is not None and len(record.turns) == len(record.pictures) == 1 and not record.boxes and not record.open:
                 found.append(item)
         return found
 

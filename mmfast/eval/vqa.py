@@ -1,4 +1,4 @@
-"""Free answers against what humans said: VQA accuracy (arXiv:1505.00468, section 3) with the normalisation of VQAv2's released evaluation."""
+"""Answers in words against what humans said: VQA accuracy (arXiv:1505.00468, section 3) with the normalisation of VQAv2's released evaluation."""
 
 import re
 from collections.abc import Sequence
@@ -33,6 +33,13 @@ def normalised(answer: str) -> str:
         text = text.replace(mark, "" if thousands or f"{mark} " in answer or f" {mark}" in answer else " ")
     words = (NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def letter(said: str) -> str | None:
+    """The one letter of which a text says "The answer is A", as LLaVA's evaluation of ScienceQA reads it, or "The answer is (A)"; None of a text that says
+    none, or several."""
+    found = set(re.findall(r"The answer is \(?([A-Z])\b", said))
+    return found.pop() if len(found) == 1 else None
 
 
 def accuracy(said: str, answers: Sequence[str]) -> float:

@@ -258,6 +258,31 @@ def test_a_tokenizer_that_does_not_tell_where_its_tokens_stand():
     assert (ids, labels) == encode("vicuna_v1", TURNS)
 
 
+def test_llama_adapters_choices_go_on_behind_the_colon():
+    """``Answer: The answer is (A)``, in bytes with the space, in SentencePiece as ever; LLaVA's question ends its line, and its answer begins one."""
+    from mmfast.data.formats import parse
+    from tests.made import tokenizer as made
+
+    row = {"question": "Which?", "choices": ["x", "y"], "answer": 0}
+    for kind, choices, space in (("prepend", "llama_adapter", ""), ("bytes", "llava", ""), ("bytes", "llama_adapter", " ")):
+        tokenizer = made(kind)
+        encode = chat.Encoder(tokenizer, "bare", image_tokens=1, image_token=99_999, pad_token=0)
+        record = parse(row, 0, root="", choices=choices)
+        _, labels = encode.record(record)
+        said = tokenizer(space + record.turns[0][1], add_special_tokens=False)["input_ids"]
+        assert [label for label in labels if label != -100] == [*said, tokenizer.eos_token_id]
+    alpaca = replace(encode, template="alpaca")
+    assert alpaca.record(record) == alpaca(record.turns), "a template with words of its own there knows what stands between"
+
+
+def test_pairs_are_stripped_where_chunks_are():
+    """As documents are, and as OpenFlamingo reads LAION's captions."""
+    for template in ("flamingo", "open_flamingo"):
+        ids, labels = encode(template, [("<image>", " a cat\n")])
+        assert (read(ids), scored(ids, labels)) == ("<s>@@a cat<|endofchunk|></s>", "a cat<|endofchunk|></s>")
+    assert read(encode("frozen", [("<image>", " a cat\n")])[0]) == "<s>@@ a cat\n</s>"
+
+
 def test_alpaca_as_published():
     """Two preambles, by whether the record has an input; the answer follows the colon with nothing between."""
     ids, labels = encode("alpaca", [("Add.", "3")])
@@ -410,6 +435,12 @@ CHUNKS = [
 def test_documents_of_chunks(text, whole, flamingo, open_flamingo, monkeypatch):
     """Flamingo masks pictures alone; OpenFlamingo also what precedes the first and what lies between a chunk's end and the next picture."""
     for template, expected in (("flamingo", flamingo), ("open_flamingo", open_flamingo)):
+        if not expected:
+            with pytest.raises(
+                chat.LeftOut, match="no picture in the first 2048 tokens, and the template open_flamingo learns what is said of"
+            ):
+                document(template, text, monkeypatch)
+            continue
         ids, labels = document(template, text, monkeypatch)
         assert read(ids) == whole
         assert scored(ids, labels) == expected

@@ -336,6 +336,74 @@ def test_records_of_questions_and_answers():
     assert asked_of(zero, prompt="flamingo") == ("<image>Question: is it small? Answer:", "c")
 
 
+HUMANS = {"image": "c.jpg", "question": "is it small?", "answers": ["yes", "no", {"answer": "no"}]}
+
+
+def test_a_question_with_answers_is_an_episode_without_examples():
+    """Frozen's and Flamingo's zero-shot VQA; where nothing is asked of ``shots`` it is what it was."""
+    for row in (HUMANS, {"question_image": "c.jpg", **{k: v for k, v in HUMANS.items() if k != "image"}}):
+        record = parse(row, 0, root="", shots=Shots(prompt="frozen", induction=True))
+        assert record.turns == (("Please answer the question. <image>Question: is it small? Answer:", "no"),)
+        assert (record.answers, [p.source for p in record.pictures]) == (("yes", "no", "no"), ["c.jpg"])
+        assert record.spaced
+    told = {"image": "c.jpg", "question": "is it small?", "answer": "no"}
+    assert asked_of(told, prompt="open_flamingo") == ("<image>Question:is it small? Short answer:", "c")
+    assert not parse(told, 0, root="", shots=Shots(prompt="open_flamingo")).spaced
+    assert asked_of(told, induction=True) == ("Please answer the question. <image>is it small?", "c")
+    for question in ("<image>\nis it small?", "is it small?<image>", [{"role": "user", "content": "is it small?"}]):
+        assert asked_of({**told, "question": question}, prompt="flamingo") == ("<image>Question: is it small? Answer:", "c")
+    assert asked_of({**told, "image": None}, prompt="flamingo") == ("Question: is it small? Answer:", "")
+    two = {"images": ["a.jpg", "b.jpg"], "question": "is <image> or <image> older?", "answer": "the first"}
+    assert asked_of(two, prompt="flamingo") == ("Question: is <image> or <image> older? Answer:", "ab")
+    assert asked_of({**two, "question": "are they old?"}, prompt="flamingo") == ("<image><image>Question: are they old? Answer:", "ab")
+    with pytest.raises(ValueError, match="has 0 examples, and shots is 4"):
+        asked_of(told, shots=4)
+    placed = {**told, "question": "where?", "answer": "<region>", "boxes": [[0, 0, 1, 1]]}
+    assert parse(placed, 0, root="", shots=Shots(prompt="frozen")).turns == (("<image>\nwhere?", "<region>"),)
+    assert parse(HUMANS, 0, root="").turns == (("<image>\nis it small?", "no"),)
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "is it small?"}]
+    kept = parse({**told, "question": talk}, 0, root="", shots=Shots(prompt="frozen"))
+    assert kept.turns == (("<image>\nhi", "yes?"), ("is it small?", "no"))
+
+
+def test_humans_answer_the_question_behind_examples():
+    row = {**{k: v for k, v in VQA.items() if k != "answer"}, "answers": ["no", "yes", "no"]}
+    record = parse(row, 0, root="")
+    assert record.answers == ("no", "yes", "no")
+    assert record.turns == parse(VQA, 0, root="").turns
+    assert parse({**VQA, "answers": ["yes"]}, 0, root="").turns[0][1] == "no", "the one that is named is learnt"
+    with pytest.raises(ValueError, match='"answers" is an empty list'):
+        parse({**row, "answers": []}, 0, root="")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "prepend", "metaspace", "words"])
+@pytest.mark.parametrize("template", ["frozen", "flamingo", "open_flamingo", "bare"])
+def test_answers_go_on_as_they_do_in_the_examples(kind, template):
+    """Bytes have the tokens that one text would have, as examples and documents are read; SentencePiece and words, which begin any text like a
+    word, those of the answer by itself."""
+    from tests.made import tokenizer as made
+
+    tokenizer, after = made(kind), "<|endofchunk|>" if "flamingo" in template else ""
+    encode = chat.Encoder(tokenizer, template, image_tokens=1, image_token=99_999, pad_token=0)
+    gap = " " if kind == "bytes" and template != "open_flamingo" else ""
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for row in (
+        {"image_1": "a", "answer_1": "red", "question_image": "b", "answer": "red"},
+        {"image_1": "a", "question_1": "Q?", "answer_1": "red", "question_image": "b", "question": "Q?", "answer": "red"},
+        {"image": "b", "question": "What colour?", "answer": "red"},
+    ):
+        record = parse(row, 0, root="", shots=Shots(prompt=template if template in PROMPTS else "frozen"))
+        ids, labels = encode.record(record)
+        assert [label for label in labels if label != -100] == [*ids_of(gap + "red" + after), tokenizer.eos_token_id]
+        said = record.turns[0][0].rpartition("<image>")[2]
+        assert kind != "bytes" or ids_of(said + gap + "red") == ids_of(said) + ids_of(gap + "red")
+        prompt, _ = encode([(record.turns[0][0], None)])
+        assert ids[: len(prompt)] == prompt, "what it is asked with is what it was trained on"
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

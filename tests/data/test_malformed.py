@@ -197,6 +197,15 @@ ROWS = {
         {"instances": {"instruction_with_input": ["q", "q"], "output": ["a"]}},
         '"instances" is an object, expected a list',
     ),
+    "a question of LLaVA's evaluation": (
+        {"question_id": 3, "image": "ok.png", "text": "what?", "category": "conv"},
+        'is a question ("question_id", "text") without an answer to learn or compare with; mmfast eval --generate answers it',
+    ),
+    "an empty one of them": ({"question_id": 3, "image": "ok.png", "text": " "}, '"text" is empty'),
+    "one of them with places": (
+        {"question_id": 3, "image": "ok.png", "text": "<region>?", "boxes": [[0, 0, 1, 1]]},
+        'is a question without an answer with "boxes"; places are told in questions with answers, and documents',
+    ),
     "a caption without image": ({"caption": "a"}, 'has a "caption" but no "image"'),
     "a choice that is none": (
         {"question": "q", "choices": ["x", "y"], "answer": 2},

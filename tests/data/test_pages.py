@@ -1,5 +1,6 @@
 """Interleaved pages as Flamingo and OpenFlamingo read them, and the loss of a mixture whose sets have weights."""
 
+import base64
 import itertools
 import json
 import random
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from mmfast.data import chat
+from mmfast.data.chat import LeftOut
 from mmfast.data.formats import assign, parse
 from mmfast.data.records import Records, Stream, check
 from mmfast.data.sources import Conversations
@@ -79,10 +81,121 @@ def test_mmc4_is_matched_one_to_one():
     assert read(RECORD, similarity=0.24) == ("<image>one two <image>three", "ba")
     assert read(RECORD, similarity=0.1) == ("<image>one <image>two <image>three", "bca")
     assert read(RECORD, similarity=0.24, pictures=1) == ("one two <image>three", "a")  # the first of the record, as there
-    assert read({**RECORD, "similarity_matrix": [[0.1] * 3] * 3}, similarity=0.24) == ("one two three", "")
+    for unlike in ({**RECORD, "similarity_matrix": [[0.1] * 3] * 3}, {"text_list": ["one"], "image_info": []}):
+        with pytest.raises(LeftOut, match=r"without a picture that is as similar to a sentence as data.pages.similarity, 0.24"):
+            read(unlike, similarity=0.24)
     for wrong in (None, [[1.0]], "x", [[0.1, 0.2, "y"]] * 3, [[0.1, 0.2], [0.1]]):
         with pytest.raises(ValueError, match="similarity_matrix"):
             read({**RECORD, "similarity_matrix": wrong}, similarity=0.24)
+
+
+def test_of_mmc4_with_pictures_in_it_the_others_were_not_to_be_had():
+    """Nor are they matched: b, which is best of all, has no picture, so a gets its sentence."""
+    infos = [
+        {**info, "image_base64": base64.b64encode(name.encode()).decode()} for info, name in zip(RECORD["image_info"], "abc", strict=True)
+    ]
+    infos[1] = RECORD["image_info"][1]
+    record = {**RECORD, "image_info": infos}
+    assert shown(record) == ("<image><image>one two three", [b"a", b"c"])
+    assert shown(record, similarity=0.24) == ("<image>one two three", [b"a"])
+    assert shown(record, similarity=0.2) == ("<image>one two <image>three", [b"a", b"c"])
+    infos[1] = {"image_name": "b.png"}  # nobody asks where it would have stood
+    assert shown(record)[1] == [b"a", b"c"]
+
+
+def shown(record, **pages):
+    made = parse(record, 0, root="", pages=Pages(**pages))
+    return made.document, [p.source for p in made.pictures]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_openflamingo_rejects_is_left_out_and_told(tmp_path, streaming, capsys):
+    """A document of which no picture is like a sentence, and one whose first picture comes too late, are no faults; a torn one is."""
+    if streaming:
+        pytest.importorskip("datasets")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    info = [{"image_name": "a.png", "matched_text_index": 0}]
+    good, unlike, late = (
+        {"text_list": ["a " * before, "b"], "image_info": info, "similarity_matrix": [matrix]}
+        for before, matrix in ((1, [0.3, 0.1]), (1, [0.2, 0.1]), (9, [0.1, 0.3]))
+    )
+    tokenizer = word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "a", "b"), ("<|endofchunk|>",))
+    encoder = chat.Encoder(tokenizer, "open_flamingo", 1, 4, 0, max_length=8)
+
+    def read_all(*rows):
+        (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        data = Data("d", path=str(tmp_path / "d.jsonl"), pages=Pages(similarity=0.24), streaming=streaming)
+        if not streaming:
+            return [number for _, number in Conversations([Records(data)], encoder, plan=8).items]
+        stream = Stream(data)
+        stream.check = encoder.record
+        return [record.number for record in stream]
+
+    assert read_all(good, unlike, late, {"text": "a"}, good) == [0, 4]
+    said = capsys.readouterr().out
+    assert "data.pages.similarity, 0.24" in said
+    assert said.count("no picture in the first 8 tokens") == 2
+    with pytest.raises(ValueError, match="similarity_matrix"):
+        read_all(good, unlike, {**good, "similarity_matrix": [[0.3]]})
+
+
+def test_generated_sequences():
+    def carried(text):
+        return {"base64_image": base64.b64encode(text.encode()).decode()}
+
+    record = {
+        "is_gpt": True, "example": "A. _!_IMAGE2_!_ B. _!_IMAGE1_!_ _!_IMAGE10_!_C.",
+        "image_map": {"_!_IMAGE1_!_": carried("1"), "_!_IMAGE2_!_": carried("2"), "_!_IMAGE10_!_": carried("10")},
+    }  # fmt: skip
+    assert shown(record) == ("A. <image> B. <image><image>C.", [b"2", b"1", b"10"])
+    assert shown(record, pictures=2) == ("A. <image> B. <image>C.", [b"2", b"1"])
+    assert shown(record, following=1.0) == ("<image>A. <image><image> B. C.", [b"2", b"1", b"10"])
+    for change, sentence in (
+        ({"image_map": {"_!_IMAGE2_!_": carried("2")}}, '"example" has the place _!_IMAGE1_!_, of which "image_map" has no base64_image'),
+        ({"example": "A. _!_IMAGE1_!_"}, '"example" has 1 places of pictures but "image_map" 3 pictures'),
+        ({"image_map": ["x"]}, '"image_map" is a list, expected an object'),
+        ({"example": None}, '"example" is null, expected text'),
+        ({"example": "<image>"}, '"example" holds <image>'),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            shown({**record, **change})
+
+
+PLAIN = {"text": "one <image> two\n<image> <image> three", "images": ["a.png", "b.png", "c.png"]}
+MATCHED = {
+    "text_list": ["one", "two", "three"],
+    "image_info": [{"image_name": f"{name}.png", "matched_text_index": place} for name, place in (("c", 2), ("a", 1), ("b", 1))],
+}
+
+
+def test_pages_are_read_alike_in_every_form():
+    """In plain text and of MMC4 too: the first pictures, those before the text that precedes them, and a beginning at any piece."""
+    assert read(PLAIN) == (PLAIN["text"], "abc"), "to the last blank"
+    assert read(PLAIN, pictures=2) == ("one <image> two\n<image> three", "ab")
+    assert read(PLAIN, following=1.0) == ("<image>one <image><image> two\n three", "abc")
+    assert read(MATCHED) == ("one <image><image>two <image>three", "abc")
+    assert read(MATCHED, following=1.0) == ("<image><image>one <image>two three", "abc")
+    assert read(MATCHED, pictures=2) == ("one <image>two <image>three", "ac"), "of the record the first, as OpenFlamingo"
+    for record, count in ((PLAIN, 6), (MATCHED, 6)):
+        whole, names = read(record)
+        drawn = {read(record, number, window=True) for number in range(200)}
+        assert len(drawn) == count
+        for text, pictures in drawn:
+            assert whole.replace("> <", "><").endswith(text.replace("> <", "><"))
+            assert names.endswith(pictures)
+            assert text.count("<image>") == len(pictures)
+        some = {read(record, number, window=True, pictures=1) for number in range(200)}
+        assert {pictures for _, pictures in some} == {"a", "b", "c", ""}, "the first of the window"
+    placed = {"text": "a <region> <image> b", "image": "a.png", "boxes": [[0, 0, 1, 1]]}
+    assert read(placed, following=1.0) == ("a <region> <image> b", "a"), "places are told in order"
+
+
+def test_a_window_leaves_some_text():
+    for record in (
+        {"items": [{"text": "one"}, {"image": "a.png"}, {"image": "b.png"}]},
+        {"text": "one<image><image>", "images": ["a.png", "b.png"]},
+    ):
+        assert len({read(record, number, window=True) for number in range(50)}) == 1
 
 
 PAGE = {"items": [{"text": "one"}, {"image": "a.png"}, {"text": "two"}, {"image": "b.png"}, {"image": "c.png"}, {"text": "three"}]}

@@ -192,11 +192,12 @@ FORMS = {
                 ),
             ),
             pictures=shown("c.jpg"),
+            letter="B",
         ),
     ),
     "scienceqa without a word more": (
         {"question": "Which?", "choices": ["{x}", "y"], "answer": 0, "hint": "", "lecture": "", "image": None},
-        Record(7, "#7", (("Which?\nContext: N/A\nOptions: (A) {x} (B) y\n", "The answer is A."),)),
+        Record(7, "#7", (("Which?\nContext: N/A\nOptions: (A) {x} (B) y\n", "The answer is A."),), letter="A"),
     ),
     "a question with choices that says its answer": (
         {"question": "Which?", "choices": ["x", "y"], "answer": "y"},
@@ -284,12 +285,12 @@ def test_documented_examples_are_records(tmp_path):
     examples = re.findall(r"```json\n(.*?)\n```", page.read_text(), re.S)
     animated(tmp_path / "clip.gif")
     records = [parse(json.loads(example), 0, root=str(tmp_path)) for example in examples]
-    assert len(records) == 25
-    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 6, 0, 0, 0, 1, 2, *[1] * 4, 3, 2, *[1] * 4, 8]
-    assert [len(r.boxes) for r in records] == [0] * 20 + [1, 1, 0, 0, 0]
-    assert [len(r.captions) for r in records] == [0] * 8 + [2] + [0] * 16
-    assert [len(r.answers) for r in records] == [0] * 5 + [3] + [0] * 19
-    assert [r.chosen for r in records] == [None] * 22 + ["A cat."] * 2 + [None]
+    assert len(records) == 26
+    assert [len(r.pictures) for r in records] == [1, 1, 2, *[1] * 6, 0, 0, 0, 1, 2, *[1] * 5, 3, 2, *[1] * 4, 8]
+    assert [len(r.boxes) for r in records] == [0] * 21 + [1, 1, 0, 0, 0]
+    assert [len(r.captions) for r in records] == [0] * 8 + [2] + [0] * 17
+    assert [len(r.answers) for r in records] == [0] * 5 + [3] + [0] * 20
+    assert [r.chosen for r in records] == [None] * 23 + ["A cat."] * 2 + [None]
 
 
 def test_columns_rename_rows_and_turns():
@@ -803,7 +804,10 @@ def several(folder, kind):
 @pytest.mark.parametrize("kind", [".json", ".jsonl", "parquet"])
 def test_a_line_of_instances_is_a_record_for_each(tmp_path, kind):
     data = Data("mine", several(tmp_path, kind))
-    assert list(Records(data)) == PAIRS
+    records = Records(data)
+    assert list(records) == PAIRS
+    assert records[-1] == PAIRS[-1]
+    assert isinstance(records.rows, list) == (kind != "parquet"), "what lies in a table is read a row at a time"
     if kind != ".json":
         pytest.importorskip("datasets")
         assert list(Stream(data)) == PAIRS

@@ -360,6 +360,30 @@ def test_pictures_in_questions_may_be_made_squares_otherwise(tmp_path, streaming
     assert (top, middle) == ([0, 255, 255], [255, 255, 255])
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_blind_set_shows_black_pictures(tmp_path, streaming):
+    """In questions and documents, in squares of any kind; a picture that is not there is a fault all the same."""
+    plan, given = Fixed(size=4, fit="pad_mean"), data(tmp_path, RECORDS, blind=True, streaming=streaming)
+    if streaming:
+        batch = Streamed(Stream(given), encoder(), plan=plan).take(4)
+    else:
+        batch = Conversations([Records(given)], encoder(), plan=plan).batch(torch.arange(4))
+    assert batch["image_rows"].shape == (5,)
+    assert not batch["pictures"].any()
+    (tmp_path / "2.png").unlink()
+    opened = (lambda: list(Stream(given))) if streaming else (lambda: Conversations([Records(given)], encoder(), plan=plan))
+    with pytest.raises(ValueError, match=r"2\.png does not exist"):
+        opened()
+
+
+def test_a_blind_part_of_a_mixture_leaves_the_others_their_pictures(tmp_path):
+    seeing = data(tmp_path, [said("<image>q", "a", 2)])
+    source = Conversations([Records(seeing), Records(replace(seeing, blind=True))], encoder(), plan=4)
+    assert source.picture_count == 2
+    batch = source.batch(torch.tensor([0, 1]))
+    assert batch["pictures"][batch["image_rows"]][:, 0, 0, 0].tolist() == [100, 0]
+
+
 def test_captions_come_first_in_a_share_of_pairs(tmp_path):
     """Documents, all of them learnt, drawn once a record; whatever is no pair stays what it is."""
     pairs = [{"image": f"{i % 4}.png", "caption": f"C{i}."} for i in range(400)]

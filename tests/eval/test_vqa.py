@@ -72,3 +72,16 @@ def test_accuracy_is_the_mean_over_all_but_one():
         left = [answers[:i] + answers[i + 1 :] for i in range(len(answers))]
         want = sum(min(1, others.count("x") / 3) for others in left) / len(left)
         assert vqa.accuracy("X", answers) == pytest.approx(want)
+
+
+def test_the_letter_of_a_choice():
+    for said, letter in (
+        ("Heat flows. Ice melts. The answer is B.", "B"),
+        ("The answer is (C)", "C"),
+        ("The answer is A. The answer is A.", "A"),
+        ("The answer is A. No: The answer is B.", None),
+        ("The answer is Alaska.", None),
+        ("B", None),
+        ("", None),
+    ):
+        assert vqa.letter(said) == letter

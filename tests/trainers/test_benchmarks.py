@@ -265,6 +265,14 @@ def test_in_half_precision(session, files):
         assert all(0 <= value <= 10 for value in told.values())
 
 
+def test_in_the_dark(session, files, monkeypatch):
+    """All pictures are alike to a model that was trained on black ones."""
+    monkeypatch.setattr(Session, "blind", True)
+    states, _ = benchmarks._pooled(session, sorted((files / "coco").iterdir()))
+    assert len(states) == 3
+    assert torch.equal(states, states[:1].expand_as(states))
+
+
 def test_other_models(files):
     llava = Session(replace(tiny(config.load_recipe("llava")), stages=()), seed=0)
     with pytest.raises(
@@ -285,8 +293,25 @@ def test_one_command(tmp_path, files, capsys, monkeypatch):
     monkeypatch.setattr(data, "Shapes", partial(data.Shapes, count=24))
     monkeypatch.setitem(exams.EXAMS, "shapes_captions", lambda session, system: {"caption/recall": 0.0})
     run = tmp_path / "run"
-    code, _, err = call(capsys, "train", "fromage", "--tiny", "--device", "cpu", "--steps", 1, "--out", run, "--quiet")
+    train = (
+        "train",
+        "fromage",
+        "--tiny",
+        "--device",
+        "cpu",
+        "--steps",
+        1,
+        "--quiet",
+        "--eval-data",
+        files / "val.story-in-sequence.json",
+        "--images",
+    )
+    code, _, err = call(capsys, *train, files / "coco", "--out", tmp_path / "none")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "no story has all its pictures in" in err, "before training"
+    code, _, err = call(capsys, *train, files / "photos", "--out", run)
     assert code in (0, None), err
+    assert json.loads((run / "eval.json").read_text())["vist/stories"] == 5
     code, out, err = call(capsys, "eval", run, "--data", files / "val.story-in-sequence.json", "--images", files / "photos")
     assert code in (0, None), err
     told = json.loads(out)

@@ -111,6 +111,23 @@ def test_pictures_that_are_to_be_drawn_have_no_score(monkeypatch, tmp_path):
     assert [row.get("vqa_accuracy") for row in told] == [None, 1.0]
 
 
+@pytest.mark.parametrize("choices", ["llava", "llama_adapter"])
+def test_of_choices_the_letter_counts(choices, monkeypatch, tmp_path):
+    """Whatever reason is given for it; a question beside them is scored as ever."""
+    session = session_of("crop")
+    row = {"image": "a.png", "question": "which ?", "choices": ["red", "blue"], "answer": 1, "lecture": "it is .", "solution": "yes ."}
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    rows = [row, {**row, "answer": 0}, row, {"image": "a.png", "question": "is there a circle ?", "answer": "yes"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    source = session.source(Data("mine", path=str(tmp_path / "a.json"), choices=choices), "bare", 128)
+    said = iter(["no reason . The answer is B.", "The answer is (B)", "The answer is blue", "yes"])
+    monkeypatch.setattr(records, "generated", lambda *a, **k: [[]] * 4)
+    monkeypatch.setattr(records, "plain_text", lambda *a: next(said))
+    measured, told = records.answered(session, source)
+    assert measured == {"vqa_accuracy": 1.0, "vqa_questions": 1, "choice_accuracy": pytest.approx(1 / 3), "choice_questions": 3}
+    assert [row.get("choice_accuracy") for row in told] == [1.0, 0.0, 0.0, None]
+
+
 def test_a_model_from_nothing_tells_no_place(tmp_path):
     """All of it, decoded."""
     session = session_of("crop")
@@ -250,3 +267,15 @@ def test_a_tokenizer_of_pictures_answers_nothing():
     assert drawing.stages
     with pytest.raises(RunError, match="its last stage trains an image tokenizer, which answers nothing"):
         runs.to_measure(drawing, "x.jsonl", None)
+
+
+def test_what_was_trained_in_the_dark_is_measured_in_the_dark(tmp_path):
+    """By its last stage, whatever the others showed; records that are named on the command line and those of the recipe alike."""
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.png", "question": "is there a star ?", "answer": "no"}]))
+    for blind in (False, True):
+        built_in, _ = config.layered("frozen", tiny=True, rest=["--stages.captions.data.blind", str(blind).lower()])
+        for recipe in (built_in, runs.with_data(built_in, path=str(tmp_path / "a.json"))):
+            data = runs.to_measure(recipe, str(tmp_path / "a.json"), None)
+            source = records.source_of(Session(recipe, seed=0, with_model=False), recipe, data)
+            assert bool(source.load_pictures(torch.arange(1)).any()) != blind

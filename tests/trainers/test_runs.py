@@ -472,6 +472,44 @@ def test_generated_answers_are_scored_and_written(folder, trained, tmp_path, cap
     assert f"answers in {run / 'predictions.jsonl'}" in err
 
 
+def test_open_questions_are_answered_and_not_scored(folder, trained, tmp_path, capsys):
+    """LLaVA's evaluation file: beside an answered question it is what was said of the same question there, alone it has no measure."""
+    shutil.copytree(trained, run := tmp_path / "run")
+    opened = [{"question_id": i, "image": f"{i}.png", "text": "what colour is this ?", "category": "conv"} for i in range(3)]
+    known = {"id": "known", "image": "1.png", "question": "what colour is this ?", "answer": "red"}
+    argv = ["eval", run, "--images", folder, "--generate", "--data", tmp_path / "q.jsonl"]
+    for rows in ([*opened, known], opened):
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        code, out, err = call(capsys, *argv)
+        assert code == 0, err
+        measured, said = json.loads(out), [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+        assert [row["id"] for row in said[:3]] == ["0", "1", "2"]
+        assert [(row["question"], row["answers"]) for row in said[:3]] == [("what colour is this ?", [])] * 3
+        assert not any("vqa_accuracy" in row for row in said[:3])
+        if len(rows) == 4:
+            assert (measured["answers"], measured["vqa_questions"], said[1]["said"]) == (1, 1, said[3]["said"])
+        else:
+            assert measured == {}
+    sentence = 'is a question ("question_id", "text") without an answer to learn or compare with; mmfast eval --generate answers it'
+    code, _, err = call(capsys, "eval", run, "--images", folder, "--data", tmp_path / "q.jsonl")
+    assert (code, err.count(sentence)) == (1, 3)
+    code, _, err = call(
+        capsys,
+        "train",
+        "llava",
+        "--tiny",
+        "--data",
+        tmp_path / "q.jsonl",
+        "--images",
+        folder,
+        "--out",
+        tmp_path / "none",
+        "--device",
+        "cpu",
+    )
+    assert (code, err.count(sentence)) == (1, 3)
+
+
 def test_documents_ask_nothing(folder, trained, capsys):
     (folder / "texts.jsonl").write_text('{"text": "this is red"}\n')
     code, out, _ = call(capsys, "eval", trained, "--data", folder / "texts.jsonl")
