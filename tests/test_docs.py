@@ -37,6 +37,17 @@ def test_functions_that_the_alignment_page_names_exist():
         assert callable(getattr(importlib.import_module(module), function)), name
 
 
+def test_what_examples_import_is_there():
+    """Every import of ours in a Python block of the README and of docs/."""
+    found = 0
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+            for line in re.findall(r"^(?:from mmfast[\w.]* import .+|import mmfast[\w.]*)$", block, re.M):
+                exec(line, {})
+                found += 1
+    assert found > 20
+
+
 def test_readme_op_example_runs():
     code = re.search(r"## Use an op\n\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
     small = code.replace("256, 32, 32", "256, 4, 4").replace("8192", "64")

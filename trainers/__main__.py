@@ -181,7 +181,7 @@ def _with_records(recipe, args: argparse.Namespace, problems: list[str]):
     """The recipe with --data, --images and --on-bad-record over it; the last two also count for records that the recipe names itself."""
     import glob
 
-    from .runs import data_of, with_data
+    from .runs import data_of, not_at_hand, with_data
 
     for path in filter(None, (args.data, args.eval_data)):
         if not (Path(path).expanduser().exists() or path.startswith("hub:") or glob.has_magic(path)):
@@ -194,25 +194,31 @@ def _with_records(recipe, args: argparse.Namespace, problems: list[str]):
     if given and all(data.path is None for data in data_of(recipe)):
         problems.append(f"--{next(iter(given)).replace('_', '-')} is about records, and none are given; add --data FILE")
         return recipe
+    if not (args.dry_run or args.print_config) and (absent := not_at_hand(recipe)):  # said before any weights are read
+        problems.append(absent)
     return with_data(recipe, **given) if given else recipe
 
 
 def train(args: argparse.Namespace, rest: list[str]) -> None:
+    from dataclasses import replace
+
     from .demo import cap
 
     try:
         from . import runs
 
         recipe = cap(resolve(args, rest), args.steps)
-        if args.dry_run:
-            print(json.dumps(to_dict(recipe), indent=2))
-            print(runs.preview(recipe, colour=sys.stdout.isatty()), file=sys.stderr)
-            return
-        given = None if args.eval_data is None else runs.to_measure(recipe, args.eval_data, args.images)
         start = runs.Start(
-            out=args.out or Path("runs") / recipe.name, eval_data=given,
+            out=args.out or Path("runs") / recipe.name,
             **{k: getattr(args, k) for k in ("seed", "resume", "save_every", "keep", "eval_every", "track", "quiet")},
         )  # fmt: skip
+        if args.dry_run:
+            shown = runs.preview(recipe, colour=sys.stdout.isatty())  # what is wrong with the data is all that is said
+            print(json.dumps(to_dict(recipe), indent=2))
+            print(shown, file=sys.stderr)
+            return
+        if args.eval_data is not None:
+            start = replace(start, eval_data=runs.to_measure(recipe, args.eval_data, args.images))
         go = runs.prepare(recipe, start)
     except UsageError:
         raise

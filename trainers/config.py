@@ -25,6 +25,7 @@ from mmfast.spec import (
     PARTS,
     AdapterPrompts,
     Alignment,
+    BoxTokens,
     Compute,
     Contrast,
     Data,
@@ -534,6 +535,10 @@ def _check_model(system: System, rules: _Rules) -> None:
     rules.below("connector").within(system.connector, **{k: v for k, v in ranges.items() if hasattr(system.connector, k)})
     if isinstance(system.connector, Tokens):
         rules.below("connector").within(system.connector, init="[0, inf)")
+    if isinstance(system.regions, BoxTokens):
+        rules.below("regions").within(system.regions, bins="[1, 256]")
+    ranges = dict.fromkeys(("every", "heads", "head_width", "ffn", "shared"), "[1, inf)")
+    rules.below("fusion").within(system.fusion, **{k: v for k, v in ranges.items() if hasattr(system.fusion, k)})
     if isinstance(system.fusion, AdapterPrompts):
         rules.below("fusion").within(system.fusion, length="[1, inf)", layers=f"[1, {system.language.depth}]")
         pooled = isinstance(system.connector, Pooled)

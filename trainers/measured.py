@@ -15,19 +15,22 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "fromage": ("retrieval/recall@1", "retrieval/recall@5", "retrieval/recall@10", "caption/gain", "caption/recall"),
     "": ("recall", "chair_s", "pope_random_accuracy", "pope_adversarial_accuracy"),
     "blip2": (
-        "caption/recall", "caption/gain", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "retrieval/chance@1",
-        "matching/accuracy",
+        "caption/recall", "caption/gain", "retrieval/recall@1", "retrieval_text/recall@1", "reranked/recall@1", "reranked_text/recall@1",
+        "retrieval/chance@1", "matching/accuracy",
     ),
     "blip2_flan_t5": ("caption/recall", "caption/gain", "caption/chair_s"),
     "chameleon": ("codebook/usage", "drawn/asked", "drawn/chance", "drawn/ceiling", "caption/class", "caption/chance"),
     "flamingo": (
-        "few_shot/0", "few_shot/4", "few_shot/1", "few_shot/chance", "few_shot/0_told", "ranked/4", "ranked/4_swapped", "naming/inner_1",
+        "few_shot/0", "few_shot/4", "few_shot/0_told", "few_shot/1", "few_shot/chance", "ranked/4", "ranked/4_swapped", "naming/inner_1",
     ),
     "frozen": ("few_shot/0", "few_shot/4", "few_shot/1", "few_shot/2", "few_shot/chance", "naming/inner_1"),
-    "kosmos_1": ("caption/recall", "few_shot/1", "few_shot/0", "few_shot/4", "few_shot/chance", "caption/chair_s", "caption/gain", "ranked/4", "ranked/4_swapped"),
+    "kosmos_1": (
+        "caption/recall", "few_shot/1", "few_shot/0", "few_shot/0_told", "few_shot/4", "few_shot/chance", "caption/chair_s", "caption/gain",
+        "instructions/right", "instructions/constant", "ranked/4", "ranked/4_swapped",
+    ),
     "kosmos_2": (
-        "grounding/mean_iou", "grounding/accuracy", "grounding/unread", "grounding/permuted_mean_iou", "grounding/constant_mean_iou",
-        "grounding/ceiling_mean_iou", "caption/boxes_right", "caption/recall",
+        "grounding/mean_iou", "grounding/accuracy", "grounding/unread", "grounding/permuted_mean_iou", "grounding/centre_mean_iou",
+        "grounding/constant_mean_iou", "grounding/ceiling_mean_iou", "caption/boxes_right", "caption/recall",
     ),
 }  # fmt: skip
 
@@ -70,13 +73,13 @@ def filled(page: str, rows: Sequence[dict]) -> str:
 
 
 def effect(recipe: str, rows: Sequence[dict]) -> str:
-    """Two measures in a few words, means over seeds, the controls' in brackets: "recall 0.95 (blind 0.13), .. 3 seeds"."""
+    """Three measures in a few words, means over seeds, the controls' in brackets: "recall 0.95 (blind 0.13), .. 3 seeds"."""
     own = [row for row in rows if row["recipe"] == recipe]
     mine = [row for row in own if not row["variant"]]
     if not mine:
         return "-"
     controls, told = [v for v in dict.fromkeys(row["variant"] for row in own) if v], []
-    for name in shown(recipe, (row["measure"] for row in mine))[:2]:
+    for name in shown(recipe, (row["measure"] for row in mine))[:3]:
         beside = [(v, _values([row for row in own if row["variant"] == v], name)) for v in controls]
         against = ", ".join(f"{v} {_mean(values)}" for v, values in beside if values)
         told.append(f"{name} {_mean(_values(mine, name))}" + (f" ({against})" if against else ""))

@@ -32,7 +32,7 @@ from .place import autocast
 from .session import Session
 from .supervised import cached_states, hidden_states, restore, token_logps
 
-PAIR_SPLIT = "pairs"
+PAIR_SPLIT, OWN_PAIRS = "pairs", "shapes_own"
 
 
 class PairSource(Source):
@@ -64,7 +64,7 @@ def make_source(session: Session, alignment: Alignment) -> PairSource | Preferen
     data, encode = alignment.data, session.encoder(alignment.template, alignment.max_length)
     if data.path is not None:
         source = PreferencePairs(Records(data), encode, plan=session.system.image, shuffled=data.shuffled)
-    elif data.name == "shapes_own":
+    elif data.name == OWN_PAIRS:
         source = _own_source(session, alignment, encode)
     else:
         raise RunError(f"pairs {data.name!r} are not built in; give records with --data FILE (images, prompt, chosen, rejected)")

@@ -31,6 +31,11 @@ class Start:
     track: str = ""
     quiet: bool = False
 
+    def __post_init__(self):
+        for name, least in (("save_every", 1), ("keep", 1), ("eval_every", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise RunError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
+
 
 # ------------------------------------------------------------------------------------------------------------- a new run
 
@@ -48,9 +53,6 @@ def prepare(recipe: System | Alignment, start: Start) -> partial:
     from .session import Session
     from .trackers import open_trackers
 
-    for name, least in (("save_every", 1), ("keep", 1), ("eval_every", 0)):
-        if getattr(start, name) is not None and getattr(start, name) < least:
-            raise RunError(f"--{name.replace('_', '-')} {getattr(start, name)}: expected at least {least}")
     recipe = _where_it_lies(recipe)
     place = find(recipe.compute)
     stored = to_dict(recipe) | {"seed": start.seed}
@@ -156,10 +158,10 @@ def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> 
     """What is supervised, in colour (or between guillemets), of the first items of every stage whose data is at hand."""
     from mmfast.data.sources import PreferencePairs
 
-    from .preference import Records
+    from .preference import OWN_PAIRS, Records
     from .session import Session, parts_of
 
-    if isinstance(recipe, Alignment) and recipe.data.path is None and recipe.data.name == "shapes_own":
+    if isinstance(recipe, Alignment) and recipe.data.path is None and recipe.data.name == OWN_PAIRS:
         return "no preview: these pairs are made of what the policy says once it is trained"
     stages = [] if isinstance(recipe, Alignment) else [s for s in recipe.stages if s.objective in ("lm", "retrieval")]
     readable = [s for s in stages if all(data.path is not None or data.name in BUILT_IN for data in parts_of(s.data))]
@@ -215,6 +217,18 @@ def data_of(recipe: System | Alignment) -> list:
     from .session import parts_of
 
     return [recipe.data] if isinstance(recipe, Alignment) else [d for stage in recipe.stages for d in parts_of(stage.data)]
+
+
+def not_at_hand(recipe: System | Alignment) -> str:
+    """A sentence about the first data set that is neither built in nor given, or nothing."""
+    from .preference import OWN_PAIRS
+
+    name = next((d.name for d in data_of(recipe) if d.path is None and d.name not in (*BUILT_IN, OWN_PAIRS)), None)
+    if name is None:
+        return ""
+    if isinstance(recipe, Alignment):
+        return f"pairs {name!r} are not built in; give records with --data FILE (images, prompt, chosen, rejected)"
+    return f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)"
 
 
 def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:

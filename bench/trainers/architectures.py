@@ -1,6 +1,6 @@
 """Does the tiny form of every architecture do what its paper says? Each over several seeds, and against its controls.
 
-    python bench/trainers/architectures.py                        # all of them; about a minute or two each, seed and variant
+    python bench/trainers/architectures.py                        # all of them; one to three and a half minutes each, seed and variant
     python bench/trainers/architectures.py --only llava --seeds 0 --variants "" blind
     python bench/trainers/architectures.py --tables               # trains nothing, prints what the file holds and writes it into docs/
 

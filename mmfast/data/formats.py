@@ -341,7 +341,7 @@ class _Reader:
             return self.document(text, [(mark, None) for mark in _MARK.findall(text)])
         known = ("conversations", "messages", "question", "prompt", "chosen", "caption", "text", "texts")
         found = ", ".join(json.dumps(str(k)[:40]) for k in list(row)[:8]) or "nothing"
-        close = next((hint for k in row if (hint := nearest(str(k), NAMES))), "")
+        close = next((hint for k in row if k not in NAMES and (hint := nearest(str(k), NAMES))), "")
         raise ValueError(f"has none of {', '.join(known)}; it has {found}{close}, and data.columns maps other names to ours")
 
     # -- the forms

@@ -4,6 +4,7 @@ from mmfast.nn.adapter import AdapterPrompt
 from mmfast.nn.gated import GatedCrossAttention
 from mmfast.nn.idefics import IdeficsGatedBlock
 from mmfast.nn.nfresnet import NFResNet
+from mmfast.nn.pool import AttentionPool
 from mmfast.nn.preference import FusedLinearDPOLoss
 from mmfast.nn.qformer import QFormer
 from mmfast.nn.quantizer import VectorQuantize, VectorQuantizer2
@@ -12,5 +13,5 @@ from mmfast.nn.resampler import PerceiverResampler
 from mmfast.nn.vqgan import VQGAN, PatchCritic
 
 __all__ = [
-    "VQGAN", "AdapterPrompt", "FusedLinearDPOLoss", "GatedCrossAttention", "IdeficsGatedBlock", "NFResNet", "PatchCritic", "PerceiverResampler", "QFormer", "QueryConnector", "VectorQuantize", "VectorQuantizer2",
+    "VQGAN", "AdapterPrompt", "AttentionPool", "FusedLinearDPOLoss", "GatedCrossAttention", "IdeficsGatedBlock", "NFResNet", "PatchCritic", "PerceiverResampler", "QFormer", "QueryConnector", "VectorQuantize", "VectorQuantizer2",
 ]  # fmt: skip

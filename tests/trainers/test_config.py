@@ -378,6 +378,9 @@ RULES = [
         ["--stages.align.data", "{kind: Mixture, name: m, parts: [{name: shapes, loss: 1}, {name: shapes_told, loss: 2}]}"],
         "stages.align.data.parts: the losses of built-in sets have no weights of their own; leave loss out",
     ),
+    ("flamingo", ["--fusion.every", "0"], "fusion.every: expected at least 1, got 0"),
+    ("fromage", ["--fusion.shared", "0"], "fusion.shared: expected at least 1, got 0"),
+    ("kosmos_2", ["--regions.bins", "2000"], "regions.bins: expected at least 1 and at most 256, got 2000"),
     ("llava", ["--stages.align.data.pages.following", "1.5"], "stages.align.data.pages.following: expected"),
     ("llava", ["--stages.align.data.loss", "0"], "stages.align.data.loss: expected"),
     (
