@@ -97,7 +97,7 @@ class Tower(nn.Module):
 
 class CodeTower(nn.Module):
     """An image tokenizer as a tower: pixels ``[M, 3, size, size]`` -> the vectors of their codes ``[M, N, D]``, row after row; or with
-    ``words``, the token ids ``[K]`` of the codes in a language model's vocabulary, their ids ``[M, N]``."""
+    ``words``, the token ids ``[K]`` of the codes in a language model's vocabulary, their ids ``[M, N]``. Neither depends on autocast."""
 
     def __init__(self, vision: VQGAN):
         super().__init__()

@@ -131,6 +131,14 @@ def test_states_that_are_kept_are_the_ids(session, source):
     torch.testing.assert_close(plain, cached)
 
 
+def test_codes_of_a_step_in_half_precision_are_those_that_are_kept(session, source):
+    """What a set too large to be kept is trained on, and what is asked about a picture outside of a step."""
+    states, batch = cached_states(session, source), source.batch(torch.arange(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = session.states_in(batch, None)
+    torch.testing.assert_close(shown, states[batch["picture_ids"]], rtol=0, atol=0)
+
+
 def test_dropout_acts_while_the_language_model_trains_and_is_gone_at_0(session):
     model, ids = session.model, torch.arange(5, 25)[None]
     model.train_only(("language",))
