@@ -83,7 +83,9 @@ def caption_all(session: Session, states: Tensor, template: str = "bare", batch:
     (ids, _), end, texts, ended = encode([(f"<image> {PROMPT}", None)]), encode.end_token, [], 0
     for part in states.split(batch):
         prompts = torch.tensor([ids] * len(part), device=session.place.device)
-        out = session.model.generate(prompts, image_states=part, end=end, max_new_tokens=64, **session.beside(prompts))
+        out = session.model.generate(
+            prompts, image_states=part, end=end, stops=session.model.stops, max_new_tokens=64, **session.beside(prompts)
+        )
         said, over = [plain_text(session.tokenizer, row) for row in out.tolist()], (out == end).any(1).tolist()
         ended += sum(over) if not encode.stop else sum(encode.stop in text for text in said)
         texts += [until(text, encode.stop) for text in said]
@@ -197,9 +199,8 @@ def answer(
     for _, ids, pictures in asked:
         prompt = torch.tensor([ids], device=session.place.device)
         seen = {"pixel_values": session.pixels(pictures), **session.beside(prompt)} if len(pictures) else {}
-        out = session.model.generate(
-            prompt, end=session.tokenizer.eos_token_id if end is None else end, max_new_tokens=max_new_tokens, **seen
-        )
+        last = session.tokenizer.eos_token_id if end is None else end
+        out = session.model.generate(prompt, end=last, stops=session.model.stops, max_new_tokens=max_new_tokens, **seen)
         said.append(until(plain_text(session.tokenizer, out[0].tolist()), stop))
     return said
 

@@ -494,6 +494,11 @@ class MultimodalModel(nn.Module):
         return labels.where(labels != self.image_token, ids)
 
     @property
+    def stops(self) -> tuple[int, ...]:
+        """What ends a text beside its own end, where text alone is asked for: of a model that draws the token that begins a picture."""
+        return self.new_tokens[:1] if isinstance(self.fusion, SharedTokensFusion) else ()
+
+    @property
     def is_encoder_decoder(self) -> bool:
         """Whether the language model reads a row up to its first label and says the rest (``mmfast.models.encoder_decoder``)."""
         return encoder_decoder.is_encoder_decoder(self.language.config)

@@ -56,7 +56,8 @@ def write(
     """The text that a model goes on with behind texts and pictures, up to the token ``end``: by default what ends an answer in the template
     of its last stage, a token or a text, else the tokenizer's end token. Greedy; ``options`` as for ``mmfast.models.generate.generate``.
 
-    A model that draws (Chameleon) writes text alone here; ``mmfast.models.drawing.compose`` gives its pictures too.
+    A model that draws (Chameleon) writes text alone here, up to where it would begin a picture; ``mmfast.models.drawing.compose`` gives its pictures
+    too.
 
     Raises:
         ValueError: as ``encode``, or a prompt that leaves no room in the model's context.
@@ -70,7 +71,8 @@ def write(
     context = model.system.language.context
     if ids.shape[1] >= context:
         raise ValueError(f"write: the prompt takes {ids.shape[1]} places of the model's {context}, so nothing can follow")
-    new = generate(model, ids, end=end, max_new_tokens=min(max_new_tokens, context - ids.shape[1]), **options, **pictures)[0].tolist()
+    most = min(max_new_tokens, context - ids.shape[1])
+    new = generate(model, ids, end=end, stops=model.stops, max_new_tokens=most, **options, **pictures)[0].tolist()
     return until(plain_text(tokenizer, new[: new.index(end)] if end in new else new), stop)
 
 
