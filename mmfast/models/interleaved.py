@@ -41,7 +41,7 @@ def encode(model: MultimodalModel, tokenizer: Any, parts: Sequence[Part], *, beg
     ids = chat.encode_parts(
         tokenizer, [part if isinstance(part, str) else None for part in parts], image_tokens=system.image_places,
         image_token=model.image_token, borders=tokenizer.convert_tokens_to_ids(list(system.borders)),
-        begin="each" if begin_each else _begin(system),
+        begin="each" if begin_each else _begin(system, tokenizer),
     )  # fmt: skip
     row, shown = torch.tensor([ids], device=device), [_pixels(part, system.image) for part in parts if not isinstance(part, str)]
     if not shown:
@@ -76,11 +76,11 @@ def write(
     return until(plain_text(tokenizer, new[: new.index(end)] if end in new else new), stop)
 
 
-def _begin(system: spec.System) -> str:
+def _begin(system: spec.System, tokenizer: Any) -> str:
     """Where the beginning token stands: as in the last stage's template, or where there is none as systems of its kind have learnt."""
     if system.stages:
         form = chat.TEMPLATES[system.stages[-1].template]
-        return "text" if form.picture_first else "row" if form.begin else "never"
+        return "text" if form.picture_first else "row" if form.begins(tokenizer) else "never"
     return "text" if isinstance(system.connector, spec.QFormer) or isinstance(system.fusion, spec.Retrieval) else "row"
 
 
