@@ -190,15 +190,22 @@ def make_probe(
 
 
 def answer(
-    session: Session, asked: list[tuple[str, list[int], Tensor]], *, end: int | None = None, stop: str = "", max_new_tokens: int = 64
+    session: Session,
+    asked: list[tuple[str, list[int], list[int], Tensor]],
+    *,
+    end: int | None = None,
+    stop: str = "",
+    max_new_tokens: int = 64,
 ) -> list[str]:
-    """Greedy answers, up to the token ``end`` (default: the tokenizer's end token) or the text ``stop``, to (question, token ids, pictures uint8
-    [M, H, W, 3])."""
+    """Greedy answers, up to the token ``end`` (default: the tokenizer's end token) or the text ``stop``, to (question, token ids, frames of each
+    picture, all these uint8 [M, H, W, 3])."""
     said = []
     session.model.eval()
-    for _, ids, pictures in asked:
+    for _, ids, frames, pictures in asked:
         prompt = torch.tensor([ids], device=session.place.device)
         seen = {"pixel_values": session.pixels(pictures), **session.beside(prompt)} if len(pictures) else {}
+        if max(frames, default=1) > 1:
+            seen["image_frames"] = torch.tensor(frames)
         last = session.tokenizer.eos_token_id if end is None else end
         out = session.model.generate(prompt, end=last, stops=session.model.stops, max_new_tokens=max_new_tokens, **seen)
         said.append(until(plain_text(session.tokenizer, out[0].tolist()), stop))

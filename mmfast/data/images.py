@@ -46,6 +46,11 @@ class Picture:
             where = os.path.abspath(self.source)
         return where if self.frame is None else f"{where}#{self.frame}"
 
+    @property
+    def frames(self) -> tuple[Picture, ...]:
+        """Itself: what it has in common with a ``Clip``."""
+        return (self,)
+
     def load(self, plan: Fixed | int) -> np.ndarray:
         """uint8 ``[size, size, 3]``; raises ValueError as ``images.load`` does."""
         return load(self.source, plan, self.frame, self.name)
@@ -69,6 +74,24 @@ class Picture:
     def check(self) -> None:
         """Decodes the picture and forgets it: ValueError if ``load`` would raise one."""
         _decode(self.source, self.frame, self.name, draft=True)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video as one picture of several frames, for a system that reads it so (``System.clips``)."""
+
+    frames: tuple[Picture, ...]
+
+    @property
+    def key(self) -> str:
+        return " ".join(frame.key for frame in self.frames)
+
+    def size(self) -> tuple[int, int]:
+        return self.frames[0].size()
+
+    def check(self) -> None:
+        for frame in self.frames:
+            frame.check()
 
 
 def load(source: str | Path | bytes, plan: Fixed | int, frame: int | None = None, name: str = "") -> np.ndarray:

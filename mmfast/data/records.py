@@ -46,14 +46,15 @@ class _LeftOut(ValueError):
 
 
 class Records:
-    """The records of a data set, by number; a list to its users. What a row lacks is told when the row is asked for.
+    """The records of a data set, by number; a list to its users. What a row lacks is told when the row is asked for. ``clips``: a video is one
+    picture of several frames (``formats.parse``).
 
     Raises:
         ValueError: no such file, nothing in it, not in a form that is read, or ``columns`` of names that no record has.
     """
 
-    def __init__(self, data: Data | Pairs):
-        self.data, self.name = data, data.path or data.name
+    def __init__(self, data: Data | Pairs, *, clips: bool = False):
+        self.data, self.name, self.clips = data, data.path or data.name, clips
         _check_columns(data)
         self.rows: Any
         if str(data.path).startswith("hub:"):
@@ -82,7 +83,7 @@ class Records:
         self._check_names()
         if not isinstance(self.rows, list) and {data.columns.get(name, name) for name in self.rows.column_names} & {*INSTANCES}:
             self.rows = [one for i in range(len(self)) for one in split(self._row(i), data.columns)]
-        settings = [self._roots, sorted(data.columns.items()), data.frames]
+        settings = [self._roots, sorted(data.columns.items()), data.frames, *["clips"] * clips]
         self.fingerprint = hashlib.sha256(json.dumps([identity, settings]).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -98,7 +99,7 @@ class Records:
     def parse(self, number: int) -> Record:
         """The record; ValueError without saying whose."""
         root = self._roots[bisect.bisect_right(self._starts, number) - 1]
-        return _parse(self._row(number), number, self.data, root)
+        return _parse(self._row(number), number, self.data, root, self.clips)
 
     def id(self, number: int) -> str:
         """A row's id for an error sentence, whatever the row is."""
@@ -136,9 +137,9 @@ class Stream:
 
     def __init__(
         self, data: Data, *, seed: int | None = None, block: int = 256, part: tuple[int, int] = (0, 1), open_pictures: bool = True,
-        say: Callable[[str], Any] = print,
+        say: Callable[[str], Any] = print, clips: bool = False,
     ):  # fmt: skip
-        self.data, self.name = data, data.path or data.name
+        self.data, self.name, self.clips = data, data.path or data.name, clips
         self.seed, self.block, self.part, self.open_pictures, self.say = seed, block, part, open_pictures, say
         self.check: Callable[[Record], Any] | None = None  # may find a fault (ValueError) in a record before it is given out
         _check_columns(data)
@@ -214,7 +215,7 @@ class Stream:
 
     def _record(self, row: Any, number: int) -> Record | None:
         try:
-            record = _parse(row, number, self.data, self._root)
+            record = _parse(row, number, self.data, self._root, self.clips)
             drawn = hashlib.sha256(f"{self.seed} {self._state['epoch']} {number}".encode()).digest()
             record = record.telling(int.from_bytes(drawn[:7], "big") % record.tellings)
             if self.open_pictures:
@@ -318,12 +319,12 @@ def _check_side(picture: Picture, least: int) -> None:
 # ------------------------------------------------------------------------------------------------------------------- rows
 
 
-def _parse(row: Any, number: int, data: Data | Pairs, root: str) -> Record:
+def _parse(row: Any, number: int, data: Data | Pairs, root: str, clips: bool) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
-    extra = {}
+    extra: dict[str, Any] = {"clips": clips}
     if isinstance(data, Data):
-        extra = {name: getattr(data, name) for name in ("boxes", "instruct", "choices", "pages", "shots")}
+        extra |= {name: getattr(data, name) for name in ("boxes", "instruct", "choices", "pages", "shots")}
     record = parse(row, number, root=root, frames=data.frames, columns=data.columns, **extra)
     if isinstance(data, Pairs) and record.chosen is None:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')

@@ -154,7 +154,7 @@ def test_answers_end_where_a_picture_would_begin(session, monkeypatch, tmp_path)
 
     def said():
         yield chatting.chat(session, [tmp_path / "a.png"], "what", template="bare", max_new_tokens=4)
-        yield from evaluate.answer(session, [("what", ids, pictures)], max_new_tokens=4)
+        yield from evaluate.answer(session, [("what", ids, [1], pictures)], max_new_tokens=4)
         yield from evaluate.caption_all(session, states)[0]
         yield from (row["said"] for row in records.answered(session, source, max_new_tokens=4)[1])
 
