@@ -220,7 +220,7 @@ class Resampler:
     heads: int = 8
     head_width: int = 64
     activation: Literal["gelu", "relu", "squared_relu"] = "gelu"
-    frames: int = 0  # learned embeddings of so many frames; 0: none
+    frames: int = 0  # learned embeddings of so many frames of a video, which is then one picture; 0: none, and each frame is a picture
     qk_norm: bool = False
 
 
@@ -592,6 +592,11 @@ class System:
     def image_places(self) -> int:
         """Positions that one picture takes in the language model's sequence, ``borders`` aside."""
         return 1 if isinstance(self.fusion, AdapterPrompts | GatedCrossAttention) else self.image_tokens
+
+    @property
+    def clips(self) -> bool:
+        """Whether the connector reads a video as one picture of several frames, and not as a picture a frame."""
+        return bool(getattr(self.connector, "frames", 0))
 
     @property
     def projects(self) -> bool:

@@ -50,7 +50,7 @@ def chat(
     seed: int | None = None,
     stream: Callable[[str], object] | None = None,
 ) -> str:
-    """The model's answer to a prompt about some pictures.
+    """The model's answer to a prompt about some pictures: text, up to where it would begin a picture of its own.
 
     Args:
         images: files shown with this prompt.
@@ -79,7 +79,7 @@ def chat(
     prompt = torch.tensor([ids], device=device)
     seen = {"pixel_values": session.pixels(torch.from_numpy(np.stack(shown)).to(device)), **session.beside(prompt)} if shown else {}
     options = dict(
-        end=last_token(tokenizer, template), max_new_tokens=min(max_new_tokens, context - len(ids)), no_repeat=no_repeat,
+        end=last_token(tokenizer, template), stops=model.stops, max_new_tokens=min(max_new_tokens, context - len(ids)), no_repeat=no_repeat,
         repetition_penalty=repetition_penalty, **seen,
     )  # fmt: skip
     if beams > 1:

@@ -83,7 +83,9 @@ def caption_all(session: Session, states: Tensor, template: str = "bare", batch:
     (ids, _), end, texts, ended = encode([(f"<image> {PROMPT}", None)]), encode.end_token, [], 0
     for part in states.split(batch):
         prompts = torch.tensor([ids] * len(part), device=session.place.device)
-        out = session.model.generate(prompts, image_states=part, end=end, max_new_tokens=64, **session.beside(prompts))
+        out = session.model.generate(
+            prompts, image_states=part, end=end, stops=session.model.stops, max_new_tokens=64, **session.beside(prompts)
+        )
         said, over = [plain_text(session.tokenizer, row) for row in out.tolist()], (out == end).any(1).tolist()
         ended += sum(over) if not encode.stop else sum(encode.stop in text for text in said)
         texts += [until(text, encode.stop) for text in said]
@@ -188,18 +190,24 @@ def make_probe(
 
 
 def answer(
-    session: Session, asked: list[tuple[str, list[int], Tensor]], *, end: int | None = None, stop: str = "", max_new_tokens: int = 64
+    session: Session,
+    asked: list[tuple[str, list[int], list[int], Tensor]],
+    *,
+    end: int | None = None,
+    stop: str = "",
+    max_new_tokens: int = 64,
 ) -> list[str]:
-    """Greedy answers, up to the token ``end`` (default: the tokenizer's end token) or the text ``stop``, to (question, token ids, pictures uint8
-    [M, H, W, 3])."""
+    """Greedy answers, up to the token ``end`` (default: the tokenizer's end token) or the text ``stop``, to (question, token ids, frames of each
+    picture, all these uint8 [M, H, W, 3])."""
     said = []
     session.model.eval()
-    for _, ids, pictures in asked:
+    for _, ids, frames, pictures in asked:
         prompt = torch.tensor([ids], device=session.place.device)
         seen = {"pixel_values": session.pixels(pictures), **session.beside(prompt)} if len(pictures) else {}
-        out = session.model.generate(
-            prompt, end=session.tokenizer.eos_token_id if end is None else end, max_new_tokens=max_new_tokens, **seen
-        )
+        if max(frames, default=1) > 1:
+            seen["image_frames"] = torch.tensor(frames)
+        last = session.tokenizer.eos_token_id if end is None else end
+        out = session.model.generate(prompt, end=last, stops=session.model.stops, max_new_tokens=max_new_tokens, **seen)
         said.append(until(plain_text(session.tokenizer, out[0].tolist()), stop))
     return said
 

@@ -119,7 +119,7 @@ def llava_processor(session, template: str):
         patch_size=system.encoder.patch,
         vision_feature_select_strategy="default" if skip else "full",
         num_additional_image_tokens=system.encoder.tokens - patches + skip,
-        chat_template=chat_template(template, joint(system)),
+        chat_template=chat_template(template, joint(system), begin=chat.TEMPLATES[template].begins(session.tokenizer)),
     )
     check_same_ids(session, processor, template)
     return processor
@@ -191,8 +191,9 @@ def _parts(step: dict | None, key: str) -> list[dict]:
     return [] if step is None else step[key] if step["type"] == "Sequence" else [step]
 
 
-def chat_template(name: str, join: str) -> str:
-    """A template of ``mmfast.data.chat`` in Jinja. A message's content is text, with ``<image>`` where pictures are, or parts."""
+def chat_template(name: str, join: str, *, begin: bool = True) -> str:
+    """A template of ``mmfast.data.chat`` in Jinja. A message's content is text, with ``<image>`` where pictures are, or parts. ``begin``: whether the
+    beginning token comes first, for the tokenizers that have one."""
     form = chat.TEMPLATES[name]
 
     def q(text: str) -> str:
@@ -207,7 +208,7 @@ def chat_template(name: str, join: str) -> str:
         "{%- macro asked(text) -%}{%- for part in text.split('<image>') -%}"
         "{%- set part = part if loop.first or not " + tight + " else part.lstrip(' ') -%}{{- '' if loop.first else '<image>' -}}"
         "{{- part if loop.last or not " + tight + " else part.rstrip(' ') -}}{%- endfor -%}{%- endmacro -%}"
-        + ("{{- bos_token or '' -}}" if form.begin else "") + "{{- " + q(first) + " -}}"
+        + ("{{- bos_token or '' -}}" if begin else "") + "{{- " + q(first) + " -}}"
         # `open`: a question whose end still lacks what stands between it and the answer. `text`: the text so far ends in words.
         "{%- set ns = namespace(text=" + ("true" if first else "false") + ", open=none, said='') -%}"
         "{%- for message in messages -%}"

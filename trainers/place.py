@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mmfast.nn import VQGAN
 from mmfast.spec import Compute
 
 from .checkpoint import RunError
@@ -101,7 +102,8 @@ def share(objective: nn.Module, blocks: Sequence[nn.Module], place: Place, preci
     """The objective as all processes train it: itself when alone, a DDP wrapper, or sharded in place.
 
     Under FSDP2 each block of ``blocks`` is a unit of its own, gathered when it runs; everything else (tower, connector, embeddings, head) is
-    one unit that is gathered for the whole step. A rank whose batch has no picture so takes part in the same exchanges as all others.
+    one unit that is gathered for the whole step. A rank whose batch has no picture so takes part in the same exchanges as all others. An image
+    tokenizer is never gathered in half precision, which would give pictures other codes: a frozen one stays whole on every process.
     """
     if place.processes == 1:
         return objective
@@ -113,8 +115,11 @@ def share(objective: nn.Module, blocks: Sequence[nn.Module], place: Place, preci
         mesh = dist.init_device_mesh(place.device.type, (place.processes,))
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
+        codes = [p for module in objective.modules() if isinstance(module, VQGAN) for p in module.parameters()]
+        frozen = {p for p in codes if not p.requires_grad}
         # The objective's own inputs stay as they are: in half precision a step's totals would be rounded, and infinite from 65520 tokens on.
-        return fully_shard(objective, mesh=mesh, mp_policy=replace(policy, cast_forward_inputs=False))
+        policy = replace(policy, cast_forward_inputs=False, **({"param_dtype": None} if len(frozen) < len(codes) else {}))
+        return fully_shard(objective, mesh=mesh, mp_policy=policy, ignored_params=frozen)
     if not any(p.requires_grad for p in objective.parameters()):
         return objective
     ids = [place.device] if place.device.type == "cuda" else None

@@ -63,7 +63,7 @@ def own_pairs(session: Session, alignment: Alignment) -> tuple[Tensor, list[tupl
 def make_source(session: Session, alignment: Alignment) -> PairSource | PreferencePairs:
     data, encode = alignment.data, session.encoder(alignment.template, alignment.max_length)
     if data.path is not None:
-        source = PreferencePairs(Records(data), encode, plan=session.system.image, shuffled=data.shuffled)
+        source = PreferencePairs(Records(data, clips=session.system.clips), encode, plan=session.system.image, shuffled=data.shuffled)
     elif data.name == OWN_PAIRS:
         source = _own_source(session, alignment, encode)
     else:

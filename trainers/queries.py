@@ -75,7 +75,8 @@ def losses(
 
     Contrast and hard negatives see the rows of one micro-batch on all processes, and nothing of the step's other micro-batches: they alone
     depend on how a step is cut. Features to contrast with are gathered without gradient, so that one process computes what many do; pictures
-    to match are gathered with it.
+    to match are gathered with it. A row beside which no other picture stands has nothing to be told from: matching leaves it out, its right pair
+    too, and none of its pairs counts as right.
 
     Args:
         image: normed states [B, N, W], each row's own. ids, mask: [B, S]. keys: [B].
@@ -100,6 +101,7 @@ def losses(
         torch.cat([real, real, all_mask[text_for]]),
     ).float()
     belongs = (torch.arange(len(logits), device=logits.device) < len(ids)).long()
+    belongs = belongs.masked_fill((image_for < 0).repeat(3), chat.IGNORE)
     matching = F.cross_entropy(logits, belongs, reduction="sum") / (3 * rows)
 
     told, _ = connector.continued(read.cache, torch.cat([torch.full_like(ids[:, :1], decode), ids[:, 1:]], 1), mask)

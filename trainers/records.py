@@ -116,7 +116,7 @@ def generated(
             most = min(max_new_tokens, context - ids.shape[1])
             ids = ids.to(session.place.device)
             seen = see(session, shown | session.beside(ids), states)
-            rows = model.generate(ids, end=end, max_new_tokens=most, beams=beams, **options, **seen)
+            rows = model.generate(ids, end=end, stops=model.stops, max_new_tokens=most, beams=beams, **options, **seen)
             for i, row in zip(numbers, rows.tolist(), strict=True):
                 said[i] = row[: row.index(end)] if end in row else row
     return said

@@ -170,7 +170,7 @@ def preview(recipe: System | Alignment, count: int = 2, colour: bool = True) -> 
     session, shown = Session(system_of(recipe), seed=0, with_model=False), []
     if isinstance(recipe, Alignment):
         encode = session.encoder(recipe.template, recipe.max_length)
-        sources = {recipe.name: PreferencePairs(Records(recipe.data), encode, plan=session.system.image)}
+        sources = {recipe.name: PreferencePairs(Records(recipe.data, clips=session.system.clips), encode, plan=session.system.image)}
     else:
         sources = {s.name: session.source(s.data, s.template, s.max_length) if s in readable else None for s in stages}
     for name, source in sources.items():

@@ -196,8 +196,9 @@ class Session:
             if any(part.streaming for part in parts):
                 if len(parts) > 1:
                     raise RunError(f"{data.name}: a mixture cannot be streamed; leave streaming off, or train on one part")
-                return Streamed(Stream(data, seed=self.seed, open_pictures=data.on_bad_record == "skip"), encode, plan=plan)
-            records = [Records(part, open_questions=open_questions) for part in parts]
+                opened = data.on_bad_record == "skip"
+                return Streamed(Stream(data, seed=self.seed, open_pictures=opened, clips=self.system.clips), encode, plan=plan)
+            records = [Records(part, open_questions=open_questions, clips=self.system.clips) for part in parts]
             return Conversations(records, encode, plan=plan, seed=self.seed, by_tokens=by_tokens)
         if all(part.path is None and part.name in BUILT_IN for part in parts):
             if isinstance(data, Data):

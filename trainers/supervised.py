@@ -64,7 +64,8 @@ def see(session: Session, batch: dict[str, Tensor], states: Tensor | None) -> di
     shown, asked = session.states_in(batch, states), {name: batch[name] for name in batch if name.startswith("qformer_")}
     if asked:  # the connector reads it as often as it is shown, each time beside another question
         return {"image_embeds": session.model.embed_images(image_states=shown, image_rows=batch["image_rows"], **asked)}
-    return {"image_embeds": session.model.embed_images(image_states=shown), "image_rows": batch["image_rows"]}
+    seen = session.model.embed_images(image_states=shown, image_frames=batch.get("frames"))
+    return {"image_embeds": seen, "image_rows": batch["image_rows"]}
 
 
 def idle(model: nn.Module) -> Tensor | float:

@@ -38,7 +38,7 @@ class Template:
     after: str = ""  # an answer
     mark: str = ""  # stands before every question and behind the last answer, learnt: an answer that is generated ends with it
     role: str = ""  # stands before an answer, learnt
-    begin: bool = True  # the beginning token first
+    begin: bool | None = True  # the beginning token first; None: where the tokenizer itself puts it before a text
     begin_each: bool = False  # ... and before every question
     end_each: bool = True  # the end token after every answer, or after the last alone
     keep_question: bool = True
@@ -58,6 +58,12 @@ class Template:
         own = self.system_with_input if self.system_with_input and INPUT in question else self.system
         told = own if system is None else system
         return self.before_system + told + self.after_system if told else ""
+
+    def begins(self, tokenizer: Any) -> bool:
+        """Whether the beginning token comes first."""
+        if self.begin is None:
+            return tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [tokenizer.bos_token_id]
+        return self.begin
 
     @property
     def stop(self) -> str:
@@ -95,7 +101,8 @@ TEMPLATES = {
     # Few-shot episodes, whose words mmfast.data.episodes has; a picture and its caption as examples of one are, without more words.
     "frozen": Template(end_each=False),
     "flamingo": Template(after="<|endofchunk|>", chunk="<|endofchunk|>"),
-    "open_flamingo": Template(after="<|endofchunk|>", chunk="<|endofchunk|>", only_seen=True),
+    # OpenFlamingo calls its tokenizer: LLaMA's begins a text, GPT-NeoX's and MPT's do not.
+    "open_flamingo": Template(after="<|endofchunk|>", chunk="<|endofchunk|>", only_seen=True, begin=None),
     # LLaVA's alignment stage: the picture, then its caption; the question is dropped.
     "plain": Template(after="\n", end_each=False, keep_question=False),
     # FROMAGe: the picture, then a text from its beginning token to the token that is compared with pictures.
@@ -198,7 +205,7 @@ def encode(
         borders,
         learn_pictures,
         end=form.end if form.end_cut else "",
-        begin=form.begin and not form.picture_first,
+        begin=form.begins(tokenizer) and not form.picture_first,
         whole=form.whole,
     )
     words = form.words(turns[0][0] if turns else "", system)
@@ -262,7 +269,7 @@ def encode_document(
         LeftOut: with ``Template.only_seen``, no text follows a picture within ``max_length``.
     """
     form = TEMPLATES[template]
-    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures, begin=form.begin)
+    line = _Line(tokenizer, image_tokens, image_token, borders, learn_pictures, begin=form.begins(tokenizer))
     if form.chunk:
         line.add_chunks(text, form.chunk, form.only_seen)
     else:

@@ -75,7 +75,7 @@ class Record:
     id: str
     turns: tuple[tuple[str, str | None], ...] = ()  # (question, answer); a preference pair's last answer is None, and an open question's
     system: str | None = None
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Picture | images.Clip, ...] = ()
     document: str | None = None  # an interleaved document, all of it supervised
     boxes: tuple[tuple[tuple[float, ...], ...], ...] = ()  # of each <region> in turns or document, in reading order
     shares: bool = False  # whether boxes are shares of the picture's sides, and not pixels of it
@@ -152,13 +152,13 @@ def cleaned(record: Record) -> Record:
 
 def parse(
     row: Any, number: int, *, root: str, frames: int = 8, columns: dict[str, str] | None = None, boxes: float = 1.0, instruct: float = 0.0,
-    choices: str = "llava", pages: Pages | None = None, shots: Shots | None = None,
+    choices: str = "llava", pages: Pages | None = None, shots: Shots | None = None, clips: bool = False,
 ) -> Record:  # fmt: skip
     """The record of a row (a JSON object).
 
     Args:
         root: the folder that file names are relative to.
-        frames: pictures that a video is read as.
+        frames: pictures that a video is read as. clips: these stand in one place, as an ``images.Clip``.
         columns: their names to ours, of the row and of its turns.
         boxes: the share of captions with places (GRIT) whose places are told; 0: none of any record's.
         instruct: the share of captions with places that become a question, or the beginning of a sentence, about one of them.
@@ -174,6 +174,7 @@ def parse(
     reader = _Reader(
         row, number, root, frames, columns or {}, pages or Pages(), shots or Shots(), instruct if boxes else 0.0, choices
     )  # fmt: skip
+    reader.clips = clips
     record = reader.grounded(reader.read(), boxes)
     return replace(record, image_id=_name(reader.row["image_id"], "image_id")) if "image_id" in reader.row else record
 
@@ -281,6 +282,8 @@ class _Said:
 
 
 class _Reader:
+    clips = False
+
     def __init__(
         self, row: dict, number: int, root: str, frames: int, columns: dict[str, str], pages: Pages, shots: Shots, instruct: float, choices: str
     ):  # fmt: skip
@@ -851,6 +854,8 @@ class _Reader:
             mark = shows[0][0]
             texts[::2] = [f"{mark}\n{text.replace(mark, '').strip()}".strip() if mark in text else text for text in texts[::2]]
         groups = [self.picture(v, i) if m == "<image>" else self.video(v, i) for i, (m, v) in enumerate(shows)]
+        if self.clips:
+            groups = [group if m == "<image>" else (images.Clip(group),) for group, (m, _) in zip(groups, shows, strict=True)]
         marks: Iterator[str] = iter(["<image>" * len(group) for group in groups])
         texts = [_MARK.sub(lambda _: next(marks), text) for text in texts]
         return texts, tuple(picture for group in groups for picture in group)

@@ -48,6 +48,14 @@ class Picture:
         where = f"black:{where}" if self.black else where
         return where if self.frame is None else f"{where}#{self.frame}"
 
+    @property
+    def frames(self) -> tuple[Picture, ...]:
+        """Itself: what it has in common with a ``Clip``."""
+        return (self,)
+
+    def dark(self) -> Picture:
+        return replace(self, black=True)
+
     def load(self, plan: Fixed | int) -> np.ndarray:
         """uint8 ``[size, size, 3]``; raises ValueError as ``images.load`` does."""
         if self.black:
@@ -73,6 +81,27 @@ class Picture:
     def check(self) -> None:
         """Decodes the picture and forgets it: ValueError if ``load`` would raise one."""
         _decode(self.source, self.frame, self.name, draft=True)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video as one picture of several frames, for a system that reads it so (``System.clips``)."""
+
+    frames: tuple[Picture, ...]
+
+    @property
+    def key(self) -> str:
+        return " ".join(frame.key for frame in self.frames)
+
+    def dark(self) -> Clip:
+        return Clip(tuple(frame.dark() for frame in self.frames))
+
+    def size(self) -> tuple[int, int]:
+        return self.frames[0].size()
+
+    def check(self) -> None:
+        for frame in self.frames:
+            frame.check()
 
 
 def load(source: str | Path | bytes, plan: Fixed | int, frame: int | None = None, name: str = "") -> np.ndarray:

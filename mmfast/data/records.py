@@ -44,14 +44,15 @@ class _Broken:
 
 class Records:
     """The records of a data set, by number; a list to its users. What a row lacks is told when the row is asked for. With ``open_questions``, for
-    whoever answers them, questions without an answer (LLaVA's evaluation files) are records, too.
+    whoever answers them, questions without an answer (LLaVA's evaluation files) are records, too. ``clips``: a video is one picture of several
+    frames (``formats.parse``).
 
     Raises:
         ValueError: no such file, nothing in it, not in a form that is read, or ``columns`` of names that no record has.
     """
 
-    def __init__(self, data: Data | Pairs, *, open_questions: bool = False):
-        self.data, self.name, self.open_questions = data, data.path or data.name, open_questions
+    def __init__(self, data: Data | Pairs, *, open_questions: bool = False, clips: bool = False):
+        self.data, self.name, self.open_questions, self.clips = data, data.path or data.name, open_questions, clips
         _check_columns(data)
         self.rows: Any
         if str(data.path).startswith("hub:"):
@@ -84,7 +85,7 @@ class Records:
             lists = self.rows.select_columns(columns)
             counts = (len(split(_plain(lists[i].to_pylist()[0], self._json), data.columns)) for i in range(len(lists)))
             self._begins = list(itertools.accumulate(counts, initial=0))
-        settings = [self._roots, sorted(data.columns.items()), data.frames]
+        settings = [self._roots, sorted(data.columns.items()), data.frames, *["clips"] * clips]
         self.fingerprint = hashlib.sha256(json.dumps([identity, settings]).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -100,7 +101,7 @@ class Records:
     def parse(self, number: int) -> Record:
         """The record; ValueError without saying whose."""
         root = self._roots[bisect.bisect_right(self._starts, number) - 1]
-        return _parse(self._row(number), number, self.data, root, self.open_questions)
+        return _parse(self._row(number), number, self.data, root, open_questions=self.open_questions, clips=self.clips)
 
     def id(self, number: int) -> str:
         """A row's id for an error sentence, whatever the row is."""
@@ -142,9 +143,9 @@ class Stream:
 
     def __init__(
         self, data: Data, *, seed: int | None = None, block: int = 256, part: tuple[int, int] = (0, 1), open_pictures: bool = True,
-        say: Callable[[str], Any] = print,
+        say: Callable[[str], Any] = print, clips: bool = False,
     ):  # fmt: skip
-        self.data, self.name = data, data.path or data.name
+        self.data, self.name, self.clips = data, data.path or data.name, clips
         self.seed, self.block, self.part, self.open_pictures, self.say = seed, block, part, open_pictures, say
         self.check: Callable[[Record], Any] | None = None  # may find a fault (ValueError) in a record before it is given out
         _check_columns(data)
@@ -220,7 +221,7 @@ class Stream:
 
     def _record(self, row: Any, number: int) -> Record | None:
         try:
-            record = _parse(row, number, self.data, self._root)
+            record = _parse(row, number, self.data, self._root, clips=self.clips)
             drawn = hashlib.sha256(f"{self.seed} {self._state['epoch']} {number}".encode()).digest()
             record = record.telling(int.from_bytes(drawn[:7], "big") % record.tellings)
             if self.open_pictures:
@@ -324,12 +325,12 @@ def _check_side(picture: Picture, least: int) -> None:
 # ------------------------------------------------------------------------------------------------------------------- rows
 
 
-def _parse(row: Any, number: int, data: Data | Pairs, root: str, open_questions: bool = False) -> Record:
+def _parse(row: Any, number: int, data: Data | Pairs, root: str, *, open_questions: bool = False, clips: bool = False) -> Record:
     if isinstance(row, _Broken):
         raise ValueError(row.why)
-    extra = {}
+    extra: dict[str, Any] = {"clips": clips}
     if isinstance(data, Data):
-        extra = {name: getattr(data, name) for name in ("boxes", "instruct", "choices", "pages", "shots")}
+        extra |= {name: getattr(data, name) for name in ("boxes", "instruct", "choices", "pages", "shots")}
     record = parse(row, number, root=root, frames=data.frames, columns=data.columns, **extra)
     if isinstance(data, Pairs) and record.chosen is None:
         raise ValueError('is no preference pair: it has no "chosen" and "rejected"')
@@ -342,7 +343,7 @@ def _parse(row: Any, number: int, data: Data | Pairs, root: str, open_questions:
     if isinstance(data, Pairs):
         return record
     if data.blind:
-        record = replace(record, pictures=tuple(replace(picture, black=True) for picture in record.pictures))
+        record = replace(record, pictures=tuple(picture.dark() for picture in record.pictures))
     alone = record.document is not None and len(record.pictures) == 1
     if alone and random.Random(f"single {number}").random() >= data.pages.single:
         raise LeftOut(f"a document of one picture, of which data.pages.single keeps {data.pages.single:g}")

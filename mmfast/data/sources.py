@@ -34,7 +34,7 @@ class Question:
     item: int
     record: Record
     ids: list[int]  # all before the answer, earlier answers as the record has them
-    shown: list[int]  # the source's numbers of the pictures before the answer
+    shown: list[tuple[int, ...]]  # the pictures before the answer, each by the source's numbers of its frames
     text: str  # without its places of pictures; empty where a caption is asked for
     answer: str  # a <region> for each place, an <image> for each picture to be drawn
     boxes: list[list[tuple[float, ...]]]  # of these, in pixels of the upright picture
@@ -78,17 +78,18 @@ class _Checked:
         named: dict[tuple[int, str], int] = {}  # by set and key, the first picture that has it
         self.tellings: list[int] = []  # how many captions an item has
         same: list[int] = []  # for each distinct picture the first that shows the same
-        self._pictures: list[tuple[int, int, int]] = []  # where a picture is first seen: part, number, place in the record
-        self._pictures_of: list[list[int]] = []
+        self._pictures: list[tuple[int, int, int, int]] = []  # where a picture is first seen: part, number, place in the record, frame
+        self._pictures_of: list[list[tuple[int, ...]]] = []  # of each item, each by its frames: of most one, itself
         for at, number in self.items:
             record, ids = parts[at].parse(number), []
-            for place, seen in enumerate(zip((picture.key for picture in record.pictures), record.plans(self.plan), strict=True)):
-                if seen not in places:
-                    places[seen] = len(self._pictures)
-                    self._pictures.append((at, number, place))
-                    same.append(places[seen])
-                ids.append(places[seen])
-            for i, key in zip(ids, record.keys, strict=True):
+            for place, (picture, plan) in enumerate(zip(record.pictures, record.plans(self.plan), strict=True)):
+                for i, frame in enumerate(picture.frames):
+                    if (frame.key, plan) not in places:
+                        places[frame.key, plan] = len(self._pictures)
+                        self._pictures.append((at, number, place, i))
+                        same.append(places[frame.key, plan])
+                ids.append(tuple(places[frame.key, plan] for frame in picture.frames))
+            for (i, *_), key in zip(ids, record.keys, strict=True):
                 same[i] = named.setdefault((at, key), same[i])
             self.tellings.append(record.tellings)
             self._pictures_of.append(ids)
@@ -104,11 +105,11 @@ class _Checked:
     def load_pictures(self, ids: Tensor) -> Tensor:
         """uint8 ``[M, size, size, 3]`` of the distinct pictures with these numbers."""
         found, loaded, last = [self._pictures[i] for i in ids.tolist()], [], None
-        for at, number, place in found:
+        for at, number, place, i in found:
             if last != (at, number):  # a document's pictures mostly come one after another: it is parsed once for all of them
                 last, record = (at, number), self.parts[at].parse(number)
                 plans = record.plans(self.plan)
-            loaded.append(record.pictures[place].load(plans[place]))
+            loaded.append(record.pictures[place].frames[i].load(plans[place]))
         return torch.from_numpy(np.stack(loaded)) if loaded else torch.empty(0, self.plan.size, self.plan.size, 3, dtype=torch.uint8)
 
     def questions(self, items: Iterable[int]) -> Iterator[Question]:
@@ -139,10 +140,12 @@ class _Checked:
                 found.append(item)
         return found
 
-    def prompts(self, count: int) -> list[tuple[str, list[int], Tensor]]:
-        """The first items' last questions that are not cut off, with the token ids up to their answers and their pictures: what samples are made of."""
+    def prompts(self, count: int) -> list[tuple[str, list[int], list[int], Tensor]]:
+        """The first items' last questions that are not cut off, with the token ids up to their answers, how many frames each of their pictures has, and
+        these: what samples are made of."""
         last = {question.item: question for question in self.questions(range(min(count, len(self))))}
-        return [(q.asked, q.ids, self.load_pictures(torch.tensor(q.shown, dtype=torch.long))) for q in last.values()]
+        frames = [torch.tensor([i for shown in q.shown for i in shown], dtype=torch.long) for q in last.values()]
+        return [(q.asked, q.ids, list(map(len, q.shown)), self.load_pictures(f)) for q, f in zip(last.values(), frames, strict=True)]
 
     def _encode_all(self, at: int, record: Record) -> tuple[list[int], list[int]]:
         """Every text of a record, kept; the one with fewest labels stands for all before the check."""
@@ -191,16 +194,23 @@ class _Checked:
         )
         return {**laid, **self.show(shown)}, scored
 
-    def show(self, shown: Sequence[int]) -> dict[str, Tensor]:
-        """What a batch holds of the pictures that its rows show, given by number and in order: each once, and which of them stands where."""
+    def show(self, shown: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
+        """What a batch holds of the pictures that its rows show, given by their frames' numbers and in order: each once, and which of them stands
+        where. Where some have several frames, ``pictures`` and their ids are all frames end to end, and ``frames`` says how many each has."""
         pictures = list(dict.fromkeys(shown))
         place = {p: at for at, p in enumerate(pictures)}
-        picture_ids = torch.tensor(pictures, dtype=torch.long)
+        picture_ids = torch.tensor([frame for picture in pictures for frame in picture], dtype=torch.long)
         return {
             "picture_ids": picture_ids,
             "image_rows": torch.tensor([place[p] for p in shown], dtype=torch.long),
+            **_frames(pictures),
             **({"pictures": self.load_pictures(picture_ids)} if self.with_pictures and pictures else {}),
         }
+
+
+def _frames(pictures: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+    counts = torch.tensor([len(frames) for frames in pictures], dtype=torch.long)
+    return {"frames": counts} if (counts > 1).any() else {}
 
 
 def _unknown_token(tokenizer: Any) -> int | None:
@@ -274,7 +284,8 @@ class Conversations(_Checked):
             groups, count = torch.zeros(len(index), dtype=torch.long), 1
         else:
             groups, count = torch.tensor([self.items[i % len(self)][0] for i in index.tolist()], dtype=torch.long), len(self.parts)
-        keys = self._same[batch["picture_ids"]][batch["image_rows"]]
+        first = batch["frames"].cumsum(0) - batch["frames"] if "frames" in batch else slice(None)
+        keys = self._same[batch["picture_ids"][first]][batch["image_rows"]]
         return {
             **batch,
             "keys": keys,
@@ -352,7 +363,8 @@ class Streamed:
         shown = [seen for record, n in left for seen in list(zip(record.pictures, record.plans(self.plan), strict=True))[:n]]
         keys = [key for record, n in left for key in record.keys[:n]]
         lengths, scored = torch.tensor([len(i) for i, _, _ in mine]), (labels[:, 1:] != chat.IGNORE).sum()
-        pictures = {"pictures": torch.from_numpy(np.stack([p.load(plan) for p, plan in shown]))} if shown else {}
+        loaded = [frame.load(plan) for picture, plan in shown for frame in picture.frames]
+        pictures = {"pictures": torch.from_numpy(np.stack(loaded)), **_frames([picture.frames for picture, _ in shown])} if shown else {}
         return {
             **chat.lay_out(
                 ids, labels, lengths, packing=self.packing, pad_to=self.pad_to, pad_token=self.encoder.pad_token, questions=self.asked

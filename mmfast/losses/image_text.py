@@ -30,11 +30,14 @@ def image_text_contrast(
 
 @torch.no_grad()
 def hard_negatives(similarity: Tensor, keys: Tensor, all_keys: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """For each row one of another picture, the likelier the more similar: drawn from the softmax over ``[B, A]`` -> indices ``[B]``.
+    """For each row one of another picture, the likelier the more similar: drawn from the softmax over ``[B, A]`` -> indices ``[B]``, -1 for a row
+    whose picture all of them show.
 
     Rows of the same picture have -10000 there, which no draw survives unless all have it.
     """
-    return torch.multinomial(similarity.masked_fill(keys[:, None] == all_keys, -1e4).float().softmax(1), 1, generator=generator)[:, 0]
+    same = keys[:, None] == all_keys
+    drawn = torch.multinomial(similarity.masked_fill(same, -1e4).float().softmax(1), 1, generator=generator)[:, 0]
+    return drawn.masked_fill(same.all(1), -1)
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, *, smoothing: float = 0.1, total: Tensor | float | None = None) -> Tensor:

@@ -8,13 +8,14 @@ Letters: B prompts, K beams, V vocabulary, n tokens said so far.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmfast.models.decoding import check_repetition, unrepeating
-from mmfast.models.generate import Reading
+from mmfast.models.generate import Reading, check_stops, stopped
 
 if TYPE_CHECKING:
     from mmfast.models.build import MultimodalModel
@@ -27,6 +28,7 @@ def search(
     *,
     beams: int,
     end: int | None = None,
+    stops: Sequence[int] = (),
     max_new_tokens: int = 64,
     length_penalty: float = 1.0,
     no_repeat: int = 0,
@@ -44,6 +46,7 @@ def search(
     if beams < 2:
         raise ValueError(f"generate: expected beams >= 1, got {beams}")
     check_repetition(no_repeat, repetition_penalty)
+    check_stops(end, stops)
     if max_new_tokens < 1:
         return input_ids.new_zeros(len(input_ids), 0)
     reading, prompts, never = Reading(model, input_ids, attention_mask, **images), len(input_ids), -1e9
@@ -60,6 +63,7 @@ def search(
         every = going[:, :, None] + next_logp.unflatten(0, (prompts, beams))  # [B, K, V]
         logp, at = every.flatten(1).topk(min(2 * beams, every[0].numel()))
         source, token = at // every.shape[-1], at % every.shape[-1]  # [B, 2K]
+        token = token if end is None else stopped(token, end, stops)
         texts = torch.cat([told.unflatten(0, (prompts, beams))[row, source], token[..., None]], -1)
         ends = torch.full_like(token, n == max_new_tokens, dtype=torch.bool) if end is None else (token == end) | (n == max_new_tokens)
 

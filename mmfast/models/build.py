@@ -97,7 +97,7 @@ class Tower(nn.Module):
 
 class CodeTower(nn.Module):
     """An image tokenizer as a tower: pixels ``[M, 3, size, size]`` -> the vectors of their codes ``[M, N, D]``, row after row; or with
-    ``words``, the token ids ``[K]`` of the codes in a language model's vocabulary, their ids ``[M, N]``."""
+    ``words``, the token ids ``[K]`` of the codes in a language model's vocabulary, their ids ``[M, N]``. Neither depends on autocast."""
 
     def __init__(self, vision: VQGAN):
         super().__init__()
@@ -453,11 +453,14 @@ class MultimodalModel(nn.Module):
         image_attention_mask: Tensor | None = None,
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
+        image_frames: Tensor | None = None,
     ) -> Tensor | object | None:
         """Whichever form the images come in -> what the language model sees, [M, N, D]; ``image_rows`` [R] picks and repeats: [R, N, D].
 
         With ``image_attention_mask`` [B, T, I] (Idefics) row b has images of its own, pixel_values [B, I, 3, H, W] or the other forms [B I, ..],
         and the mask says which of them a position sees, whatever its tokens are; the fusion takes what is returned.
+
+        With ``image_frames`` [M] the pixels or states are those of frames end to end, and picture m is a video of so many (a picture: of 1).
 
         ``qformer_input_ids`` [R, S], with its mask: a question beside every picture, as often as it is shown (``spec.QFormer.instructed``).
         """
@@ -468,6 +471,10 @@ class MultimodalModel(nn.Module):
         if image_attention_mask is not None and not hasattr(self.fusion, "by_mask"):
             raise ValueError(
                 f"{self.system.name}: image_attention_mask is read by gated cross-attention, not by {type(self.system.fusion).__name__}"
+            )
+        if image_frames is not None and not self.system.clips:
+            raise ValueError(
+                f"{self.system.name}: image_frames are read by a connector Resampler with frames, and this one has none; give each frame a place"
             )
         if image_attention_mask is not None and pixel_values is not None and pixel_values.dim() == 5:
             pixel_values = pixel_values.flatten(0, 1)
@@ -480,11 +487,22 @@ class MultimodalModel(nn.Module):
                 if qformer_input_ids is not None:
                     beside = (qformer_input_ids, qformer_attention_mask)
                     image_states, image_rows = image_states if image_rows is None else image_states[image_rows], None
-                image_embeds = self.connector(image_states.to(learned.dtype), *beside)
+                image_states = image_states.to(learned.dtype)
+                image_embeds = self.connector(image_states, *beside) if image_frames is None else self._clips(image_states, image_frames)
         if image_embeds is None:
             return None
         image_embeds = image_embeds if image_rows is None else image_embeds[image_rows]
         return image_embeds if image_attention_mask is None else self.fusion.by_mask(image_embeds, image_attention_mask)
+
+    def _clips(self, states: Tensor, frames: Tensor) -> Tensor:
+        """States of all frames end to end, [F, N, D_tower], so many of each picture [M] -> [M, L, D]; those of as many frames at once."""
+        parts = states.split(frames.tolist())
+        embeds: list[Tensor] = [states] * len(parts)
+        for count in {len(part) for part in parts}:
+            at = [m for m, part in enumerate(parts) if len(part) == count]
+            for m, made in zip(at, self.connector(torch.stack([parts[m] for m in at])), strict=True):
+                embeds[m] = made
+        return torch.stack(embeds)
 
     def targets(self, labels: Tensor, input_ids: Tensor, image_embeds: Tensor | None = None, image_rows: Tensor | None = None) -> Tensor:
         """Labels [B, T] with a picture's own tokens where a label is the placeholder, which only those of shared tokens may be."""
@@ -492,6 +510,11 @@ class MultimodalModel(nn.Module):
             return labels
         ids = self.fusion.tokens(input_ids, self.embed_images(image_embeds=image_embeds, image_rows=image_rows), self.image_token)
         return labels.where(labels != self.image_token, ids)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """What ends a text beside its own end, where text alone is asked for: of a model that draws the token that begins a picture."""
+        return self.new_tokens[:1] if isinstance(self.fusion, SharedTokensFusion) else ()
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -25,6 +25,7 @@ def steps(
     input_ids: Tensor,
     *,
     end: int | None = None,
+    stops: Sequence[int] = (),
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -42,6 +43,7 @@ def steps(
         input_ids: ``[B, T]`` with placeholders; prompts of one length, or padded on the **left** with an ``attention_mask`` that is 0 there
             (positions then count real tokens only).
         end: ends a row, and fills what comes after it.
+        stops: tokens that end a row as well; each is told as ``end``. ``model.stops`` for a text alone.
         temperature: 0 takes the likeliest token, otherwise tokens are drawn with ``generator``.
         top_p: draw from the likeliest tokens that together have this probability (arXiv:1904.09751); 1: from all.
         no_repeat: no run of so many tokens comes a second time, the prompt's among them (transformers' ``no_repeat_ngram_size``); 0: any may.
@@ -53,6 +55,7 @@ def steps(
     check_repetition(no_repeat, repetition_penalty)
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"generate: expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
+    check_stops(end, stops)
     if max_new_tokens < 1:
         return
     reading = Reading(model, input_ids, attention_mask, **images)
@@ -63,13 +66,25 @@ def steps(
         logits = logits if rule is None else rule(count, logits)
         token = next_token(logits, temperature=temperature, top_p=top_p, generator=generator)
         if end is not None:
-            token = torch.where(done, end, token)
+            token = torch.where(done, end, stopped(token, end, stops))
             done |= token == end
         yield token
         if done.all() or count + 1 == max_new_tokens:
             break
         told = torch.cat([told, token[:, None]], 1)
         reading.say(token)
+
+
+def check_stops(end: int | None, stops: Sequence[int]) -> None:
+    if len(stops) and end is None:
+        raise ValueError("generate: stops are told as the token end, and none is given; say end=")
+
+
+def stopped(token: Tensor, end: int, stops: Sequence[int]) -> Tensor:
+    """Tokens with ``end`` in the place of each of ``stops``."""
+    for stop in stops:
+        token = torch.where(token == stop, end, token)
+    return token
 
 
 class Reading:

@@ -41,7 +41,7 @@ def encode(model: MultimodalModel, tokenizer: Any, parts: Sequence[Part], *, beg
     ids = chat.encode_parts(
         tokenizer, [part if isinstance(part, str) else None for part in parts], image_tokens=system.image_places,
         image_token=model.image_token, borders=tokenizer.convert_tokens_to_ids(list(system.borders)),
-        begin="each" if begin_each else _begin(system),
+        begin="each" if begin_each else _begin(system, tokenizer),
     )  # fmt: skip
     if system.stages and chat.TEMPLATES[system.stages[-1].template].end_asked:
         ids.append(tokenizer.eos_token_id)
@@ -58,7 +58,8 @@ def write(
     """The text that a model goes on with behind texts and pictures, up to the token ``end``: by default what ends an answer in the template
     of its last stage, a token or a text, else the tokenizer's end token. Greedy; ``options`` as for ``mmfast.models.generate.generate``.
 
-    A model that draws (Chameleon) writes text alone here; ``mmfast.models.drawing.compose`` gives its pictures too.
+    A model that draws (Chameleon) writes text alone here, up to where it would begin a picture; ``mmfast.models.drawing.compose`` gives its pictures
+    too.
 
     Raises:
         ValueError: as ``encode``, or a prompt that leaves no room in the model's context.
@@ -72,15 +73,16 @@ def write(
     context = model.system.language.context
     if ids.shape[1] >= context:
         raise ValueError(f"write: the prompt takes {ids.shape[1]} places of the model's {context}, so nothing can follow")
-    new = generate(model, ids, end=end, max_new_tokens=min(max_new_tokens, context - ids.shape[1]), **options, **pictures)[0].tolist()
+    most = min(max_new_tokens, context - ids.shape[1])
+    new = generate(model, ids, end=end, stops=model.stops, max_new_tokens=most, **options, **pictures)[0].tolist()
     return until(plain_text(tokenizer, new[: new.index(end)] if end in new else new), stop)
 
 
-def _begin(system: spec.System) -> str:
+def _begin(system: spec.System, tokenizer: Any) -> str:
     """Where the beginning token stands: as in the last stage's template, or where there is none as systems of its kind have learnt."""
     if system.stages:
         form = chat.TEMPLATES[system.stages[-1].template]
-        return "text" if form.picture_first else "row" if form.begin else "never"
+        return "text" if form.picture_first else "row" if form.begins(tokenizer) else "never"
     return "text" if isinstance(system.connector, spec.QFormer) or isinstance(system.fusion, spec.Retrieval) else "row"
 
 

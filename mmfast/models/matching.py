@@ -74,7 +74,8 @@ def rank(
     """Scores of all texts for each picture ``[M, B]`` and of all pictures for each text ``[B, M]``, higher is better.
 
     By the contrast's cosine; with ``top`` the best so many of each row are ranked anew, before all others, by the cosine plus the matching
-    logit for "yes" (LAVIS's evaluation; 128 there). ``top`` 0: by the cosine alone.
+    logit for "yes" (LAVIS's evaluation; 128 there), which is their score. The others' is their cosine where that is below it, else all of a row's
+    are lowered by one number until they are. In float64: nothing that differs becomes equal. ``top`` 0: by the cosine alone.
 
     Args:
         states: tower states [M, N, W]. ids, mask: [B, S].
@@ -83,21 +84,18 @@ def rank(
     images = torch.cat([connector.images(connector.read(part)) for part in image.split(batch)])
     texts = torch.cat([connector.texts(*part) for part in zip(ids.split(batch), mask.split(batch), strict=True)])
     cosine = torch.cat([similarity(part, texts) for part in images.split(batch)])
-    scores = cosine.clone(), cosine.T.clone()
+    scores = (cosine.clone(), cosine.T.clone()) if not top else (cosine.double(), cosine.T.double())
     for turned, ranked in zip((False, True), scores, strict=True) if top else ():
-        rows, columns = (
-            torch.arange(len(ranked)).repeat_interleave(min(top, ranked.shape[1])),
-            ranked.topk(min(top, ranked.shape[1])).indices.flatten().cpu(),
-        )
+        best = ranked.topk(min(top, ranked.shape[1])).indices
+        rows, columns = torch.arange(len(ranked)).repeat_interleave(best.shape[1]), best.flatten().cpu()
         for row, column in zip(rows.split(batch), columns.split(batch), strict=True):
             picture, text = (column, row) if turned else (row, column)
-            yes = connector.match(image[picture], ids[text], mask[text])[:, 1]
-            # A cosine is at least -1 and the logits of these are compared among themselves: raised above all that were not.
-            ranked[row, column] += yes + _ABOVE
+            ranked[row, column] += connector.match(image[picture], ids[text], mask[text])[:, 1]
+        if best.shape[1] < ranked.shape[1]:
+            others = torch.ones_like(ranked, dtype=torch.bool).scatter(1, best, False)
+            gap = ranked.gather(1, best).amin(1) - ranked.masked_fill(~others, -torch.inf).amax(1)
+            ranked += others * torch.where(gap > 0, 0, gap - 1)[:, None]
     return scores
-
-
-_ABOVE = 1e4
 
 
 @torch.no_grad()

@@ -164,6 +164,9 @@ class Decoder(nn.Module):
 class VQGAN(nn.Module):
     """Encoder, codebook and decoder. Pixels are -1 .. 1. The default sizes are Chameleon's.
 
+    From pixels to codes it computes in the type of its weights, whatever autocast says: in half precision other codes are the nearest, and a
+    picture must have the same wherever it is read. What is drawn follows autocast.
+
     Args:
         size: side of the pictures it is meant for; it decides only at which levels ``attention`` falls.
         channels, multipliers: channels of each level; every level but the last halves the sides.
@@ -215,15 +218,18 @@ class VQGAN(nn.Module):
         """pixels ``[B, 3, H, W]`` -> what the codebook is asked for, ``[B, D, h, w]``."""
         if pixels.dim() != 4 or pixels.shape[2] % self.patch or pixels.shape[3] % self.patch:
             raise ValueError(f"VQGAN: expected pixels [B, 3, H, W] with sides that are multiples of {self.patch}, got {list(pixels.shape)}")
-        return self.quant_conv(self.encoder(pixels.contiguous(memory_format=torch.channels_last)))  # convolutions are quicker so
+        pixels = pixels.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)  # convolutions are quicker so
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.quant_conv(self.encoder(pixels))
 
     def nearest(self, z: Tensor, *, freeze: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """z ``[B, D, h, w]`` -> codes in its place (with their gradient to z), indices ``[B, h, w]``, the codebook's loss (a mean over all
         values). A codebook with moving averages moves in training mode, unless ``freeze``."""
-        if isinstance(self.quantize, VectorQuantizer2):
-            codes, loss, (_, _, indices) = self.quantize(z)
-            return codes, indices.view(z.shape[0], *z.shape[2:]), loss
-        return self.quantize(z, freeze_codebook=freeze)
+        with torch.autocast(z.device.type, enabled=False):
+            if isinstance(self.quantize, VectorQuantizer2):
+                codes, loss, (_, _, indices) = self.quantize(z)
+                return codes, indices.view(z.shape[0], *z.shape[2:]), loss
+            return self.quantize(z, freeze_codebook=freeze)
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes ``[B, D, h, w]`` -> pixels ``[B, 3, H, W]``, not yet clamped to -1 .. 1."""

@@ -17,7 +17,7 @@ class Speller:
     bos_token_id, eos_token_id, is_fast = BOS, EOS, True
 
     def __call__(self, text, add_special_tokens, return_offsets_mapping=False):
-        assert not add_special_tokens
+        assert not add_special_tokens or text == "a"  # which is how it is asked whether it begins a text by itself
         return {"input_ids": [ord(c) for c in text], "offset_mapping": [(i, i + 1) for i in range(len(text))]}
 
 
@@ -442,15 +442,36 @@ def test_documents_of_chunks(text, whole, flamingo, open_flamingo, monkeypatch):
                 document(template, text, monkeypatch)
             continue
         ids, labels = document(template, text, monkeypatch)
-        assert read(ids) == whole
+        assert read(ids) == (whole if template == "flamingo" else whole.removeprefix("<s>"))
         assert scored(ids, labels) == expected
+
+
+class Beginner(Speller):
+    """One that puts the beginning token before a text by itself, as LLaMA's."""
+
+    def __call__(self, text, add_special_tokens, return_offsets_mapping=False):
+        told = super().__call__(text, False, return_offsets_mapping)
+        return {"input_ids": [BOS, *told["input_ids"]]} if add_special_tokens else told
+
+
+def test_open_flamingo_begins_as_its_tokenizer_does():
+    """GPT-NeoX's beginning token is its end token, which nothing puts before a text; OPT's stands there and is the end token as well."""
+    pair, sizes = [("<image>", "a cat")], dict(image_tokens=1, image_token=IMAGE)
+    neox, opt = (type("", (kind,), {"bos_token_id": EOS})() for kind in (Speller, Speller))
+    opt.__class__.__call__ = lambda self, text, add_special_tokens: {"input_ids": [*[EOS] * add_special_tokens, *map(ord, text)]}
+    for tokenizer, first in ((Speller(), ""), (Beginner(), "<s>"), (neox, ""), (opt, "</s>")):
+        assert read(chat.encode(tokenizer, "open_flamingo", pair, **sizes)[0]) == first + "@a cat<|endofchunk|></s>"
+        ids, labels = chat.encode_document(tokenizer, "<image>a", template="open_flamingo", **sizes)
+        assert read(ids) == first + "@a<|endofchunk|></s>"
+        assert labels[: len(ids) - 16] == [-100] * (len(ids) - 16)
+    assert read(chat.encode(neox, "flamingo", pair, **sizes)[0]) == "</s>@a cat<|endofchunk|></s>"
 
 
 def test_a_pair_of_flamingo():
     ids, labels = encode("flamingo", [("<image>", "a cat")], tokens=1)
     assert read(ids) == "<s>@a cat<|endofchunk|></s>"
     assert scored(ids, labels) == "a cat<|endofchunk|></s>"
-    assert encode("open_flamingo", [("<image>", "a cat")], tokens=1) == (ids, labels)
+    assert encode("open_flamingo", [("<image>", "a cat")], tokens=1) == (ids[1:], labels[1:])
 
 
 def test_blip2_s_soft_prompt_comes_before_the_beginning_token():

@@ -495,6 +495,20 @@ def test_videos_and_pictures_in_one_record(tmp_path):
     assert [p.frame for p in record.pictures] == [0, 9, None]
 
 
+def test_a_video_in_one_place(tmp_path):
+    """For a system that reads it as one picture of several frames."""
+    animated(tmp_path / "a.gif")
+    row = chat([part("video", "a.gif"), part("image", "0.png"), part("text", "same?")], "no")
+    record = parse(row, 0, root=str(tmp_path), frames=2, clips=True)
+    assert record.turns == (("<image>\n<image>\nsame?", "no"),)
+    assert [[p.frame for p in shown.frames] for shown in record.pictures] == [[0, 9], [None]]
+    video = record.pictures[0]
+    assert video.size() == (8, 8)
+    assert len({*record.keys, *(frame.key for frame in video.frames)}) == 4
+    with pytest.raises(ValueError, match=r"image .*gone\.png does not exist"):
+        parse(llava("q", "a", video=["gone.png"]), 0, root=str(tmp_path), frames=2, clips=True).pictures[0].check()
+
+
 def test_a_video_file(tmp_path):
     av = pytest.importorskip("av", reason="the package av is not installed")
     with av.open(str(tmp_path / "a.mp4"), "w") as out:

@@ -301,7 +301,7 @@ def test_pictures_in_answers_are_supervised_and_those_in_questions_are_not(tmp_p
 
 def test_what_samples_are_made_of_shows_no_picture_that_is_to_be_drawn(tmp_path):
     source = Conversations([Records(data(tmp_path, [said("<image>draw", "<image>", 1, 2)]))], drawing_encoder(), plan=5)
-    ((question, ids, pictures),) = source.prompts(1)
+    ((question, ids, _, pictures),) = source.prompts(1)
     assert (question, ids.count(IMAGE), pictures[:, 0, 0, 0].tolist()) == ("<image>draw", 2, [50])
 
 
@@ -313,7 +313,7 @@ def test_a_question_shows_what_was_drawn_before_it(tmp_path):
     questions = list(source.questions([0]))
     assert [q.text for q in questions] == ["draw", "again", "q"]
     assert [q.answer for q in questions] == ["a<image>", "<image>", "x"]
-    assert [source.load_pictures(torch.tensor(q.shown))[:, 0, 0, 0].tolist() for q in questions] == [
+    assert [source.load_pictures(torch.tensor(q.shown, dtype=torch.long).flatten())[:, 0, 0, 0].tolist() for q in questions] == [
         [50],
         [50, 100, 150],
         [50, 100, 150, 0],
@@ -500,3 +500,35 @@ def test_pictures_of_one_id_are_one(tmp_path):
     pytest.importorskip("datasets")
     stream = [Streamed(Stream(spec), encoder(), plan=4).take(4, rank, 2)["keys"].tolist() for rank in range(2)]
     assert stream[0][0] == stream[0][1] != stream[1][0] == stream[1][1]  # records 0 and 2, 1 and 3
+
+
+def test_videos_as_pictures_of_several_frames(tmp_path):
+    """A picture is shown once a batch, and a frame loaded once a set, whichever video or picture it is in; from a file and streamed."""
+    row = {
+        "messages": [{"role": "user", "content": "<video>and<image>"}, {"role": "assistant", "content": "x"}],
+        "video": ["1.png", "2.png"],
+    }
+    rows = [{**row, "images": ["2.png"]}, said("<image>q", "yy", 3), {**row, "images": ["0.png"]}]
+    source = Conversations([Records(data(tmp_path, rows, frames=3), clips=True)], encoder(), plan=5)
+    assert source.picture_count == 4
+    batch = source.batch(torch.arange(3))
+    assert batch["frames"].tolist() == [3, 1, 1, 1]
+    assert batch["image_rows"].tolist() == [0, 1, 2, 0, 3]
+    assert batch["pictures"][:, 0, 0, 0].tolist() == [50, 50, 100, 100, 150, 0]
+    assert torch.equal(source.load_pictures(batch["picture_ids"]), batch["pictures"])
+    assert [text(ids[ids != 0].tolist()) for ids in batch["input_ids"]] == ["^@@and@@x$", "^@@qyy$", "^@@and@@x$"]
+    assert len(batch["keys"]) == 5
+    assert batch["keys"][0] == batch["keys"][3]
+    assert "frames" not in source.batch(torch.tensor([1]))
+    (_, ids, frames, pictures), *_ = source.prompts(1)
+    assert (frames, pictures[:, 0, 0, 0].tolist(), ids.count(IMAGE)) == ([3, 1], [50, 50, 100, 100], 4)
+    taken = Streamed(Stream(Data("mine", path=str(tmp_path / "data.jsonl"), frames=3), clips=True), encoder(), plan=5).take(2)
+    assert taken["frames"].tolist() == [3, 1, 1]
+    assert taken["image_rows"].tolist() == [0, 1, 2]
+    assert taken["pictures"][:, 0, 0, 0].tolist() == [50, 50, 100, 100, 150]
+    dark = Conversations([Records(data(tmp_path, rows, frames=3, blind=True), clips=True)], encoder(), plan=5).batch(torch.arange(3))
+    assert dark["frames"].tolist() == [3, 1, 1, 1]
+    assert not dark["pictures"].any()
+    plain = Conversations([Records(data(tmp_path, rows, frames=3))], encoder(), plan=5).batch(torch.tensor([0]))
+    assert text(plain["input_ids"][0].tolist()) == "^@@@@@@and@@x$"
+    assert "frames" not in plain

@@ -44,6 +44,14 @@ def test_negatives_are_other_pictures_and_the_similar_ones_more_often():
     assert not (drawn[:, 3] == 3).any()
 
 
+def test_a_row_beside_which_no_other_picture_stands_has_no_negative():
+    assert hard_negatives(torch.zeros(1, 1), torch.tensor([0]), torch.tensor([0])).tolist() == [-1]
+    assert hard_negatives(torch.zeros(2, 2), torch.tensor([7, 7]), torch.tensor([7, 7])).tolist() == [-1, -1]
+    drawn = hard_negatives(torch.zeros(2, 3), torch.tensor([7, 5]), torch.tensor([7, 7, 5]))
+    assert drawn[0] == 2
+    assert drawn[1] in (0, 1)
+
+
 def test_smoothed_cross_entropy_is_torch_s_mean_over_scored_tokens():
     logits, labels = torch.randn(2, 4, 9), torch.randint(9, (2, 4))
     labels[1, 2:] = -100

@@ -157,6 +157,30 @@ def test_ranking_puts_the_best_of_the_contrast_in_the_order_of_both(tmp_path):
         assert some[i, 2:].tolist() == by_contrast[i, 2:].tolist()
 
 
+@pytest.mark.parametrize("level", [4.0, -20.0])
+def test_scores_that_are_ranked_anew_are_what_they_say_and_none_are_equal(tmp_path, monkeypatch, level):
+    """Logits that differ in their sixth digit; and logits so low that the others must be lowered to come after."""
+    ours = from_pretrained(saved(stock(Blip2ForImageTextRetrieval, text=True), tmp_path))
+    states, (ids, mask) = ours.encoder(torch.randn(6, 3, 28, 28)), texts(40, places=0)
+    yes = iter(level + torch.arange(2 * 46 * 5) * 1e-5)
+
+    def match(image, *_):
+        return torch.tensor([[0.0, float(next(yes))] for _ in image])
+
+    monkeypatch.setattr(ours.connector, "match", match)
+    cosine = rank(ours.connector, states, ids, mask, top=0)
+    for turned, scores in enumerate(rank(ours.connector, states, ids, mask, top=5, batch=7)):
+        told = cosine[turned].double()
+        best = told.topk(5).indices
+        first = sum(len(c) * 5 for c in cosine[:turned])
+        logits = (level + torch.arange(first, first + len(told) * 5) * 1e-5).double().view(-1, 5)
+        assert torch.equal(scores.gather(1, best), told.gather(1, best) + logits)
+        for row, plain, own in zip(scores, told, best, strict=True):
+            others = torch.tensor([i for i in plain.argsort(descending=True).tolist() if i not in own.tolist()], dtype=torch.long)
+            assert row.argsort(descending=True)[5:].tolist() == others.tolist()
+            assert (level < 0) or torch.equal(row[others], plain[others])
+
+
 # -------------------------------------------------------------------------------------------- behaviour, without weights
 
 SYSTEM = spec.System(

@@ -8,7 +8,7 @@ from mmfast.trainers.config import load_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, ChameleonConfig, ChameleonForConditionalGeneration
 
 from mmfast.models import build, chameleon, from_pretrained
-from mmfast.models.published.chameleon import add_decoder, tokenizer_of
+from mmfast.models.published.chameleon import add_decoder, from_stock, tokenizer_of
 from mmfast.spec import SharedTokens
 
 BOS, EOS, PAD, IMAGE, BEGIN, END = 1, 2, 3, 4, 5, 6
@@ -165,6 +165,24 @@ def test_drawing_needs_the_original_tokenizer(tmp_path):
         add_decoder(ours, {k: v + 1 for k, v in whole.state_dict().items()})
     with pytest.raises(ValueError, match="no tokenizer of its sizes: Missing key"):
         add_decoder(ours, {})
+
+
+def test_pictures_have_the_same_codes_in_half_precision(tmp_path):
+    """The language model may be held in bf16; the tokenizer is read in fp32 from the file, and made so where a model in bf16 is given."""
+    theirs, pixels = stock(seed=1), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    theirs.save_pretrained(tmp_path)
+    whole, half = from_pretrained(tmp_path), from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert next(half.language.parameters()).dtype == torch.bfloat16
+    assert len(whole.encoder(pixels).unique()) == CODES
+    torch.testing.assert_close(half.encoder(pixels), whole.encoder(pixels), rtol=0, atol=0)
+    given = from_stock(stock(seed=1).bfloat16())
+    assert given.encoder.vision.codebook.dtype == torch.float32
+    assert given.encoder(pixels).shape == (4, PER_PICTURE)
+    # The original tokenizer's codes are those that a folder in bf16 has rounded.
+    original = tokenizer_of(whole.system.encoder, decoder=True)
+    original.load_state_dict(theirs.model.vqmodel.state_dict(), strict=False)
+    add_decoder(given, original.state_dict())
+    torch.testing.assert_close(given.encoder(pixels), whole.encoder(pixels), rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------------------------------------------ the official layout

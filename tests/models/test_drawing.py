@@ -6,7 +6,7 @@ import pytest
 import torch
 from mmfast.trainers.config import load_recipe
 
-from mmfast.models import build, tiny
+from mmfast.models import build, interleaved, tiny
 from mmfast.models.drawing import Guidance, draw, draw_codes, may_follow, pixels, write
 from mmfast.models.tokenizer import word_tokenizer
 
@@ -127,6 +127,27 @@ def test_writing_keeps_to_the_rule(model):
     alone = list(write(model, torch.tensor([[1, 6]]), pictures=False, max_new_tokens=60, temperature=2.0, top_p=1.0, generator=g))
     assert [kind for kind, _ in alone] == ["text"]
     assert begin not in alone[0][1]
+
+
+def test_text_alone_ends_where_a_picture_would_begin(model, monkeypatch):
+    """Greedy and of beams, with the beginning of a picture told as the text's end; unasked it is a token like any other."""
+    begin, ids = model.new_tokens[0], torch.tensor([[1, 5]])
+    said = model.generate(ids, end=2, max_new_tokens=6)[0].tolist()
+    bias = torch.zeros(model.language.lm_head.weight.shape[0])
+    bias[begin] = 50.0
+    head = model.language.lm_head
+    monkeypatch.setitem(head._parameters, "bias", torch.nn.Parameter(bias))
+    assert model.generate(ids, end=2, max_new_tokens=3).tolist() == [[begin] * 3]
+    assert model.stops == (begin,)
+    for beams in (1, 3):
+        assert model.generate(ids, beams=beams, end=2, stops=model.stops, max_new_tokens=3).tolist() == [[2]]
+    tokenizer = word_tokenizer(WORDS, model.system.added_tokens)
+    assert interleaved.write(model, tokenizer, ["a"], max_new_tokens=3) == ""
+    monkeypatch.setitem(head._parameters, "bias", None)
+    assert begin not in said
+    assert model.generate(ids, end=2, stops=model.stops, max_new_tokens=6)[0].tolist() == said
+    with pytest.raises(ValueError, match="stops are told as the token end"):
+        model.generate(ids, stops=model.stops)
 
 
 def test_what_cannot_be_drawn_is_told(model):

@@ -288,6 +288,29 @@ def test_videos_and_the_temporal_embeddings():
     assert model.embed_images(torch.randn(2, 3, 16, 16)).shape == (2, 3, 32)
 
 
+def test_videos_and_pictures_in_one_batch():
+    """Frames end to end, and how many each has: what each gives alone, in the forward pass and in generation; from states too."""
+    torch.manual_seed(0)
+    model = build(replace(SYSTEM, connector=replace(SYSTEM.connector, frames=2))).eval()
+    open_gates(model)
+    ids, frames, pixels = rows("xIabI", "Iabcd"), torch.tensor([3, 1, 3]), torch.randn(7, 3, 16, 16)
+    seen = model.embed_images(pixels, image_frames=frames)
+    alone = [model.embed_images(part[None]) for part in pixels.split(frames.tolist())]
+    torch.testing.assert_close(seen, torch.cat(alone), atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone[1], model.embed_images(pixels[3:4]), atol=1e-5, rtol=0)
+    want = model(ids, image_embeds=seen).logits
+    torch.testing.assert_close(model(ids, pixel_values=pixels, image_frames=frames).logits, want, atol=1e-5, rtol=0)
+    turned = {"image_states": model.encode(pixels), "image_frames": frames, "image_rows": torch.tensor([2, 1, 0])}
+    torch.testing.assert_close(model.embed_images(**turned), seen.flip(0), atol=1e-5, rtol=0)
+    said = model.generate(ids, pixel_values=pixels, image_frames=frames, max_new_tokens=4)
+    assert torch.equal(said, model.generate(ids, image_embeds=seen, max_new_tokens=4))
+    last = pixels.clone()
+    last[0] += 1  # the first frame of the first video, which its text sees as well as the last
+    assert (model(ids, pixel_values=last, image_frames=frames).logits[0] - want[0])[1:].abs().max() > 1e-4
+    with pytest.raises(ValueError, match="image_frames are read by a connector Resampler with frames, and this one has none"):
+        made().embed_images(pixels, image_frames=frames)
+
+
 def test_a_connector_that_fits():
     with pytest.raises(ValueError, match="GatedCrossAttention reads the latents of a Resampler, in the tower's width, got Linear"):
         build(replace(SYSTEM, connector=spec.Linear()))

@@ -195,6 +195,23 @@ def test_tokenise_leaves_a_moving_codebook_alone(train):
     assert torch.equal(model.quantize.codebook, before["quantize._codebook.embed"][0]) != train
 
 
+@pytest.mark.parametrize("ema", [False, True])
+def test_codes_are_the_same_under_autocast(ema):
+    """A picture has one row of codes, wherever it is read; also while the tokenizer learns. What is drawn of them follows autocast."""
+    torch.manual_seed(0)
+    vq = small(quantize=VectorQuantize(8, 64, accept_image_fmap=True) if ema else VectorQuantizer2(64, 8)).eval()
+    pixels = torch.rand(4, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        vq.codebook.copy_(vq.encode(pixels).flatten(2).transpose(1, 2).flatten(0, 1)[torch.randperm(4 * 16 * 16)[:64]])
+    want = vq.tokenise(pixels)
+    assert len(want.unique()) > 32
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn, ids, loss = vq(pixels)
+        torch.testing.assert_close(vq.tokenise(pixels), want, rtol=0, atol=0)
+    torch.testing.assert_close(ids.flatten(1), want, rtol=0, atol=0)
+    assert (drawn.dtype, loss.dtype) == (torch.bfloat16, torch.float32)
+
+
 def test_a_picture_cut_short_is_filled_with_its_first_code():
     model = small()
     ids = torch.tensor([[7, 1, 2]])

@@ -8,7 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from mmfast.trainers import config
+from mmfast.trainers import chat as chatting
+from mmfast.trainers import config, evaluate, records
 from mmfast.trainers.checkpoint import Run
 from mmfast.trainers.drawn import drawing_exam
 from mmfast.trainers.loop import Options, rate
@@ -129,6 +130,38 @@ def test_states_that_are_kept_are_the_ids(session, source):
     batch = source.batch(torch.arange(4))
     plain, cached = (answer_objective(session, s)(batch, batch["counts"])[0] for s in (None, states))
     torch.testing.assert_close(plain, cached)
+
+
+def test_codes_of_a_step_in_half_precision_are_those_that_are_kept(session, source):
+    """What a set too large to be kept is trained on, and what is asked about a picture outside of a step."""
+    states, batch = cached_states(session, source), source.batch(torch.arange(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        shown = session.states_in(batch, None)
+    torch.testing.assert_close(shown, states[batch["picture_ids"]], rtol=0, atol=0)
+
+
+def test_answers_end_where_a_picture_would_begin(session, monkeypatch, tmp_path):
+    """Chat and what is measured want text alone; codes may not come in it, so what would follow is not what the model has learnt."""
+    head = session.model.language.get_output_embeddings()
+    bias = torch.zeros(head.weight.shape[0])
+    bias[session.model.new_tokens[0]], bias[session.world.vocabulary.index("red")] = 60.0, 50.0
+    monkeypatch.setitem(head._parameters, "bias", torch.nn.Parameter(bias))
+    pictures = torch.from_numpy(session.world.render(session.world.scenes("eval", 1)))
+    (ids, _), states = session.encoder("bare")([("<image> what", None)]), session.states(pictures)
+    Image.fromarray(pictures[0].numpy()).save(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.png", "question": "what", "answer": "red"}]))
+    source = session.source(Data("mine", path=str(tmp_path / "a.json")), "bare")
+
+    def said():
+        yield chatting.chat(session, [tmp_path / "a.png"], "what", template="bare", max_new_tokens=4)
+        yield from evaluate.answer(session, [("what", ids, [1], pictures)], max_new_tokens=4)
+        yield from evaluate.caption_all(session, states)[0]
+        yield from (row["said"] for row in records.answered(session, source, max_new_tokens=4)[1])
+
+    assert list(said()) == [""] * 4
+    bias[session.model.new_tokens[0]] = 0.0
+    monkeypatch.setitem(head._parameters, "bias", torch.nn.Parameter(bias))
+    assert all(text.startswith("red red") for text in said())
 
 
 def test_dropout_acts_while_the_language_model_trains_and_is_gone_at_0(session):

@@ -70,7 +70,7 @@ def test_an_answer_that_ends_with_a_text(session, monkeypatch):
     monkeypatch.setattr(session, "place", SimpleNamespace(device="cpu"), raising=False)
     for template, told, ended in (("llava_v0", "A red one.", 1), ("llava_v1", "A red one.\n### Human: And", 0)):
         encode = conversations.Encoder(session.tokenizer, template, 4, session.model.image_token, 0)
-        assert answer(session, [("Which?", [1, 2], torch.zeros(0))], end=encode.end_token, stop=encode.stop) == [told]
+        assert answer(session, [("Which?", [1, 2], [], torch.zeros(0))], end=encode.end_token, stop=encode.stop) == [told]
         monkeypatch.setattr(session, "encoder", lambda template, encode=encode: encode)
         assert caption_all(session, torch.zeros(2, 4, 32), template) == ([told] * 2, ended)
 

@@ -228,3 +228,59 @@ def test_shards_in_half_precision_know_their_totals_and_their_average(tmp_path):
     assert [(line["step"], line["loss"]) for line in again] == [(line["step"], line["loss"]) for line in lines]
     for name, value in whole.items():
         assert torch.equal(value, resumed[name]), name
+
+
+CODES = """
+import sys
+from dataclasses import replace
+import torch
+from mmfast.spec import Compute, Optim
+from mmfast.models import tiny
+from mmfast.trainers import checkpoint, config, loop, place
+from mmfast.trainers.session import Session
+
+compute = Compute(parallel="fsdp", precision="bf16")
+where = place.find(compute, "cpu")
+session = Session(tiny(config.load_recipe("chameleon")), seed=0, place=where, precision="bf16")
+model, pixels = session.model, torch.rand(16, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+with torch.no_grad():
+    z = model.encoder.vision.encode(pixels).flatten(2).transpose(1, 2).flatten(0, 1)
+    model.encoder.vision.codebook.copy_(z[torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:64]])
+alone = model.encoder.vision.tokenise(pixels)
+assert len(alone.unique()) > 32
+model.train_only(sys.argv[2].split(","))
+
+
+def step(batch, totals):
+    assert torch.equal(model.encoder.vision.tokenise(pixels), alone)
+    drawn, ids, codebook = model.encoder.vision(pixels)  # which moves the codes, where they learn
+    assert torch.equal(ids.flatten(1), alone)
+    table = model.language.get_input_embeddings().weight
+    if not model.encoder_learns:
+        assert torch.equal(model.encoder(pixels), model.encoder.words[alone]) and table.dtype == torch.bfloat16
+    return drawn.float().square().mean() + codebook + table.float().sum() * 0, {}
+
+
+class Nothing:
+    def __len__(self):
+        return 2
+
+    def batch(self, index):
+        return {"counts": torch.ones(1, dtype=torch.float64)}
+
+
+run, objective = checkpoint.Run(sys.argv[1], main=where.main), loop.Objective(step, model)
+options = loop.Options(quiet=True, compute=compute, place=where)
+loop.train(run, objective, Nothing(), optim=Optim(lr=1e-6, steps=1, batch=2), stage="s", options=options)
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", ["encoder", "language"])
+def test_shards_in_half_precision_give_pictures_the_same_codes(tmp_path, parts):
+    """Whether the tokenizer learns, or stands beside what does."""
+    (tmp_path / "program.py").write_text(CODES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "program.py")]
+    done = subprocess.run([*command, str(tmp_path / "run"), parts], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]

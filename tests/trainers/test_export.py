@@ -48,7 +48,9 @@ def test_ids_are_those_of_training(kind, template, tmp_path):
     places = dict(image_tokens=session.system.encoder.tokens, image_token=session.model.image_token)
     for turns in TURNS:
         ours, _ = session.encoder(template)(turns)
-        assert conversations.encode(again, template, turns, **places)[0] == ours
+        # What is exported begins no text by itself: its processor's texts hold that token.
+        begun = conversations.TEMPLATES[template].begin is None and ours[0] == again.bos_token_id
+        assert conversations.encode(again, template, turns, **places)[0] == ours[begun:]
         text = processor.apply_chat_template(messages_of(turns), add_generation_prompt=turns[-1][1] is None)
         expanded = text.replace("<image>", "<image>" * session.system.encoder.tokens)
         assert processor.tokenizer(expanded)["input_ids"] == ours, turns

@@ -137,6 +137,18 @@ def test_captions_of_one_picture_are_no_negatives_of_each_other(session, monkeyp
     assert seen[0][0].tolist() == seen[0][1].tolist() == [0, 0, 2, 3, 4, 5]
 
 
+def test_matching_leaves_out_rows_beside_which_no_other_picture_stands(session):
+    """The last micro-batch of three records cut in two, or captions that all show one picture: the same pair was both right and wrong."""
+    batch, objective, _ = first(session)
+    one = {name: batch[name][:1] for name in ("pictures", "picture_ids", "ids", "mask", "keys", "shown")}
+    _, measures = objective(one, batch["counts"])
+    assert measures["loss/matching"] == measures["matching_accuracy"] == 0
+    assert measures["loss/contrast"] == 0
+    assert measures["loss/captioning"] > 0
+    same = {**batch, "keys": torch.zeros(ROWS, dtype=torch.long), "shown": torch.zeros(ROWS, dtype=torch.long)}
+    assert objective(same, batch["counts"])[1]["loss/matching"] == 0
+
+
 def test_records_that_are_no_caption_of_a_picture_are_refused(session):
     class Two:
         def batch(self, index):

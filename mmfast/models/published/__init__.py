@@ -2,7 +2,8 @@
 
 The stock class of transformers is the map between names: parts are taken out of it when reading and put back into it when writing, so that
 whatever layouts it understands (old key names, shards, half precision) we understand too, and what we write it loads. A module here is one
-class: ``STOCK``, ``system_of(config, name)``, ``from_stock(stock, name)`` and ``as_stock(model)``, a context that gives the stock model.
+class: ``STOCK``, ``system_of(config, name)``, ``from_stock(stock, name)`` and ``as_stock(model)``, a context that gives the stock model; and
+``READER`` where it is read by another class.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None) -> Mu
     config, name = config_of(str(path)), Path(path).name
     kind = _known(config, str(path))
     kind.system_of(config, str(path))  # what cannot be read is told before gigabytes are
-    return kind.from_stock(load_weights(kind.STOCK, str(path), "weights", dtype or torch.float32), name)
+    return kind.from_stock(load_weights(getattr(kind, "READER", kind.STOCK), str(path), "weights", dtype or torch.float32), name)
 
 
 def system_of(config: PretrainedConfig, name: str) -> spec.System:

@@ -21,6 +21,12 @@ from mmfast.nn.vqgan import VQGAN, published_state
 STOCK = ChameleonForConditionalGeneration
 
 
+class READER(ChameleonForConditionalGeneration):
+    """The stock class as it is read: its image tokenizer in fp32 whatever the rest is held in, since rounded weights give a picture other codes."""
+
+    _keep_in_fp32_modules_strict = {"vqmodel"}
+
+
 def system_of(config: ChameleonConfig, name: str) -> spec.System:
     """The choices that a stock Chameleon's configuration stands for."""
     vq = config.vq_config
@@ -53,8 +59,8 @@ def system_of(config: ChameleonConfig, name: str) -> spec.System:
 
 
 def from_stock(stock: ChameleonForConditionalGeneration, name: str = "chameleon") -> MultimodalModel:
-    """Take the parts out of a stock Chameleon; weights are shared with it, not copied. Its tokenizer reads pictures and cannot draw them:
-    ``add_decoder`` puts that half in, from the original tokenizer checkpoint."""
+    """Take the parts out of a stock Chameleon; weights are shared with it, not copied, but for a tokenizer in half precision, which becomes fp32.
+    The tokenizer reads pictures and cannot draw them: ``add_decoder`` puts that half in, from the original tokenizer checkpoint."""
     system = system_of(stock.config, name)
     with torch.device("meta"):  # only the shells; their insides are the checkpoint's
         language = chameleon.without_pictures(ChameleonForConditionalGeneration(stock.config))
@@ -62,7 +68,9 @@ def from_stock(stock: ChameleonForConditionalGeneration, name: str = "chameleon"
     for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
         setattr(language.model, part, getattr(stock.model, part))
     language.set_output_embeddings(stock.lm_head)
-    vq.load_state_dict(stock.model.vqmodel.state_dict(keep_vars=True), assign=True)
+    with torch.no_grad():
+        state = {n: p if p.element_size() > 2 else p.float() for n, p in stock.model.vqmodel.state_dict(keep_vars=True).items()}
+        vq.load_state_dict(state, assign=True)
     words = stock.config.vocabulary_map
     return MultimodalModel(
         system, CodeTower(vq), torch.nn.Identity(), language, image_token=words[IMAGE], new_tokens=[words[t] for t in system.added_tokens]
@@ -119,6 +127,7 @@ def add_decoder(model: MultimodalModel, state: dict[str, torch.Tensor]) -> None:
         whole.load_state_dict(published_state(state))
     except RuntimeError as error:
         raise ValueError(f"{model.system.name}: this is no tokenizer of its sizes: {str(error).splitlines()[1].strip()}") from error
-    if not torch.equal(whole.codebook.to(own.codebook), own.codebook):
+    stored = (own.codebook.dtype, torch.bfloat16, torch.float16)  # what the folder may have rounded its codes to
+    if not any(torch.equal(whole.codebook.to(own.codebook.device, kind).to(own.codebook), own.codebook) for kind in stored):
         raise ValueError(f"{model.system.name}: this tokenizer has other codes than the model reads")
     model.encoder.vision = whole.to(own.codebook).requires_grad_(False).eval()

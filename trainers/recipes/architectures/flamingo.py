@@ -2,8 +2,8 @@
 
 The 9B model with open parts: CLIP L/14 for its NFNet-F6, so that the resampler is 1024 wide (paper: 1536, 16 heads of 96), and LLaMA-7B for
 Chinchilla's 7.1B, whose 32 layers have 8 blocks (paper: 40 and 10). Data are interleaved pages (M3W) and pairs and videos (ALIGN, LTIP, VTP),
-their losses weighed as published, all in every update; none is open, and neither the batch, its shares nor the betas are published. Videos
-are read as pictures, one a frame. Augmentation of pictures is left out.
+their losses weighed as published, all in every update; none is open, and neither the batch, its shares nor the betas are published. A video
+is one picture of 8 frames. Augmentation of pictures is left out.
 """
 
 from mmfast.spec import Clip, Data, Fixed, GatedCrossAttention, LanguageModel, Mixture, Optim, Pages, Resampler, Stage, System
