@@ -6,13 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mmfast.trainers import config, grounding
+from mmfast.trainers import config, grounding, plan, runs
+from mmfast.trainers.checkpoint import Run
 from mmfast.trainers.session import Session
+from mmfast.trainers.supervised import train_system
 from PIL import Image
 
 from mmfast import spec
 from mmfast.data import regions
 from mmfast.models import tiny
+from mmfast.models.pretrained import adopted
 
 KOSMOS_1, KOSMOS_2 = (config.load_recipe(name) for name in ("kosmos_1", "kosmos_2"))
 
@@ -107,6 +110,46 @@ def test_instructions_of_text_among_the_data_of_the_first_stage(tmp_path):
 def test_what_does_not_go_together(changes, sentence):
     assert any(said.startswith(sentence) for said in spec.misfits(replace(KOSMOS_1, **changes)))
     assert not any(said.startswith(sentence) for said in spec.misfits(KOSMOS_1))
+
+
+def trained(recipe, folder):
+    """A run of the recipe, as it lies on the disk."""
+    run = Run(folder)
+    run.write_json("recipe.json", spec.to_dict(recipe) | {"seed": 0})
+    return train_system(recipe, run, quiet=True)
+
+
+def test_kosmos_2_starts_from_a_run_of_kosmos_1(tmp_path):
+    """Its places are its own, and so is the way it fits pictures; places get rows that nothing had, which learn like the others. A policy that
+    says nothing of places takes over what the run has."""
+    one, two = (
+        replace(system, stages=tuple(replace(s, optim=replace(s.optim, steps=2, warmup=0)) for s in system.stages[1:2]))
+        for system in (tiny(KOSMOS_1), tiny(KOSMOS_2))
+    )
+    before = trained(one, tmp_path / "one")
+    words = len(before.tokenizer)
+    two = replace(two, weights=str(tmp_path / "one"))
+    start = Session(two, seed=0)
+    assert (start.system.regions, start.system.image.fit) == (spec.BoxTokens(16), "squash")
+    places = start.tokenizer.convert_tokens_to_ids(list(start.system.regions.tokens))
+    assert places == list(range(words, words + 256 + 6))
+    assert set(places) < set(start.model.new_tokens)
+    assert start.model.image_token == start.image_token == len(start.tokenizer)
+    table = start.model.language.get_input_embeddings().weight.detach().clone()
+    torch.testing.assert_close(table[:words], before.model.language.get_input_embeddings().weight)
+    assert table[words:].std() == pytest.approx(two.language.init, rel=0.1)
+    assert start.model.language.get_output_embeddings().weight is start.model.language.get_input_embeddings().weight
+    assert plan.sized(two).language.vocab == len(table)
+
+    after = trained(two, tmp_path / "two")
+    assert not torch.equal(after.model.language.get_input_embeddings().weight[words:], table[words:])
+    opened, _ = runs.open_run(tmp_path / "two")
+    for name, tensor in after.model.state_dict().items():
+        assert torch.equal(opened.model.state_dict()[name], tensor), name
+    policy = adopted(replace(one, regions=spec.NoRegions(), image=spec.Fixed()), opened.system)
+    assert (policy.regions, policy.image) == (spec.BoxTokens(16), two.image)
+    finer = adopted(replace(two, regions=spec.BoxTokens(32), image=spec.Fixed(fit="crop")), opened.system)
+    assert (finer.regions.bins, finer.image.fit, finer.image.mean) == (32, "crop", two.image.mean)
 
 
 @pytest.fixture(scope="module")
