@@ -13,9 +13,11 @@ from mmfast.trainers.supervised import train_system
 from PIL import Image
 
 from mmfast import spec
-from mmfast.data import regions
+from mmfast.data import chat, regions
+from mmfast.data.synthetic import World
 from mmfast.models import tiny
 from mmfast.models.pretrained import adopted
+from mmfast.models.tokenizer import word_tokenizer
 
 KOSMOS_1, KOSMOS_2 = (config.load_recipe(name) for name in ("kosmos_1", "kosmos_2"))
 
@@ -47,6 +49,33 @@ def test_published_hyper_parameters():
     assert KOSMOS_2.regions.bins == 32
     assert len(KOSMOS_2.regions.tokens) == 1024 + 6
     assert KOSMOS_2.added_tokens[:2] == ("</image>", "<phrase>")
+
+
+def test_a_batch_of_kosmos_1_is_as_many_tokens_as_published():
+    """1.2 million an update, at the row lengths that Kosmos-2's batches have: 215 K tokens are 2 x 1117 captions, 19 K are 47 documents. Rows are drawn
+    so that tokens have the shares (``by="tokens"``: a set's weight over its mean length)."""
+    lengths = {"text": 2048, "image_text_pairs": 215_000 / (2 * 1117), "interleaved": 19_000 / 47}
+    stage = KOSMOS_1.stages[0]
+    assert stage.data.by == "tokens"
+    drawn = {p.name: p.weight / lengths[p.name] for p in stage.data.parts}
+    tokens = {name: stage.optim.batch * share / sum(drawn.values()) * lengths[name] for name, share in drawn.items()}
+    assert sum(tokens.values()) == pytest.approx(1.2e6, rel=0.02)
+    assert tokens == pytest.approx({"text": 0.5e6, "image_text_pairs": 0.5e6, "interleaved": 0.2e6}, rel=0.02)
+
+
+def test_earlier_answers_of_instructions_end_too():
+    words = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "what", "is", "it", "red", "blue")
+    tokenizer, stage = word_tokenizer(words), KOSMOS_2.stages[1]
+
+    def told(*turns):
+        ids, labels = chat.encode(tokenizer, stage.template, turns, image_tokens=1, image_token=4)
+        return " ".join(
+            f"{word}!" if label != -100 else word for word, label in zip(tokenizer.convert_ids_to_tokens(ids), labels, strict=True)
+        )
+
+    assert told(("<image> what is it", "red"), ("is it", "blue")) == "<bos> <image> what is it red! <eos>! is it blue! <eos>!"
+    assert told(("<image> what is it", "red")) == "<bos> <image> what is it red! <eos>!"
+    assert KOSMOS_2.stages[0].template == KOSMOS_1.stages[1].template == "bare"
 
 
 def test_instructions_of_text_among_the_data_of_the_first_stage(tmp_path):
@@ -119,11 +148,13 @@ def trained(recipe, folder):
     return train_system(recipe, run, quiet=True)
 
 
-def test_kosmos_2_starts_from_a_run_of_kosmos_1(tmp_path):
+def test_kosmos_2_starts_from_a_run_of_kosmos_1(tmp_path, monkeypatch):
     """Its places are its own, and so is the way it fits pictures; places get rows that nothing had, which learn like the others. A policy that
     says nothing of places takes over what the run has."""
+    scenes = World.scenes
+    monkeypatch.setattr(World, "scenes", lambda world, split, count, *args, **kw: scenes(world, split, min(count, 48), *args, **kw))
     one, two = (
-        replace(system, stages=tuple(replace(s, optim=replace(s.optim, steps=2, warmup=0)) for s in system.stages[1:2]))
+        replace(system, stages=tuple(replace(s, optim=replace(s.optim, steps=2, warmup=0)) for s in system.stages))
         for system in (tiny(KOSMOS_1), tiny(KOSMOS_2))
     )
     before = trained(one, tmp_path / "one")
