@@ -388,13 +388,35 @@ def layered(
 ) -> tuple[Recipe, list[str]]:
     """A recipe under all its layers, and all that is wrong with them."""
     problems: list[str] = []
-    recipe = load_recipe(name, tiny=tiny)
+    base = recipe = load_recipe(name, tiny=tiny)
+    said = ""
     for path in files:
         try:
-            recipe = apply(recipe, read_file(path), problems, source=f"{path}: ")
+            tree = read_file(path)
+            recipe, said = apply(recipe, tree, problems, source=f"{path}: "), f"{said} {tree}"
         except RunError as error:
             problems.append(str(error))
-    return apply(recipe, options(list(rest), problems), problems, flags=flags), problems
+    given = options(list(rest), problems)
+    recipe = apply(recipe, given, problems, flags=flags)
+    if not tiny and "max_length" not in f"{said} {given}":
+        problems += _shortened(base, recipe)
+    return recipe, problems
+
+
+def _shortened(base: Recipe, recipe: Recipe) -> list[str]:
+    """Texts of retrieval stages that lost places to a picture of more tokens, where nobody spoke of ``max_length``, a sentence each."""
+    if not all(isinstance(one, System) and isinstance(one.connector, Tokens) for one in (base, recipe)):
+        return []
+    before, more = base.connector.tokens, recipe.connector.tokens - base.connector.tokens
+    return [
+        f"stages.{stage.name}.max_length: {stage.max_length} left {stage.max_length - before} tokens to a text, and beside connector.tokens "
+        f"{before + more} leaves {stage.max_length - before - more}; give --stages.{stage.name}.max_length {stage.max_length + more} for texts as long "
+        f"as before, or {stage.max_length} for shorter ones"
+        for stage in recipe.stages
+        if stage.objective == "retrieval"
+        and more > 0
+        and any(own.name == stage.name and own.objective == stage.objective and own.max_length == stage.max_length for own in base.stages)
+    ]
 
 
 def read_shots(base: Shots, given: str) -> Shots:

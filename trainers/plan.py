@@ -24,7 +24,7 @@ from mmfast.data.synthetic import World, WorldConfig
 from mmfast.models import add_lora, build, lora_parameters, resolved
 from mmfast.models.build import MultimodalModel
 from mmfast.models.fusions import ByRow, MediaByRow, blocks
-from mmfast.models.pretrained import locate, taken
+from mmfast.models.pretrained import adopted, locate
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.ops.linear_logp import _LEAST_COLUMNS, _WORKSPACE_MB
 from mmfast.spec import BUILT_IN as SETS
@@ -117,8 +117,8 @@ def at_hand(system: System) -> tuple[System, list[str]]:
 
     if system.weights and is_run(system.weights):
         own, said = at_hand(system_of(read_recipe(Path(system.weights))[0]))
-        asked = taken(system, own, image=own.image)
-        own = replace(own, encoder=asked.encoder, connector=asked.connector, image=asked.image)
+        asked = adopted(system, own)
+        own = replace(own, encoder=asked.encoder, connector=asked.connector, image=asked.image, regions=asked.regions)
         return replace(own, stages=system.stages or own.stages), said
     if system.weights:
         system = replace(system, weights=found(system.weights, "weights", system))
@@ -165,7 +165,9 @@ def unknown(recipe: System | Alignment, job: Stage | Alignment) -> str | None:
 def _vocabulary(system: System) -> int:
     """Words of the built-in data and tokens of the choices, which a model without weights speaks, as in ``session.Session``."""
     if system.weights and is_run(system.weights):
-        return _vocabulary(system_of(read_recipe(Path(system.weights))[0]))
+        origin = system_of(read_recipe(Path(system.weights))[0])
+        own = at_hand(origin)[0]
+        return _vocabulary(origin) + len({*adopted(system, own).added_tokens} - {*own.added_tokens})
     names = {part.name for stage in system.stages for part in parts_of(stage.data)}
     return len(word_tokenizer(vocabulary(names, World()), system.added_tokens))
 

@@ -18,7 +18,7 @@ from mmfast.data.synthetic import Scene, World, WorldConfig
 from mmfast.models import build
 from mmfast.models.build import refit
 from mmfast.models.lora import add_lora, lora_parameters, merge_lora
-from mmfast.models.pretrained import placeholder, questions, resolved, taken, text_side, tokenizer_for
+from mmfast.models.pretrained import add_tokens, adopted, placeholder, questions, resolved, text_side, tokenizer_for
 from mmfast.models.tokenizer import word_tokenizer
 from mmfast.spec import BUILT_IN, Data, Lora, Mixture, SharedTokens, Stage, System
 
@@ -53,9 +53,11 @@ class Session:
         self.world = World(WorldConfig(seed=seed))
         self.origin = Path(system.weights) if system.weights and is_run(system.weights) else None
         origin = self._open_origin()
-        self.system = origin.adopted(system) if origin else system
+        self.system = adopted(system, origin.system) if origin else system
         self._first = (origin._first or origin.system) if origin else None  # whose weights came with a tokenizer of the Q-Former
         self.tokenizer = origin.tokenizer if origin else self._tokenizer()
+        if origin:
+            add_tokens(self.tokenizer, self.system.added_tokens)
         self.image_token = placeholder(self.system, self.tokenizer)
         if with_model:
             self.rebuild(origin)
@@ -67,10 +69,6 @@ class Session:
         from .runs import open_run
 
         return open_run(self.origin, place=self.place)[0] if self.origin else None
-
-    def adopted(self, system: System) -> System:
-        """``system`` with this session's model in place of its own choices, as far as it asks for nothing else."""
-        return replace(taken(system, self.system, image=self.system.image), regions=self.system.regions)
 
     def _tokenizer(self):
         if self.system.weights or self.system.language.weights or self.system.language.words:
@@ -98,7 +96,7 @@ class Session:
         self._kept = None
         torch.manual_seed(self.seed)
         if self.origin:
-            self.model = refit(merge_lora((origin or self._open_origin()).model), self.system)
+            self.model = refit(merge_lora((origin or self._open_origin()).model), self.system, self.tokenizer)
         else:
             self.model = build(self.system, tokenizer=self.tokenizer, dtype=self.dtype).to(self.place.device)
             self.system = self.model.system

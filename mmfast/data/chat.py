@@ -98,6 +98,8 @@ _T5 = Template(end_each=False, picture_first=True, end_asked=True)
 TEMPLATES = {
     # Nothing but the words: the tiny models.
     "bare": Template(end_each=False),
+    # Nothing but the words, and each answer ends: Kosmos-2's instructions.
+    "kosmos": Template(),
     # Few-shot episodes, whose words mmfast.data.episodes has; a picture and its caption as examples of one are, without more words.
     "frozen": Template(end_each=False),
     "flamingo": Template(after="<|endofchunk|>", chunk="<|endofchunk|>"),

@@ -614,13 +614,18 @@ class MultimodalModel(nn.Module):
         save_pretrained(self, path)
 
 
-def refit(model: MultimodalModel, system: spec.System) -> MultimodalModel:
-    """A whole model for what a system asks of it anew (``pretrained.taken``), all parts frozen."""
+def refit(model: MultimodalModel, system: spec.System, tokenizer=None) -> MultimodalModel:
+    """A whole model for what a system asks of it anew (``pretrained.taken``), all parts frozen. Tokens that only the tokenizer has get rows of
+    random numbers, as Kosmos-2's places over Kosmos-1."""
     if side := getattr(system.encoder, "interpolate", 0):
         pretrained.interpolated(model.encoder.vision, side)
     if isinstance(model.connector, QueryConnector):
         model.connector.instructed = system.connector.instructed
-    model.system = replace(model.system, encoder=system.encoder, connector=system.connector, image=system.image)
+    model.system = replace(model.system, encoder=system.encoder, connector=system.connector, image=system.image, regions=system.regions)
+    if tokenizer is not None:
+        pretrained.resize_embeddings(model.language, len(tokenizer), init=system.language.init)
+        model.image_token = pretrained.placeholder(system, tokenizer)
+        model.new_tokens = tuple(dict.fromkeys((*model.new_tokens, *tokenizer.convert_tokens_to_ids(list(system.added_tokens)))))
     model.train_only(())
     return model
 

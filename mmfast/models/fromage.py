@@ -31,14 +31,17 @@ _PUBLISHED = {
 
 
 def system_of(args: dict[str, Any], base: spec.System) -> spec.System:
-    """``base`` with the choices that a ``model_args.json`` stands for; what it says beyond them is ignored."""
+    """``base`` with the choices that a ``model_args.json`` stands for; what it says beyond them is ignored. Stages keep their length of text beside
+    a picture of more or fewer tokens."""
     given = {"weights": args[name]} if (name := "opt_version") in args else {}
     seen = {"weights": args[name]} if (name := "visual_encoder") in args else {}
+    tokens = args.get("n_visual_tokens", 1)
     return replace(
         base,
+        stages=tuple(replace(stage, max_length=stage.max_length + tokens - base.connector.tokens) for stage in base.stages),
         encoder=replace(base.encoder, **seen),
         language=replace(base.language, **given),
-        connector=replace(base.connector, tokens=args.get("n_visual_tokens", 1)),
+        connector=replace(base.connector, tokens=tokens),
         fusion=replace(base.fusion, shared=args.get("shared_emb_dim", 256), layers=tuple(args.get("text_emb_layers", (-1,)))),
     )
 

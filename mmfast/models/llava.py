@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mmfast.models.build import MultimodalModel
-from mmfast.models.files import read_state, write_state
+from mmfast.models.files import read_metadata, read_state, write_state
 from mmfast.models.pretrained import IMAGE, load_weights
 from mmfast.nn.projector import Projector
 
@@ -62,13 +62,36 @@ def load_llava_state(model: MultimodalModel, state: Mapping[str, Tensor], where:
 
 
 def load_llava(model: MultimodalModel, path: str | Path) -> None:
-    """Reads a released ``mm_projector.bin`` or ``non_lora_trainables.bin``, or what ``save_llava`` wrote."""
+    """Reads a released ``mm_projector.bin`` or ``non_lora_trainables.bin``, or what ``save_llava`` wrote.
+
+    Raises:
+        ValueError: as ``load_llava_state``, or a file that says that it fits other parts.
+    """
+    told = read_metadata(path)
+    for name, own in fits(model).items():
+        if name in told and Path(told[name]).name != Path(own).name:  # the same weights may lie elsewhere
+            raise ValueError(
+                f"{path}: its projection was trained with {name} {told[name] or 'empty'}, and {model.system.name} has {own or 'none'}; set {name}, or "
+                "take another file (load_llava_state reads tensors whatever they were trained with)"
+            )
     load_llava_state(model, read_state(path), str(path))
 
 
 def save_llava(model: MultimodalModel, path: str | Path) -> None:
-    """Writes the projection alone: safetensors, or for ``.bin`` what the released code reads."""
-    write_state(llava_state(model), path)
+    """Writes the projection alone: safetensors, which say what it ``fits``, or for ``.bin`` what the released code reads, which says nothing."""
+    write_state(llava_state(model), path, fits(model))
+
+
+def fits(model: MultimodalModel) -> dict[str, str]:
+    """What a projection goes with, field by field: the weights and the layer of the tower, the weights of the language model, the tokens around a
+    picture. A part that was not read from weights of its own says nothing of them."""
+    system = model.system
+    begin, end = system.borders or ("", "")
+    told = {
+        "encoder.weights": system.encoder.weights, "encoder.layer": getattr(system.encoder, "layer", None),
+        "language.weights": system.language.weights, "fusion.begin": begin, "fusion.end": end,
+    }  # fmt: skip
+    return {name: str(value) for name, value in told.items() if value is not None}
 
 
 def add_delta(base: Mapping[str, Tensor], delta: Mapping[str, Tensor], where: str = "delta") -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -235,6 +236,15 @@ def taken(system: spec.System, whole: spec.System, image: spec.Fixed) -> spec.Sy
     return replace(system, encoder=encoder, connector=connector, fusion=whole.fusion, language=whole.language, image=image)
 
 
+def adopted(system: spec.System, own: spec.System) -> spec.System:
+    """The system over a run's model, ``own``: ``taken``, and where the system speaks of places, its own ``regions`` and its own way to fit
+    pictures; a fit other than the default is its own as well."""
+    asks, image = not isinstance(system.regions, spec.NoRegions), own.image
+    if asks or system.image.fit != spec.Fixed.fit:
+        image = replace(image, fit=system.image.fit, fit_asked=system.image.fit_asked)
+    return replace(taken(system, own, image=image), regions=system.regions if asks else own.regions)
+
+
 def tower_sizes(choice, config: PretrainedConfig):
     ffn = getattr(config, "intermediate_size", None) or int(config.mlp_ratio * config.hidden_size)
     return replace(
@@ -307,16 +317,21 @@ def tokenizer_for(system: spec.System):
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # the tokenizer libraries raise whatever they like
         raise ValueError(f"{where} {weights}: no tokenizer can be read: {_first_line(error)}") from error
-    known = tokenizer.get_vocab()
-    if missing := [token for token in (IMAGE, *system.added_tokens) if token not in known]:
-        from transformers import AddedToken
-
-        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
+    add_tokens(tokenizer, (IMAGE, *system.added_tokens))
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{where} {weights}: the tokenizer has no end token, so no answer could end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def add_tokens(tokenizer, tokens: Sequence[str]) -> None:
+    """Those of the tokens that the tokenizer does not have yet, each as one token behind its others."""
+    known = tokenizer.get_vocab()
+    if missing := [token for token in tokens if token not in known]:
+        from transformers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in missing], special_tokens=True)
 
 
 def placeholder(system: spec.System, tokenizer) -> int:
@@ -441,8 +456,9 @@ def load_weights(kind, weights: str, where: str, dtype: torch.dtype, **options) 
     return model
 
 
-def resize_embeddings(language: nn.Module, vocab: int) -> None:
-    """Room for ``vocab`` tokens. New rows, of embeddings and head alike, stand at the mean of the old ones; a tied head stays tied."""
+def resize_embeddings(language: nn.Module, vocab: int, init: float | None = None) -> None:
+    """Room for ``vocab`` tokens. New rows, of embeddings and head alike, stand at the mean of the old ones, or with ``init`` are random numbers of
+    this deviation; a tied head stays tied."""
     table = language.get_input_embeddings()
     old = table.num_embeddings
     if old >= vocab:
@@ -457,7 +473,10 @@ def resize_embeddings(language: nn.Module, vocab: int) -> None:
     weights = {id(p): p for m in (language.get_input_embeddings(), language.get_output_embeddings()) for p in m.parameters()}
     with torch.no_grad():
         for weight in weights.values():  # once where they are tied
-            weight[old:] = weight[:old].float().mean(0).to(weight.dtype)
+            if init is None:
+                weight[old:] = weight[:old].float().mean(0).to(weight.dtype)
+            else:
+                nn.init.normal_(weight[old:], std=init)
 
 
 def set_decoder(language: nn.Module, decoder: nn.Module) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mmfast.trainers.config import load_recipe
 from transformers import OPTConfig, OPTForCausalLM
 
 from mmfast import spec
@@ -151,6 +152,9 @@ def test_the_arguments_of_a_release_are_a_system():
     assert (system.connector.tokens, system.fusion.shared) == (4, 128)
     assert system.fusion.layers == (-1,)
     assert fromage.system_of({"text_emb_layers": [0, -1]}, SYSTEM).fusion.layers == (0, -1)
+    recipe = load_recipe("fromage")
+    for tokens, places in ((1, 25), (4, 28)):  # 24 tokens of text
+        assert fromage.system_of({"n_visual_tokens": tokens}, recipe).stages[0].max_length == places
 
 
 @pytest.mark.parametrize("layers", [(), (3,), (-4,), (-1, 2), (0, 1, 0)])

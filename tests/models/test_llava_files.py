@@ -104,6 +104,30 @@ def test_projections_that_do_not_fit_say_so(tmp_path):
         load_llava(model, tmp_path / "evil.bin")
 
 
+def test_a_file_says_what_its_projection_fits(tmp_path):
+    """Weights that lie elsewhere are the same weights; a file without such words, as the release has them, is read as ever."""
+
+    def named(tower="openai/clip", layer=-2, language="vicuna-7b", **changes):
+        model = made(**changes)
+        parts = replace(model.system.encoder, weights=tower, layer=layer), replace(model.system.language, weights=language)
+        model.system = replace(model.system, encoder=parts[0], language=parts[1])
+        return model
+
+    save_llava(named(), tmp_path / "a.safetensors")
+    save_llava(named(), tmp_path / "a.bin")
+    for model in (named("/models/clip"), named(None, language=None), made()):
+        load_llava(model, tmp_path / "a.safetensors")
+    for model, sentence in (
+        (named(tower="openai/clip-336"), "a.safetensors: its projection was trained with encoder.weights openai/clip, and test has openai/clip-336; set "),
+        (named(layer=-1), "trained with encoder.layer -2, and test has -1; set encoder.layer, or take another file"),
+        (named(language="llama-7b"), "trained with language.weights vicuna-7b, and test has llama-7b"),
+        (named(fusion=AROUND), "trained with fusion.begin empty, and test has <im_start>"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=sentence):
+            load_llava(model, tmp_path / "a.safetensors")
+        load_llava(model, tmp_path / "a.bin")
+
+
 class Unknown:
     """Something that a pickle would have to be run for."""
 

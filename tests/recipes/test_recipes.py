@@ -22,9 +22,10 @@ from mmfast.trainers.supervised import OBJECTIVES, Session, train_system
 from mmfast.data import images, supervised
 from mmfast.data.synthetic import World
 from mmfast.models import lora_parameters, tiny
-from mmfast.spec import Alignment, Stage, System, to_dict
+from mmfast.spec import Alignment, Compute, Stage, System, to_dict
 
 NAMES = list(config.recipe_names())
+FLAMINGO, BLIP2, BLIP2_T5 = (config.load_recipe(name) for name in ("flamingo", "blip2", "blip2_flan_t5"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -207,6 +208,36 @@ def test_published_hyper_parameters_of_llava():
     assert "encoder" not in instruct.train
     for stage in (align, instruct):
         assert (stage.optim.warmup, stage.optim.weight_decay, stage.optim.schedule, stage.max_length) == (0.03, 0.0, "cosine", 2048)
+
+
+def test_published_hyper_parameters_of_flamingo():
+    (stage,), optim = FLAMINGO.stages, FLAMINGO.stages[0].optim
+    assert (optim.lr, optim.steps, optim.warmup, optim.schedule, optim.floor, optim.clip) == (1e-4, 500_000, 5000, "constant", 0, 1.0)
+    assert (optim.weight_decay, optim.weight_decay_of) == (0, {"adapter": 0.1})  # the resampler has none
+    assert {part.name: part.loss for part in stage.data.parts} == {"m3w": 1.0, "align": 0.2, "ltip": 0.2, "vtp": 0.03}
+    assert (stage.max_length, stage.train) == (256, ("connector", "adapter", "new_tokens"))
+    assert (stage.data.parts[0].pages.pictures, stage.data.parts[0].pages.following) == (5, 0.5)
+
+
+def test_published_hyper_parameters_of_blip2():
+    for recipe, batches in ((BLIP2, (1680, 1920)), (BLIP2_T5, (1680, 1520))):
+        see, speak = (stage.optim for stage in recipe.stages)
+        assert (see.steps, speak.steps, see.batch, speak.batch) == (250_000, 80_000, *batches)
+        assert (see.floor, speak.floor) == (0, 0.5)  # of 1e-4
+        for optim in (see, speak):
+            assert (optim.lr, optim.warmup, optim.schedule, optim.betas, optim.weight_decay) == (1e-4, 2000, "cosine", (0.9, 0.98), 0.05)
+            assert not optim.decay_vectors
+        assert [stage.max_length for stage in recipe.stages] == [32, 64]
+
+
+@pytest.mark.parametrize(
+    "name", ["llava", "kosmos_1", "kosmos_2", "llama_adapter", "flamingo", "blip2", "blip2_flan_t5", "fromage", "chameleon"]
+)
+def test_what_was_trained_in_half_precision_is(name):
+    recipe = config.load_recipe(name)
+    assert recipe.compute.precision == "bf16"
+    assert recipe.compute.checkpointing == (name == "llava")
+    assert tiny(recipe).compute == Compute(device="cpu")
 
 
 def test_recipes_are_frozen():

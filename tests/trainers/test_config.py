@@ -91,6 +91,24 @@ def test_what_can_be_set(words, read, expected):
     assert read(given("llava", *words)) == expected
 
 
+def test_a_picture_does_not_take_a_text_s_places_unasked(tmp_path):
+    """FROMAGe's texts are 24 tokens beside a picture of one; who asks for four says what becomes of the text."""
+    (tmp_path / "c.yaml").write_text("stages: {pairs: {max_length: 28}}")
+    more = ["--connector.tokens", "4"]
+    _, problems = config.layered("fromage", rest=more)
+    assert problems == [
+        "stages.pairs.max_length: 25 left 24 tokens to a text, and beside connector.tokens 4 leaves 21; give --stages.pairs.max_length 28 for texts as "
+        "long as before, or 25 for shorter ones"
+    ]
+    for files, rest in (
+        ([], [*more, "--stages.pairs.max_length", "28"]), ([], [*more, "--stages.pairs.max_length", "25"]), ([tmp_path / "c.yaml"], more),
+        ([], ["--stages.pairs.max_length", "20"]), ([], ["--connector.tokens", "1"]),
+    ):  # fmt: skip
+        assert config.layered("fromage", files=map(str, files), rest=rest)[1] == []
+    assert config.layered("fromage", tiny=True, rest=more)[1] == []
+    assert config.layered("frozen", rest=more)[1] == []
+
+
 def test_parts_of_an_alignment():
     recipe = given(
         "dpo",

@@ -6,13 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mmfast.trainers import config, grounding
+from mmfast.trainers import config, grounding, plan, runs
+from mmfast.trainers.checkpoint import Run
 from mmfast.trainers.session import Session
+from mmfast.trainers.supervised import train_system
 from PIL import Image
 
 from mmfast import spec
-from mmfast.data import regions
+from mmfast.data import chat, regions
+from mmfast.data.synthetic import World
 from mmfast.models import tiny
+from mmfast.models.pretrained import adopted
+from mmfast.models.tokenizer import word_tokenizer
 
 KOSMOS_1, KOSMOS_2 = (config.load_recipe(name) for name in ("kosmos_1", "kosmos_2"))
 
@@ -44,6 +49,33 @@ def test_published_hyper_parameters():
     assert KOSMOS_2.regions.bins == 32
     assert len(KOSMOS_2.regions.tokens) == 1024 + 6
     assert KOSMOS_2.added_tokens[:2] == ("</image>", "<phrase>")
+
+
+def test_a_batch_of_kosmos_1_is_as_many_tokens_as_published():
+    """1.2 million an update, at the row lengths that Kosmos-2's batches have: 215 K tokens are 2 x 1117 captions, 19 K are 47 documents. Rows are drawn
+    so that tokens have the shares (``by="tokens"``: a set's weight over its mean length)."""
+    lengths = {"text": 2048, "image_text_pairs": 215_000 / (2 * 1117), "interleaved": 19_000 / 47}
+    stage = KOSMOS_1.stages[0]
+    assert stage.data.by == "tokens"
+    drawn = {p.name: p.weight / lengths[p.name] for p in stage.data.parts}
+    tokens = {name: stage.optim.batch * share / sum(drawn.values()) * lengths[name] for name, share in drawn.items()}
+    assert sum(tokens.values()) == pytest.approx(1.2e6, rel=0.02)
+    assert tokens == pytest.approx({"text": 0.5e6, "image_text_pairs": 0.5e6, "interleaved": 0.2e6}, rel=0.02)
+
+
+def test_earlier_answers_of_instructions_end_too():
+    words = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "what", "is", "it", "red", "blue")
+    tokenizer, stage = word_tokenizer(words), KOSMOS_2.stages[1]
+
+    def told(*turns):
+        ids, labels = chat.encode(tokenizer, stage.template, turns, image_tokens=1, image_token=4)
+        return " ".join(
+            f"{word}!" if label != -100 else word for word, label in zip(tokenizer.convert_ids_to_tokens(ids), labels, strict=True)
+        )
+
+    assert told(("<image> what is it", "red"), ("is it", "blue")) == "<bos> <image> what is it red! <eos>! is it blue! <eos>!"
+    assert told(("<image> what is it", "red")) == "<bos> <image> what is it red! <eos>!"
+    assert KOSMOS_2.stages[0].template == KOSMOS_1.stages[1].template == "bare"
 
 
 def test_instructions_of_text_among_the_data_of_the_first_stage(tmp_path):
@@ -107,6 +139,48 @@ def test_instructions_of_text_among_the_data_of_the_first_stage(tmp_path):
 def test_what_does_not_go_together(changes, sentence):
     assert any(said.startswith(sentence) for said in spec.misfits(replace(KOSMOS_1, **changes)))
     assert not any(said.startswith(sentence) for said in spec.misfits(KOSMOS_1))
+
+
+def trained(recipe, folder):
+    """A run of the recipe, as it lies on the disk."""
+    run = Run(folder)
+    run.write_json("recipe.json", spec.to_dict(recipe) | {"seed": 0})
+    return train_system(recipe, run, quiet=True)
+
+
+def test_kosmos_2_starts_from_a_run_of_kosmos_1(tmp_path, monkeypatch):
+    """Its places are its own, and so is the way it fits pictures; places get rows that nothing had, which learn like the others. A policy that
+    says nothing of places takes over what the run has."""
+    scenes = World.scenes
+    monkeypatch.setattr(World, "scenes", lambda world, split, count, *args, **kw: scenes(world, split, min(count, 48), *args, **kw))
+    one, two = (
+        replace(system, stages=tuple(replace(s, optim=replace(s.optim, steps=2, warmup=0)) for s in system.stages))
+        for system in (tiny(KOSMOS_1), tiny(KOSMOS_2))
+    )
+    before = trained(one, tmp_path / "one")
+    words = len(before.tokenizer)
+    two = replace(two, weights=str(tmp_path / "one"))
+    start = Session(two, seed=0)
+    assert (start.system.regions, start.system.image.fit) == (spec.BoxTokens(16), "squash")
+    places = start.tokenizer.convert_tokens_to_ids(list(start.system.regions.tokens))
+    assert places == list(range(words, words + 256 + 6))
+    assert set(places) < set(start.model.new_tokens)
+    assert start.model.image_token == start.image_token == len(start.tokenizer)
+    table = start.model.language.get_input_embeddings().weight.detach().clone()
+    torch.testing.assert_close(table[:words], before.model.language.get_input_embeddings().weight)
+    assert table[words:].std() == pytest.approx(two.language.init, rel=0.1)
+    assert start.model.language.get_output_embeddings().weight is start.model.language.get_input_embeddings().weight
+    assert plan.sized(two).language.vocab == len(table)
+
+    after = trained(two, tmp_path / "two")
+    assert not torch.equal(after.model.language.get_input_embeddings().weight[words:], table[words:])
+    opened, _ = runs.open_run(tmp_path / "two")
+    for name, tensor in after.model.state_dict().items():
+        assert torch.equal(opened.model.state_dict()[name], tensor), name
+    policy = adopted(replace(one, regions=spec.NoRegions(), image=spec.Fixed()), opened.system)
+    assert (policy.regions, policy.image) == (spec.BoxTokens(16), two.image)
+    finer = adopted(replace(two, regions=spec.BoxTokens(32), image=spec.Fixed(fit="crop")), opened.system)
+    assert (finer.regions.bins, finer.image.fit, finer.image.mean) == (32, "crop", two.image.mean)
 
 
 @pytest.fixture(scope="module")

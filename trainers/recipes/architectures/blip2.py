@@ -3,10 +3,11 @@
 Stage 1 trains the Q-Former with its text side, its heads and the norm over the tower's states (which the paper counts to the frozen tower) on
 contrast, matching and captioning; stage 2 the same without the text side, and the projection. Sizes, steps, rates and floors are the paper's
 (section 3.4); LAVIS trains 10 epochs with batches of 100 and 64 a process, rates from 1e-6 over 5000 and 2000 steps, falling to 1e-5 once an
-epoch, and decays no vectors (neither does this). The norm's eps is that of transformers' class (LAVIS: 1e-5). The batch is of the whole node.
+epoch, and decays no vectors (neither does this). The norm's eps is that of transformers' class (LAVIS: 1e-5). The batch is of the whole node. Tower
+and OPT are frozen in fp16 there, in bf16 here.
 """
 
-from mmfast.spec import Data, Eva, Fixed, LanguageModel, Optim, QFormer, Stage, System
+from mmfast.spec import Compute, Data, Eva, Fixed, LanguageModel, Optim, QFormer, Stage, System
 
 RECIPE = System(
     name="blip2",
@@ -45,4 +46,5 @@ RECIPE = System(
             ),
         ),
     ),
+    compute=Compute(precision="bf16"),
 )

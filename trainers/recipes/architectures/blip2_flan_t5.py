@@ -7,7 +7,7 @@ a caption, which template ``blip2_t5_prompt`` does with records whose question i
 
 from dataclasses import replace
 
-from mmfast.spec import Compute, LanguageModel
+from mmfast.spec import LanguageModel
 
 from .blip2 import RECIPE as BLIP2
 
@@ -18,5 +18,4 @@ RECIPE = replace(
     name="blip2_flan_t5",
     language=LanguageModel(family="t5", weights="google/flan-t5-xl", vocab=32128, width=2048, depth=24, ffn=5120, context=512),
     stages=(_SEE, replace(_SPEAK, template="blip2_t5", optim=replace(_SPEAK.optim, batch=1520))),
-    compute=Compute(precision="bf16"),
 )

@@ -3,7 +3,8 @@
 The 7B model from nothing: the tokenizer, two stages of mixed-modal pre-training on documents (text alone, pairs with the picture first in half of
 them, interleaved), supervised fine-tuning. Not published: the tokenizer's training (VQGAN's is followed), the rate's floor, the 7B's steps
 (9.2 T tokens of the 34B in batches of 2^23, 80 % in the first stage), its rate (1e-4 is read from the discussion), whether that starts again in
-stage 2 (here it does), and the fine-tuning's epochs and warm-up. Stage 2 halves the weights
+stage 2 (here it does), and the fine-tuning's epochs and warm-up. The batch is 2,048 documents, which are 2^23 tokens where each fills its 4,096: of
+pairs, about 1,050 tokens long, it is a quarter of that. Stage 2 halves the weights
 of stage 1's data and adds better data; give its mixture with weights so. Dropout 0.1 is the 7B's; the 34B (width 8192, depth 48, heads 64,
 kv_heads 8, ffn 22016) has norm="after" in its place.
 """

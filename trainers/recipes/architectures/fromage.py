@@ -1,7 +1,7 @@
 """FROMAGe (arXiv:2301.13823): a frozen language model that reads pictures as one vector and finds them by the state of a token [RET].
 
-Three affine maps, the row of [RET] and a scale learn: 5.5 M parameters (``connector.tokens`` 4: the second released model, 18.1 M; give its
-stage ``max_length`` 28). Where the paper is silent the released code is followed: image before the beginning token, neighbours joined in half
+Three affine maps, the row of [RET] and a scale learn: 5.5 M parameters (``connector.tokens`` 4: the second released model, 18.1 M; its
+stage's ``max_length`` is 28 then). Where the paper is silent the released code is followed: image before the beginning token, neighbours joined in half
 of the steps, 10 "epochs" of 2,000 steps (the paper's count is not settled), no text between picture and caption. Its schedule falls to a tenth
 every 20,000 steps, so within these it never does: constant after the warm-up. Text is cut to 24 tokens, the picture's place stands beside.
 """

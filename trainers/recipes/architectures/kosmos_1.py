@@ -2,14 +2,16 @@
 
 Where the paper and the released code (Kosmos-2's, the only one) differ the code is followed in positions: the paper's are xPos, those of the
 released model sinusoidal. Not published for Kosmos-1: the number of image tokens (64, as in Kosmos-2). CLIP is frozen except its last block,
-as in the paper. The share of each kind of data is that of the paper's tokens an update, 0.5, 0.5 and 0.2 million; 1.2 million are 586 rows of
-2,048. Eps and clipping are Kosmos-2's, not published here. The second stage, instructions of text alone among the data of the first, has no
-published hyper-parameters: what is chosen for it here says so beside it.
+as in the paper. The share of each kind of data is that of the paper's tokens an update, 0.5, 0.5 and 0.2 million. A batch counts rows, most of them
+short captions: at the lengths of Kosmos-2's rows (96 tokens a caption, 404 a document; text is full) 1.2 million tokens are some 5,950. With captions
+or documents of other lengths another ``batch`` makes as many. Eps and clipping are Kosmos-2's, not published here, nor is the precision: bf16, where
+Kosmos-2 has fp16. The second stage, instructions of text alone among the data of the first, has no published hyper-parameters: what is chosen for it
+here says so beside it.
 """
 
 from dataclasses import replace
 
-from mmfast.spec import AttentionPool, Clip, Data, Fixed, LanguageModel, Mixture, Optim, Pages, Prefix, Stage, System
+from mmfast.spec import AttentionPool, Clip, Compute, Data, Fixed, LanguageModel, Mixture, Optim, Pages, Prefix, Stage, System
 
 TEXT, CAPTIONS, PAGES = Data("text", full=True), Data("image_text_pairs"), Data("interleaved", pages=Pages(pictures=5, single=0.5))
 PRETRAIN = Stage(
@@ -18,7 +20,9 @@ PRETRAIN = Stage(
     data=Mixture("kosmos_web", (replace(TEXT, weight=0.5), replace(CAPTIONS, weight=0.5), replace(PAGES, weight=0.2)), by="tokens"),
     template="bare",
     dropout=0.1,
-    optim=Optim(lr=2e-4, steps=300_000, batch=586, warmup=375, schedule="linear", betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=2.0),
+    optim=Optim(
+        lr=2e-4, steps=300_000, batch=5952, warmup=375, schedule="linear", betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=2.0
+    ),
 )
 # One set, the 68,478 pairs of Unnatural Instructions and 54,000 of FLANv2, as published; its share of the whole is not. These are the rows of
 # Kosmos-2's second stage, with captions where that one has 1,404 captions and instructions with places.
@@ -41,4 +45,5 @@ RECIPE = System(
         # Not published: rate, updates, warm-up and rows are those of Kosmos-2's second stage, parts and the rest those of this one's first.
         replace(PRETRAIN, name="instruct", data=INSTRUCT, optim=replace(PRETRAIN.optim, lr=1e-5, steps=10_000, batch=1566)),
     ),
+    compute=Compute(precision="bf16"),
 )  # fmt: skip

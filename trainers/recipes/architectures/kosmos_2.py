@@ -5,8 +5,9 @@ and without it this learns from scratch. The paper trains everything. The releas
 layers that should not be is undone at once), and is not followed; positions are the released model's, sinusoidal. Pictures are squashed, as
 in the released demo, so that boxes are of the whole picture; the training code crops unless told otherwise (``image.fit: crop``). A batch is
 93 rows of text, 1,117 captions, 1,117 grounded captions and 47 documents, 419,000 tokens. Which tokens of instructions are scored is not
-published; here the answers. Nor is how many of the 1,404 grounded rows of that stage are instructions and how many captions; here half.
-LLaVA-Instruct is to come without the pictures that RefCOCO's validation and test parts show, as the paper's did.
+published, nor how several turns are told apart; here answers are scored, each with an end of its own (template ``kosmos``). Nor is how many of
+the 1,404 grounded rows of that stage are instructions and how many captions; here half. LLaVA-Instruct is to come without the pictures that
+RefCOCO's validation and test parts show, as the paper's did. Trained in fp16 there, in bf16 here.
 """
 
 from dataclasses import replace
@@ -47,6 +48,6 @@ RECIPE = replace(
     regions=BoxTokens(bins=32),
     stages=(
         replace(STAGE, optim=OPTIM),
-        replace(STAGE, name="instruct", data=INSTRUCT, optim=replace(OPTIM, lr=1e-5, steps=10_000, batch=1917)),
+        replace(STAGE, name="instruct", data=INSTRUCT, template="kosmos", optim=replace(OPTIM, lr=1e-5, steps=10_000, batch=1917)),
     ),
 )

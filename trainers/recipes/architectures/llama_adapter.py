@@ -5,10 +5,10 @@ and released script differ the script is followed: 32 rows and lr 9e-3 x 32 / 25
 2.25e-3), gates through tanh (paper: as they are). No clipping there. The script decays prompts and gates like all else, as here. Labels of
 ``<unk>`` are scored here. Questions are put as the paper's figure shows them, whose blanks are not told. Not published: which scales of CLIP's
 global features are concatenated, here the class token after every sixth block, and the layout of the projection, here two maps (68 units meet
-the paper's total of 1.79 M).
+the paper's total of 1.79 M). What is frozen is held in fp16 there, in bf16 here; what learns in fp32 in both.
 """
 
-from mmfast.spec import AdapterPrompts, Clip, Data, Fixed, LanguageModel, Optim, Pooled, Stage, System
+from mmfast.spec import AdapterPrompts, Clip, Compute, Data, Fixed, LanguageModel, Optim, Pooled, Stage, System
 
 RECIPE = System(
     name="llama_adapter",
@@ -28,4 +28,5 @@ RECIPE = System(
             optim=Optim(lr=1.125e-3, epochs=5, batch=32, warmup=0.4, betas=(0.9, 0.95), weight_decay=0.02, clip=0.0),
         ),
     ),
+    compute=Compute(precision="bf16"),
 )

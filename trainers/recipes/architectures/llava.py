@@ -2,10 +2,10 @@
 
 Stage 1 trains the projection alone on captions, stage 2 the projection and the language model on GPT-4-made instructions. Batch sizes as in
 the paper; the scripts that were released later use 128 in stage 2. Sequences and templates are those of the code of July 2023 ("v1"): no
-tokens around a picture. Data: LLaVA-CC3M-Pretrain-595K and LLaVA-Instruct-158K.
+tokens around a picture. Data: LLaVA-CC3M-Pretrain-595K and LLaVA-Instruct-158K. bf16 and recomputed activations are the release's.
 """
 
-from mmfast.spec import Clip, Data, Fixed, LanguageModel, Linear, Optim, Stage, System
+from mmfast.spec import Clip, Compute, Data, Fixed, LanguageModel, Linear, Optim, Stage, System
 
 RECIPE = System(
     name="llava",
@@ -24,4 +24,5 @@ RECIPE = System(
             optim=Optim(lr=2e-5, epochs=3, batch=32),
         ),
     ),
+    compute=Compute(precision="bf16", checkpointing=True),
 )
