@@ -285,6 +285,7 @@ class MultimodalModel(nn.Module):
         self.fusion = FUSIONS[type(system.fusion)](system.fusion, language, encoder.width)
         if isinstance(self.fusion, SharedTokensFusion):  # its tower speaks the language model's tokens; before the codes come begin and end
             encoder.words = torch.tensor(self.new_tokens[2:])
+        self.text_only = False  # logits as Chameleon's stock class gives them, codes of pictures out of reach
         self._trained: tuple[str, ...] = ()
         self._lora = False
         self._masks: list = []  # handles of the hooks on partly trained weights
@@ -511,6 +512,11 @@ class MultimodalModel(nn.Module):
         ids = self.fusion.tokens(input_ids, self.embed_images(image_embeds=image_embeds, image_rows=image_rows), self.image_token)
         return labels.where(labels != self.image_token, ids)
 
+    def without_codes(self, logits: Tensor, value: float = -torch.inf) -> Tensor:
+        """Logits [..., V] with ``value`` for the codes of pictures, which no text has; as they are where a model has none."""
+        words = getattr(self.encoder, "words", None)
+        return logits if words is None else logits.index_fill(-1, words.to(logits.device), value)
+
     @property
     def stops(self) -> tuple[int, ...]:
         """What ends a text beside its own end, where text alone is asked for: of a model that draws the token that begins a picture."""
@@ -577,6 +583,8 @@ class MultimodalModel(nn.Module):
         hidden = self.hidden(input_ids, attention_mask=attention_mask, position_ids=position_ids, image_embeds=seen)
         labels = labels if labels is None else self.targets(labels, input_ids, seen)
         logits = self.language.get_output_embeddings()(hidden)
+        if self.text_only:
+            logits = self.without_codes(logits, torch.finfo(logits.dtype).min)
         loss = None if labels is None else token_cross_entropy(logits, labels, token_weights=token_weights, total=total)
         return Output(logits, loss)
 
@@ -655,7 +663,7 @@ def build(system: spec.System, *, tokenizer=None, tiny: bool = False, dtype: tor
         from mmfast.models.published import from_pretrained
 
         model = refit(from_pretrained(system.weights, dtype=dtype), system)
-        model.system = system
+        model.system, model.text_only = system, False
         if tokenizer is not None:
             pretrained.resize_embeddings(model.language, len(tokenizer))
             model.image_token = pretrained.placeholder(system, tokenizer)

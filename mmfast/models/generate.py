@@ -109,8 +109,7 @@ class Reading:
 
     @property
     def logits(self) -> Tensor:
-        codes = getattr(self.model.encoder, "words", None)
-        return self.any_logits if codes is None else self.any_logits.index_fill(-1, codes.to(self.any_logits.device), -torch.inf)
+        return self.model.without_codes(self.any_logits)
 
     def say(self, token: Tensor) -> None:
         """Goes on with a token ``[B]``."""

@@ -60,6 +60,7 @@ def system_of(config: ChameleonConfig, name: str) -> spec.System:
 
 def from_stock(stock: ChameleonForConditionalGeneration, name: str = "chameleon") -> MultimodalModel:
     """Take the parts out of a stock Chameleon; weights are shared with it, not copied, but for a tokenizer in half precision, which becomes fp32.
+    As there, logits put codes of pictures out of reach, so a loss is one of text; ``text_only = False`` gives them back, to learn or score pictures.
     The tokenizer reads pictures and cannot draw them: ``add_decoder`` puts that half in, from the original tokenizer checkpoint."""
     system = system_of(stock.config, name)
     with torch.device("meta"):  # only the shells; their insides are the checkpoint's
@@ -72,9 +73,11 @@ def from_stock(stock: ChameleonForConditionalGeneration, name: str = "chameleon"
         state = {n: p if p.element_size() > 2 else p.float() for n, p in stock.model.vqmodel.state_dict(keep_vars=True).items()}
         vq.load_state_dict(state, assign=True)
     words = stock.config.vocabulary_map
-    return MultimodalModel(
+    model = MultimodalModel(
         system, CodeTower(vq), torch.nn.Identity(), language, image_token=words[IMAGE], new_tokens=[words[t] for t in system.added_tokens]
     ).eval()
+    model.text_only = True
+    return model
 
 
 def tokenizer_of(choice: spec.Vqgan, *, decoder: bool) -> VQGAN:
