@@ -5,6 +5,7 @@ Letters: M images, B texts, S text tokens, n queries, P the shared space's width
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,31 +70,41 @@ class Matcher(nn.Module):
 
 @torch.no_grad()
 def rank(
-    connector: QueryConnector, states: Tensor, ids: Tensor, mask: Tensor, *, top: int = 128, batch: int = 256
-) -> tuple[Tensor, Tensor]:
+    connector: QueryConnector, states: Tensor | Callable[[], Iterable[Tensor]], ids: Tensor, mask: Tensor, *, top: int = 128, batch: int = 256
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scores of all texts for each picture ``[M, B]`` and of all pictures for each text ``[B, M]``, higher is better.
 
     By the contrast's cosine; with ``top`` the best so many of each row are ranked anew, before all others, by the cosine plus the matching
     logit for "yes" (LAVIS's evaluation; 128 there). ``top`` 0: by the cosine alone.
 
     Args:
-        states: tower states [M, N, W]. ids, mask: [B, S].
+        states: tower states [M, N, W]; or what gives them some pictures at a time, [m, N, W], and with ``top`` is called twice.
+            ids, mask: [B, S].
     """
-    image = connector.normed(states)
-    images = torch.cat([connector.images(connector.read(part)) for part in image.split(batch)])
+
+    def image() -> Iterator[Tensor]:
+        return map(connector.normed, (states,) if isinstance(states, Tensor) else states())
+
+    images = torch.cat([connector.images(connector.read(part)) for some in image() for part in some.split(batch)])
     texts = torch.cat([connector.texts(*part) for part in zip(ids.split(batch), mask.split(batch), strict=True)])
     cosine = torch.cat([similarity(part, texts) for part in images.split(batch)])
     scores = cosine.clone(), cosine.T.clone()
-    for turned, ranked in zip((False, True), scores, strict=True) if top else ():
-        rows, columns = (
-            torch.arange(len(ranked)).repeat_interleave(min(top, ranked.shape[1])),
-            ranked.topk(min(top, ranked.shape[1])).indices.flatten().cpu(),
-        )
-        for row, column in zip(rows.split(batch), columns.split(batch), strict=True):
-            picture, text = (column, row) if turned else (row, column)
-            yes = connector.match(image[picture], ids[text], mask[text])[:, 1]
-            # A cosine is at least -1 and the logits of these are compared among themselves: raised above all that were not.
-            ranked[row, column] += yes + _ABOVE
+    if not top:
+        return scores
+    best = []  # for each of both, pairs of a picture and a text
+    for turned, ranked in enumerate(scores):
+        most = min(top, ranked.shape[1])
+        pairs = torch.arange(len(ranked)).repeat_interleave(most), ranked.topk(most).indices.flatten().cpu()
+        best.append(pairs[::-1] if turned else pairs)
+    first = 0
+    for some in image():
+        for ranked, (shown, told) in zip((scores[0], scores[1].T), best, strict=True):
+            here = (first <= shown) & (shown < first + len(some))
+            for picture, text in zip(shown[here].split(batch), told[here].split(batch), strict=True):
+                yes = connector.match(some[picture - first], ids[text], mask[text])[:, 1]
+                # A cosine is at least -1 and the logits of these are compared among themselves: raised above all that were not.
+                ranked[picture, text] += yes + _ABOVE
+        first += len(some)
     return scores
 
 
