@@ -765,6 +765,8 @@ def misfits(system: System, *, read: bool = False) -> list[str]:
     if language.words and language.weights:
         out.append("language.words: language.weights bring a tokenizer of their own; take one of them out")
     fusion, family = type(system.fusion).__name__, language.family
+    if system.image.augment and not isinstance(system.regions, NoRegions):
+        out.append("image.augment: shows a part of a picture, mirrored or not, and the places told of it would not follow; set it to false")
     if language.encodes and not isinstance(system.fusion, Prefix):
         out.append(
             f"fusion: {fusion} goes into a causal language model, and {family} is an encoder and a decoder; set Prefix, or another language model"

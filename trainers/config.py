@@ -506,12 +506,34 @@ def check(recipe: Recipe, *, processes: int | None = None) -> list[str]:
         _check_training(recipe, system, rules, processes)
     if system is recipe or starts_from_nothing(system):
         _check_stages(system, rules if system is recipe else rules.below("policy"), processes)
+    if starts_from_nothing(system):  # else its context is that of weights, which are still to be read
+        rules.problems += length_misfits(recipe, system)
     return rules.problems
 
 
 def compute_misfits(system: System, compute: Compute) -> list[str]:
     """``misfits`` of a model's choices and how it is run."""
     return [sentence for sentence in misfits(dataclasses.replace(system, compute=compute)) if sentence.startswith("compute.")]
+
+
+def length_misfits(recipe: Recipe, system: System) -> list[str]:
+    """Stages whose rows may be longer than the language model's context: a table of positions ends there (GPT-2, OPT), and what other families
+    make of places beyond it, they have not learnt. T5's relative positions have no end.
+
+    Args:
+        system: the recipe's, with the sizes of its weights (``mmfast.models.resolved``).
+    """
+    rules, context = _Rules(), system.language.context
+    jobs: list[tuple[str, Stage | Alignment]] = [("", recipe)] if isinstance(recipe, Alignment) else []
+    if not jobs or starts_from_nothing(recipe.policy):
+        jobs += [(f"{'policy.' if jobs else ''}stages.{stage.name}.", stage) for stage in system.stages]
+    for where, job in jobs:
+        read = getattr(job, "objective", "lm") in ("lm", "retrieval") and not system.language.encodes
+        fits = not read or job.max_length <= context
+        _Rules(where, rules.problems)(
+            fits, "max_length", f"{job.max_length} is more than the language model's context of {context}; at most {context}"
+        )
+    return rules.problems
 
 
 def starts_from_nothing(system: System) -> bool:

@@ -171,14 +171,14 @@ def _first(items: list[dict]) -> dict:
 
 
 def total_steps(optim: Optim, items: int | None) -> int:
-    """Optimiser steps of a stage: given, or from epochs over the items."""
+    """Optimiser steps of a stage: given, or from epochs over the items, of which a step sees no more than there are (``Order``)."""
     if optim.steps is not None:
         return optim.steps
     if optim.epochs is None:
         raise RunError("a stage's optim needs steps or epochs")
     if items is None:
         raise RunError("a streamed data set has no length: give optim.steps instead of optim.epochs")
-    return max(1, round(optim.epochs * items / (optim.batch * optim.accumulate)))
+    return max(1, round(optim.epochs * items / min(optim.batch * optim.accumulate, items)))
 
 
 def rate(optim: Optim, step: int, total: int) -> float:

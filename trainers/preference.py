@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -196,18 +197,22 @@ class Scorer:
 
 
 def train_alignment(alignment: Alignment, session: Session, run: Run, *, options: Options | None = None, quiet: bool = False) -> Session:
-    """Aligns the session's model in place, starting from what it is now."""
+    """Aligns the session's model in place, starting from what it is now. Pictures are not augmented: the reference, which is not in training, would
+    see others than the policy."""
     options = options or Options(seed=session.seed, quiet=quiet, compute=alignment.compute, place=session.place)
     names = list(alignment.views)
     unknown = [v for term in alignment.terms for v in _views_of(term) if v not in names]
     if unknown:
         raise RunError(f"{alignment.name}: a term speaks of the view {unknown[0]!r}, the recipe has {', '.join(names)}")
+    session.system = replace(session.system, image=replace(session.system.image, augment=False))
     model, source = session.model, make_source(session, alignment)
     source.views = alignment.views
     source.packing, source.pad_to = options.compute.packing, options.compute.pad_to
     session.merge_adapters()  # of the policy's own stages
     session.add_adapters(alignment.lora)  # they begin as nothing: the model is still the reference
     model.train_only(alignment.train, lora=alignment.lora is not None)
+    if source.packing:
+        session.check_packing()
     states = cached_states(session, source)
     source.with_pictures = states is None
     scorer = Scorer(alignment, session, source, states, run.folder)

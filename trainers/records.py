@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmfast.data import regions
 from mmfast.data.chat import TEMPLATES
@@ -24,6 +25,8 @@ from .runs import system_of, template_of
 
 # How many of the most similar are matched anew (LAVIS's evaluation of BLIP-2).
 RERANKED = 128
+# Pictures whose states are there at a time.
+SHOWN = 250
 
 
 def source_of(session: Any, recipe: System | Alignment, data: Data, *, open_questions: bool = False) -> Any:
@@ -80,15 +83,20 @@ def retrieved(session: Any, source: Any) -> dict[str, float]:
         source.with_pictures = False
         batch = (source if isinstance(session.system.fusion, Retrieval) else Texts(source)).batch(torch.tensor(items))
         shown = batch["keys"] if "keys" in batch else batch["picture_ids"][batch["image_rows"]]
-        pictures = shown.unique()
-        states = (session.states_of(source) if states is None else states)[pictures.to(session.place.device)]
-    own = (shown[:, None] == pictures).to(states.device)
+    pictures, device = shown.unique(), session.place.device
+
+    def seen() -> Iterator[Tensor]:  # thousands of pictures' states would not fit beside the model
+        for ids in pictures.split(SHOWN):
+            yield session.states(source.load_pictures(ids)) if states is None else states[ids.to(states.device)].to(device)
+
+    own = (shown[:, None] == pictures).to(device)
     if isinstance(session.system.fusion, Retrieval):
-        cosines = scores(session, [source.encoded(i, "answer")[0][session.system.image_places :] for i in items], states)
+        pooled = torch.cat([model.connector.pooled(some)[:, None] for some in seen()])
+        cosines = scores(session, [source.encoded(i, "answer")[0][session.system.image_places :] for i in items], pooled)
         ranked = {"": (cosines.T, cosines)}
     else:
-        ids, mask = batch["ids"].to(states.device), batch["mask"].to(states.device)
-        ranked = {name: rank(model.connector, states, ids, mask, top=top) for name, top in (("", 0), ("reranked_", RERANKED))}
+        ids, mask = batch["ids"].to(device), batch["mask"].to(device)
+        ranked = {name: rank(model.connector, seen, ids, mask, top=top) for name, top in (("", 0), ("reranked_", RERANKED))}
     measured = {}
     for name, (of_pictures, of_texts) in ranked.items():
         measured |= recall(of_texts, f"{name}image_retrieval", own=own) | recall(of_pictures, f"{name}text_retrieval", own=own.T)

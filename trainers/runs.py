@@ -60,7 +60,8 @@ def prepare(recipe: System | Alignment, start: Start) -> partial:
         began, seed = read_recipe(start.out)  # what it says nothing of is younger than the run, and stands at its default
         _check_same(to_dict(began) | {"seed": seed}, stored, start.out)
     session = Session(system_of(recipe), seed=start.seed, place=place, precision=recipe.compute.precision)
-    if wrong := config.compute_misfits(session.system, recipe.compute):  # its family may have been read from weights
+    # Its family and its context may have been read from weights.
+    if wrong := config.compute_misfits(session.system, recipe.compute) + config.length_misfits(recipe, session.system):
         raise RunError(f"{recipe.name}: {wrong[0]}")
     run = Run(start.out, resume=start.resume, keep=start.keep, main=place.main)
     options = Options(

@@ -133,6 +133,27 @@ class Session:
         self.touched |= {_plain(n) for n in names}
         return names
 
+    @torch.no_grad()
+    def check_packing(self) -> None:
+        """Whether the language model keeps rows apart that lie end to end, tried on two of a few tokens: the second must read as it does alone.
+        Some families take no ``position_ids``, or have a state that runs on (Bloom, Qwen3-Next). Draws no random numbers.
+
+        Raises:
+            RunError: it does not.
+        """
+        model, family = self.model, self.model.system.language.family
+        training, table = model.training, model.language.get_input_embeddings()
+        at, cut = torch.arange(12, device=self.place.device), 7
+        ids, places = at[None] * table.num_embeddings // 12, at.where(at < cut, at - cut)[None]
+        model.eval()
+        alone = model.hidden(ids[:, cut:], position_ids=places[:, cut:]).float()
+        packed = model.hidden(ids, position_ids=places)[:, cut:].float()
+        model.train(training)
+        # Rounding differs with the length: far below what a row before it does, in half precision, too.
+        near = 5e-3 if all(p.dtype == torch.float32 for p in model.language.parameters()) else 0.1
+        if not (packed - alone).norm() <= near * alone.norm():
+            raise RunError(f"compute.packing: the decoder of {family} cannot keep packed rows apart; leave packing off")
+
     def left_out(self) -> set[str]:
         """Weights that checkpoints need not hold: read from where the recipe says, and never trained."""
         system = self.system

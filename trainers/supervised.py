@@ -119,6 +119,8 @@ def run_stage(session: Session, run: Run, stage: Stage, *, first_step: int, opti
 
 
 def lm_stage(session: Session, stage: Stage, source, run: Run, options: Options):
+    if source.packing:
+        session.check_packing()
     states = cached_states(session, source)
     source.with_pictures = states is None
     objective = answer_objective(session, states, stage.z_loss, getattr(source, "loss_weights", None))
@@ -267,10 +269,10 @@ def _span(numbers: list[int]) -> str:
 # ------------------------------------------------------------------------------------------------------------- base models
 
 
-def base_name(system: System, seed: int) -> str:
-    """A name that changes with anything that changes the trained base: world, recipe, seed."""
+def base_name(system: System, seed: int, precision: str = "fp32") -> str:
+    """A name that changes with anything that changes the trained base: world, recipe, seed, the precision it is trained in."""
     key = {
-        "system": to_dict(replace(system, name="", paper="", compute=Compute(precision=system.compute.precision))),
+        "system": to_dict(replace(system, name="", paper="", compute=Compute(precision=precision))),
         "seed": seed,
         "version": BASE_VERSION,
     }
@@ -284,11 +286,12 @@ def cache_folder(out: Path) -> Path:
 
 def base_model(system: System, *, options: Options, cache: Path) -> tuple[Session, Path]:
     """The trained system of a seed, from the cache or trained into it. Returns it with its run folder."""
-    folder = cache / base_name(system, options.seed)
+    precision = options.compute.precision  # whose an alignment's policy trains in, too; the policy's own is not asked
+    folder = cache / base_name(system, options.seed, precision)
     run = Run(folder, resume=True, keep=1, main=options.place.main)
     last = run.last_checkpoint() if (folder / "done").exists() else None
     if last is not None:
-        session = Session(system, seed=options.seed, place=options.place)
+        session = Session(system, seed=options.seed, place=options.place, precision=precision)
         restore(session, system.stages, last[1])
         return session, folder
     session = train_system(system, run, options=replace(options, resume=True, save_every=None, trackers=()))

@@ -43,7 +43,7 @@ class Template:
     end_each: bool = True  # the end token after every answer, or after the last alone
     keep_question: bool = True
     end: str = ""  # in place of the tokenizer's end token
-    end_cut: bool = True  # a text that is cut ends with it all the same
+    end_cut: bool = True  # what is learnt and cut ends with it all the same
     picture_first: bool = False  # the first question's pictures stand before the beginning token
     chunk: str = ""  # in a document, before every picture but the first and at the end: what was said of the one before is over
     only_seen: bool = False  # of a document only what follows a picture is supervised, up to the end of its chunk
@@ -317,7 +317,7 @@ def end_token(tokenizer: Any, end: str = "") -> int:
 
 
 class _Line:
-    """Token ids and labels that grow piece by piece. ``end``: a token in place of the tokenizer's own, which survives every cut."""
+    """Token ids and labels that grow piece by piece. ``end``: a token in place of the tokenizer's own, which survives a cut in what is learnt."""
 
     def __init__(
         self, tokenizer: Any, image_tokens: int, image_token: int, borders: Sequence[int] = (), learn_pictures: bool = False, *, end: str = "",
@@ -396,7 +396,7 @@ class _Line:
         whole = len(self)
         end = next((first for first, last in self.pictures if first < max_length < last), max_length)
         ids, labels = self.ids[:end], self.labels[:end]
-        if self.kept is not None and whole > max_length and ids:
+        if self.kept is not None and whole > max_length and labels and labels[-1] != IGNORE:  # an answer is cut, and ends all the same
             ids, labels = [*ids[:-1], self.kept], [*labels[:-1], self.kept]
         if whole > max_length and any(x != IGNORE for x in self.labels) and all(x == IGNORE for x in labels):
             raise ValueError(

@@ -7,9 +7,10 @@ with ``compute.workers`` is a loader's process. Letters: B rows, T tokens, M pic
 from __future__ import annotations
 
 import hashlib
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -149,15 +150,22 @@ class _Checked:
 
     def _encode_all(self, at: int, record: Record) -> tuple[list[int], list[int]]:
         """Every text of a record, kept; the one with fewest labels stands for all before the check."""
+        return min(self._each(at, record), key=lambda pair: sum(label != chat.IGNORE for label in pair[1]))
+
+    def _each(self, at: int, record: Record) -> list[tuple[list[int], list[int]]]:
         made = [self._encode(at, record, name, which) for name in self.texts for which in range(record.tellings)]
         unknown = _unknown_token(self.encoder.tokenizer)
         for ids, _ in made:
             self._seen += len(ids) - ids.count(self.encoder.image_token)
             self._unknown += 0 if unknown is None else ids.count(unknown)
-        return min(made, key=lambda pair: sum(label != chat.IGNORE for label in pair[1]))
+        return made
+
+    def _text(self, at: int, record: Record, name: str) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a text of a part's record."""
+        return self.texts[name](record)
 
     def _encode(self, at: int, record: Record, name: str, which: int) -> tuple[list[int], list[int]]:
-        ids, labels = self.texts[name](record.telling(which))
+        ids, labels = self._text(at, record.telling(which), name)
         if len(self._ids) < KEEP_TOKENS:
             self._keep((at, record.number, name, which), ids, labels)
         return ids, labels
@@ -178,7 +186,7 @@ class _Checked:
         at, number = self.items[item]
         if kept := self._kept.get((at, number, name, which)):
             return self._ids[slice(*kept)].tolist(), self._labels[slice(*kept)].tolist()
-        return self.texts[name](self.parts[at].parse(number).telling(which))
+        return self._text(at, self.parts[at].parse(number).telling(which), name)
 
     def lay_out(self, index: Tensor, names: Iterable[str]) -> tuple[dict[str, Tensor], Tensor]:
         """The batch of these items' texts, text after text, and the scored tokens of each row."""
@@ -256,9 +264,20 @@ class Conversations(_Checked):
         drawn = torch.randint(1 << 62, order.shape, generator=generator)
         return order + drawn % tellings[order] * len(self)
 
+    def _text(self, at: int, record: Record, name: str) -> tuple[list[int], list[int]]:
+        """As ever; of a part whose texts fill rows uncut."""
+        full = self.parts[at].data.full
+        return replace(self.encoder, max_length=sys.maxsize).record(record) if full else super()._text(at, record, name)
+
     def _fill(self, part: int) -> None:
         """A part's texts end to end in rows of ``max_length`` ("full sentences", as Kosmos-1's text is packed): what an item is, from here on."""
-        length, row, rows = self.encoder.max_length, ([], []), []
+        length, row, rows = self.encoder.max_length, ([], []), 0
+
+        def keep(ids: list[int], labels: list[int]) -> None:
+            nonlocal rows
+            rows += 1
+            self._keep((part, -rows, "answer", 0), ids, labels)
+
         for item in [i for i, (at, _) in enumerate(self.items) if at == part]:
             if self._pictures_of[item]:
                 name = self.parts[part].id(self.items[item][1])
@@ -267,16 +286,17 @@ class Conversations(_Checked):
                 )
             for kept, new in zip(row, self.encoded(item, "answer"), strict=True):
                 kept.extend(new)
-            while len(row[0]) >= length:
-                rows.append((row[0][:length], row[1][:length]))
-                row = row[0][length:], row[1][length:]
-        rows += [row] if row[0] else []
+            self._kept.pop((*self.items[item], "answer", 0), None)
+            whole = len(row[0]) - len(row[0]) % length
+            for at in range(0, whole, length):
+                keep(*(kept[at : at + length] for kept in row))
+            row = tuple(kept[whole:] for kept in row)
+        if row[0]:
+            keep(*row)
         first = next(i for i, (at, _) in enumerate(self.items) if at == part)
         kept = slice(first, first + self.sizes[part])
-        self.items[kept], self._pictures_of[kept] = [(part, -1 - i) for i in range(len(rows))], [[] for _ in rows]
-        self.sizes[part], self.tellings[kept] = len(rows), [1] * len(rows)
-        for i, (ids, labels) in enumerate(rows):
-            self._keep((part, -1 - i, "answer", 0), ids, labels)
+        self.items[kept], self._pictures_of[kept] = [(part, -1 - i) for i in range(rows)], [[] for _ in range(rows)]
+        self.sizes[part], self.tellings[kept] = rows, [1] * rows
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         batch, scored = self.lay_out(index, ["answer"])
@@ -305,6 +325,14 @@ class PreferencePairs(_Checked):
         if shuffled:
             self._from = self._from[len(self) // 2 :] + self._from[: len(self) // 2]
             self._encode_shuffled()
+
+    def _each(self, at: int, record: Record) -> list[tuple[list[int], list[int]]]:
+        chosen, rejected = made = super()._each(at, record)
+        if chosen[0] == rejected[0]:  # by the cut, or in words that a tiny model does not know
+            uncut = replace(self.encoder, max_length=sys.maxsize)
+            if uncut.answer(record, record.chosen)[0] != uncut.answer(record, record.rejected)[0]:
+                raise ValueError(f"chosen and rejected are the same after the cut at max_length={self.encoder.max_length}")
+        return made
 
     def _encode_shuffled(self) -> None:
         """Every pair's rejected answer becomes another pair's, under its own question and pictures."""

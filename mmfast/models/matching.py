@@ -5,6 +5,7 @@ Letters: M images, B texts, S text tokens, n queries, P the shared space's width
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,8 +70,8 @@ class Matcher(nn.Module):
 
 @torch.no_grad()
 def rank(
-    connector: QueryConnector, states: Tensor, ids: Tensor, mask: Tensor, *, top: int = 128, batch: int = 256
-) -> tuple[Tensor, Tensor]:
+    connector: QueryConnector, states: Tensor | Callable[[], Iterable[Tensor]], ids: Tensor, mask: Tensor, *, top: int = 128, batch: int = 256
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scores of all texts for each picture ``[M, B]`` and of all pictures for each text ``[B, M]``, higher is better.
 
     By the contrast's cosine; with ``top`` the best so many of each row are ranked anew, before all others, by the cosine plus the matching
@@ -78,22 +79,36 @@ def rank(
     are lowered by one number until they are. In float64: nothing that differs becomes equal. ``top`` 0: by the cosine alone.
 
     Args:
-        states: tower states [M, N, W]. ids, mask: [B, S].
+        states: tower states [M, N, W]; or what gives them some pictures at a time, [m, N, W], and with ``top`` is called twice.
+            ids, mask: [B, S].
     """
-    image = connector.normed(states)
-    images = torch.cat([connector.images(connector.read(part)) for part in image.split(batch)])
+
+    def image() -> Iterator[Tensor]:
+        return map(connector.normed, (states,) if isinstance(states, Tensor) else states())
+
+    images = torch.cat([connector.images(connector.read(part)) for some in image() for part in some.split(batch)])
     texts = torch.cat([connector.texts(*part) for part in zip(ids.split(batch), mask.split(batch), strict=True)])
     cosine = torch.cat([similarity(part, texts) for part in images.split(batch)])
-    scores = (cosine.clone(), cosine.T.clone()) if not top else (cosine.double(), cosine.T.double())
-    for turned, ranked in zip((False, True), scores, strict=True) if top else ():
-        best = ranked.topk(min(top, ranked.shape[1])).indices
-        rows, columns = torch.arange(len(ranked)).repeat_interleave(best.shape[1]), best.flatten().cpu()
-        for row, column in zip(rows.split(batch), columns.split(batch), strict=True):
-            picture, text = (column, row) if turned else (row, column)
-            ranked[row, column] += connector.match(image[picture], ids[text], mask[text])[:, 1]
-        if best.shape[1] < ranked.shape[1]:
-            others = torch.ones_like(ranked, dtype=torch.bool).scatter(1, best, False)
-            gap = ranked.gather(1, best).amin(1) - ranked.masked_fill(~others, -torch.inf).amax(1)
+    scores = cosine.clone(), cosine.T.clone()
+    if not top:
+        return scores
+    scores = scores[0].double(), scores[1].double()
+    best = [ranked.topk(min(top, ranked.shape[1])).indices for ranked in scores]
+    pairs = []  # of a picture and a text, for each of both
+    for turned, columns in enumerate(best):
+        found = torch.arange(len(columns)).repeat_interleave(columns.shape[1]), columns.flatten().cpu()
+        pairs.append(found[::-1] if turned else found)
+    first = 0
+    for some in image():
+        for ranked, (shown, told) in zip((scores[0], scores[1].T), pairs, strict=True):
+            here = (first <= shown) & (shown < first + len(some))
+            for picture, text in zip(shown[here].split(batch), told[here].split(batch), strict=True):
+                ranked[picture, text] += connector.match(some[picture - first], ids[text], mask[text])[:, 1]
+        first += len(some)
+    for ranked, columns in zip(scores, best, strict=True):
+        if columns.shape[1] < ranked.shape[1]:
+            others = torch.ones_like(ranked, dtype=torch.bool).scatter(1, columns, False)
+            gap = ranked.gather(1, columns).amin(1) - ranked.masked_fill(~others, -torch.inf).amax(1)
             ranked += others * torch.where(gap > 0, 0, gap - 1)[:, None]
     return scores
 

@@ -267,7 +267,7 @@ def language_sizes(choice: spec.LanguageModel, config: PretrainedConfig) -> spec
         heads=heads,
         kv_heads=first("num_key_value_heads", default=heads),
         ffn=first("intermediate_size", "ffn_dim", "d_ff", "n_inner", default=4 * config.hidden_size),
-        context=first("max_position_embeddings", default=choice.context),  # T5's relative positions have no end
+        context=first("max_position_embeddings", "max_seq_len", default=choice.context),  # MPT's; T5's relative positions have no end
         tied=bool(first("scale_decoder_outputs", "tie_word_embeddings")),  # of T5 the former says so
         norm="after" if getattr(config, "swin_norm", False) else "before",
         norm_eps=first("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", default=choice.norm_eps),

@@ -37,6 +37,7 @@ from mmfast.spec import (
 _FAST = dict(betas=(0.9, 0.98), weight_decay=0.02, clip=1.0)
 _SHORT = Optim(lr=1e-3, steps=30, batch=32, warmup=10, schedule="constant", **_FAST)
 _LONG = Optim(lr=4e-3, steps=1200, batch=32, warmup=40, hold=0.3, floor=0.02, **_FAST)
+_CONTEXT = 256
 _DATA = Data("shapes")
 _WEB = Mixture("kosmos_web", tuple(Data(f"shapes_{kind}", weight=1.0) for kind in ("text", "captions", "episodes")), by="tokens")
 _MIXED = Data("shapes_drawing")
@@ -88,6 +89,7 @@ _TEXT = Stage(
     train=("language", "embeddings"),
     data=_DATA,
     template="bare",
+    max_length=_CONTEXT,
     optim=replace(_LONG, steps=500),
 )
 _TEXTS = {
@@ -123,7 +125,7 @@ def tiny_system(system: System) -> System:
             heads=4,
             kv_heads=4,
             ffn=128,
-            context=256,
+            context=_CONTEXT,
             tied=True,
             init=0.05,
         ),
@@ -195,7 +197,8 @@ def _stage(stage: Stage) -> Stage:
     optim = replace(optim, level_new=stage.optim.level_new, weight_decay_of=stage.optim.weight_decay_of)
     # What learns from pictures at this size has nothing to spare for dropout.
     return replace(
-        stage, train=train, lora=None, data=data, template=template, max_length=max(stage.max_length, 64), optim=optim, drawing=drawing, dropout=0.0
+        stage, train=train, lora=None, data=data, template=template, max_length=min(max(stage.max_length, 64), _CONTEXT), optim=optim, drawing=drawing,
+        dropout=0.0,
     )  # fmt: skip
 
 
@@ -205,6 +208,7 @@ def tiny_alignment(alignment: Alignment) -> Alignment:
         policy=tiny_system(alignment.policy),
         data=replace(alignment.data, name="shapes_own", path=None),
         template="bare",
+        max_length=min(alignment.max_length, _CONTEXT),
         lora=None,
         reference="cached" if alignment.reference == "adapter_off" else alignment.reference,
         compute=Compute(device="cpu"),

@@ -277,9 +277,9 @@ def test_llama_adapters_choices_go_on_behind_the_colon():
 
 def test_pairs_are_stripped_where_chunks_are():
     """As documents are, and as OpenFlamingo reads LAION's captions."""
-    for template in ("flamingo", "open_flamingo"):
+    for template, begin in (("flamingo", "<s>"), ("open_flamingo", "")):
         ids, labels = encode(template, [("<image>", " a cat\n")])
-        assert (read(ids), scored(ids, labels)) == ("<s>@@a cat<|endofchunk|></s>", "a cat<|endofchunk|></s>")
+        assert (read(ids), scored(ids, labels)) == (f"{begin}@@a cat<|endofchunk|></s>", "a cat<|endofchunk|></s>")
     assert read(encode("frozen", [("<image>", " a cat\n")])[0]) == "<s>@@ a cat\n</s>"
 
 
@@ -400,9 +400,13 @@ def test_idefics_borders_are_shared_by_adjacent_pictures():
         "<s>User:#@#@#What?#@#<end_of_utterance>\nAssistant:Red<end_of_utterance>\nUser: And?<end_of_utterance>\nAssistant:No<end_of_utterance>\n"
     )
     assert scored(ids, labels) == "Red<end_of_utterance>\nNo<end_of_utterance>\n"
+    short, short_labels = encode("idefics", turns, tokens=1, borders=(fake, fake), max_length=len(ids) - 20)
+    assert len(short) == len(ids) - 20
+    assert (read(short[-1:]), short_labels[-1]) == ("</s>", short[-1])  # an answer that is cut ends all the same
     short, short_labels = encode("idefics", turns, tokens=1, borders=(fake, fake), max_length=len(ids) - 30)
-    assert len(short) == len(ids) - 30
-    assert (read(short[-1:]), short_labels[-1]) == ("</s>", short[-1])  # a text that is cut ends all the same
+    assert (short, short_labels) == (ids[:-30], labels[:-30])  # a question that is cut teaches no end
+    with pytest.raises(ValueError, match="nothing to learn is left after the cut at max_length=9"):
+        encode("idefics", turns, tokens=1, borders=(fake, fake), max_length=9)
     assert read(encode("bare", [("<image><image>", "a")], tokens=1, borders=(ord("("), ord(")")))[0]) == "<s>(@)(@)a</s>"
     # A picture that is cut goes whole, and leaves the border that the one before it ends with.
     cut, _ = chat.encode_document(Speller(), "ab<image><image>", image_tokens=1, image_token=IMAGE, max_length=7, borders=(fake, fake))

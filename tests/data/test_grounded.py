@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mmfast import spec
-from mmfast.data import chat, regions, supervised
+from mmfast.data import chat, regions, sources, supervised
 from mmfast.data.formats import parse
 from mmfast.data.records import Records, Stream, check
 from mmfast.data.regions import KOSMOS2, MINIGPT_V2, QWEN_VL, REGION, SHIKRA, write
@@ -250,7 +250,7 @@ def texts_file(folder, texts, name="t"):
     return str(folder / f"{name}.json")
 
 
-def test_texts_fill_whole_rows(tmp_path):
+def test_texts_fill_whole_rows(tmp_path, monkeypatch):
     """Documents end to end, each begun and ended, cut wherever a row is full: nothing lost, nothing doubled."""
     tok = word_tokenizer(("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "a", "b", "c"))
     encode = chat.Encoder(tok, "bare", 2, 4, 0, 5)
@@ -261,6 +261,20 @@ def test_texts_fill_whole_rows(tmp_path):
     assert batch["input_ids"].tolist() == [stream[i : i + 5] for i in (0, 5, 10)]
     assert batch["labels"].flatten().tolist() == [chat.IGNORE if t == 1 else t for t in stream]
     assert source.prompts(4) == []
+    # A text that is longer than rows are fills as many as it takes, also where encodings are not kept.
+    long = ["a b c b a " * 3, "c", "b " * 9]
+    uncut = [token for text in long for token in chat.encode_document(tok, text, image_tokens=2, image_token=4)[0]]
+    path = texts_file(tmp_path, long, "long")
+    for most in (None, 0):
+        if most is not None:
+            monkeypatch.setattr(sources, "KEEP_TOKENS", most)
+        source = Conversations([Records(spec.Data("t", path=path, full=True)), Records(spec.Data("u", path=path))], encode, plan=64)
+        told = [source.encoded(i, "answer") for i in range(len(source))]
+        rows = [ids for ids, _ in told[: source.sizes[0]]]
+        assert [token for row in rows for token in row] == uncut
+        assert [len(row) for row in rows] == [5] * 6 + [1]
+        assert all(labels == [chat.IGNORE if i == 1 else i for i in ids] for ids, labels in told)
+        assert [ids for ids, _ in told[source.sizes[0] :]] == [[1, 5, 6, 7, 6], [1, 7, 2], [1, 6, 6, 6, 6]], "texts of other sets are cut"
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "i.json").write_text(json.dumps([{"items": [{"text": "a"}, {"image": "a.png"}]}]))
     with pytest.raises(ValueError, match=r"record #0 has a picture, and data.full lays texts alone end to end"):

@@ -202,6 +202,19 @@ def test_pairs_score_only_the_answers_that_differ(tmp_path):
     assert [text([i for i in row if i != -100]) for row in batch["labels"].tolist()] == ["D$", "E$"]
 
 
+def test_pairs_that_a_cut_makes_alike_are_faulty(tmp_path):
+    pairs = [{"prompt": "p", "chosen": chosen, "rejected": "aaab"} for chosen in ("aaac", "b", "aab")]
+    path = data(tmp_path, pairs).path
+    assert len(PreferencePairs(Records(Pairs("mine", path=path)), encoder(max_length=6), plan=4)) == 3
+    with pytest.raises(ValueError, match=r"1 of 3 .*\n  record 0 \(#0\): chosen and rejected are the same after the cut at max_length=5$"):
+        PreferencePairs(Records(Pairs("mine", path=path)), encoder(max_length=5), plan=4)
+    # Words that a tokenizer does not have are another matter, of which it warns.
+    deaf = replace(encoder(), tokenizer=type("Deaf", (Speller,), {"__call__": lambda self, text, **_: {"input_ids": [9] * len(text)}})())
+    assert len(PreferencePairs(Records(Pairs("mine", path=path)), deaf, plan=4)) == 3
+    kept = PreferencePairs(Records(Pairs("mine", path=path, on_bad_record="skip")), encoder(max_length=5), plan=4, shuffled=True)
+    assert len(kept) == 2, "the control has the same pairs"
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_streams_continue_where_they_were(tmp_path, processes):
     pytest.importorskip("datasets")

@@ -149,6 +149,9 @@ def test_ranking_puts_the_best_of_the_contrast_in_the_order_of_both(tmp_path):
     whole = rank(ours.connector, states, ids, mask, top=128)
     assert torch.equal(whole[0].argsort(1), (cosine + yes).argsort(1))
     assert torch.equal(whole[1].argsort(1), (cosine + yes).T.argsort(1))
+    for top in (0, 2, 128):  # pictures that come a few at a time
+        of_all, of_some = (rank(ours.connector, seen, ids, mask, top=top, batch=3) for seen in (states, lambda: states.split(4)))
+        torch.testing.assert_close(of_some, of_all, atol=1e-4, rtol=1e-6)
     some = rank(ours.connector, states, ids, mask, top=2, batch=3)[0].argsort(1, descending=True)
     by_contrast = cosine.argsort(1, descending=True)
     for i in range(6):

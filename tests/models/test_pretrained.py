@@ -16,6 +16,7 @@ from transformers import (
     Dinov2Model,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MptConfig,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -499,3 +500,7 @@ def test_a_stock_llava_that_is_not_understood(tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"read at one layer, got siglip_vision_model at layer \[-2, -1\]"):
         resolved(spec.System("test", weights=str(tmp_path)))
+
+
+def test_the_context_of_mpt_has_a_name_of_its_own():
+    assert pretrained.language_sizes(spec.LanguageModel(weights=None), MptConfig(max_seq_len=77)).context == 77

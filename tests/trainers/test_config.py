@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -465,6 +466,19 @@ RULES = [
         "stages.pairs.objective: retrieval compares pictures with texts, and Prefix does not; choose lm",
     ),
     ("fromage", ["--fusion.layers", "[-1, 3]"], "fusion.layers: expected some of -4 to 3, no state twice, got [-1, 3]"),
+    (
+        "llava",
+        ["--stages.align.max_length", "257"],
+        "stages.align.max_length: 257 is more than the language model's context of 256; at most 256",
+    ),
+    ("fromage", ["--stages.text.max_length", "300"], "stages.text.max_length: 300 is more than the language model's context of 256"),
+    ("dpo", ["--max_length", "300"], "max_length: 300 is more than the language model's context of 256; at most 256"),
+    ("dpo", ["--policy.language.context", "100"], "policy.stages.align.max_length: 256 is more than the language model's context of 100"),
+    (
+        "kosmos_2",
+        ["--image.augment", "true"],
+        "image.augment: shows a part of a picture, mirrored or not, and the places told of it would not",
+    ),
     ("fromage", ["--fusion.layers", "[]"], "fusion.layers: expected some of -4 to 3, no state twice, got []"),
     ("fromage", ["--stages.pairs.template", "bare"], "stages.pairs.template: retrieval ends texts with [RET]; choose fromage"),
     ("fromage", ["--compute.packing", "true"], "stages.pairs.objective: retrieval compares rows; set compute.packing false"),
@@ -492,6 +506,19 @@ def test_what_is_declared_beside_weights_is_not_held_against_them():
     """Their sizes are read later: a picture of theirs, a layer of theirs and a policy's stages that will not run refuse nothing here."""
     assert given("llava", "--encoder.layer", "-30", "--encoder.patch", "13", "--image.size", "3", "--stages.align.max_length", "40")
     assert given("dpo", "--policy.stages.instruct.optim.batch", "0")
+
+
+def test_a_context_that_weights_bring_is_kept_to():
+    recipe = config.load_recipe("llava")
+    read = replace(recipe, language=replace(recipe.language, family="gpt2", context=1024))
+    sentence = "max_length: 2048 is more than the language model's context of 1024; at most 1024"
+    assert config.check(read) == [], "what is declared beside weights may be anything"
+    assert config.length_misfits(recipe, read) == [f"stages.{name}.{sentence}" for name in ("align", "instruct")]
+    assert config.length_misfits(recipe, recipe) == []
+    dpo = config.load_recipe("dpo")
+    assert config.length_misfits(dpo, read) == [sentence], "the policy's stages are behind it"
+    t5 = replace(recipe, language=replace(recipe.language, family="t5", context=512))
+    assert config.length_misfits(recipe, t5) == []
 
 
 def test_sizes_are_refused_by_the_rules_that_build_has(tmp_path):

@@ -169,6 +169,9 @@ def test_schedules():
     constant = Optim(lr=1.0, steps=100, schedule="constant", warmup=0.1)
     assert [loop.rate(constant, s, 100) for s in (0, 4, 9, 10, 99)] == pytest.approx([0.1, 0.5, 1, 1, 1])
     assert loop.total_steps(Optim(lr=1, epochs=3, batch=4, accumulate=2), items=100) == 38
+    for items in (1, 40, 64, 100):  # a step has no more rows than there are items
+        order = loop.Order(items, 128, seed=0)
+        assert loop.total_steps(Optim(lr=1, epochs=3, batch=128), items) * order.rows == 3 * items
 
 
 def trained(folder, optim, *, stage="s", model=None, **kwargs):

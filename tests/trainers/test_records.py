@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from mmfast.trainers import config, records, runs
+from mmfast.trainers import config, records, runs, supervised
 from mmfast.trainers.captions import recall
 from mmfast.trainers.checkpoint import RunError
 from mmfast.trainers.session import Session
@@ -195,7 +195,16 @@ def test_an_answer_ends_where_its_template_ends(pairs, fromage, monkeypatch):
     assert asked == [end]
 
 
-def test_fromage_finds_pictures(pairs, fromage):
+def piecemeal(monkeypatch, session):
+    """Pictures whose states do not fit in memory at once: three at a time, and never all."""
+    monkeypatch.setattr(supervised, "_STATE_BYTES", 0)
+    monkeypatch.setattr(records, "SHOWN", 3)
+    monkeypatch.setattr(type(session), "states_of", lambda *_: pytest.fail("the states of all pictures were made"))
+    states = session.states
+    monkeypatch.setattr(session, "states", lambda pictures: states(pictures) if len(pictures) <= 3 else pytest.fail("too many at a time"))
+
+
+def test_fromage_finds_pictures(pairs, fromage, monkeypatch):
     session, recipe = fromage
     model = session.model.eval()
     folder, captions = pairs
@@ -213,9 +222,12 @@ def test_fromage_finds_pictures(pairs, fromage):
     assert 0 < want["text_retrieval/recall@5"] < 1, "or it would not show an order"
     assert measured["loss"] > 0
     assert said == []
+    piecemeal(monkeypatch, session)
+    source = records.source_of(session, recipe, runs.to_measure(recipe, str(folder / "pairs.jsonl"), None))
+    assert records.retrieved(session, source) == pytest.approx(want)
 
 
-def test_a_q_former_finds_pictures_and_matches_the_best_anew(pairs):
+def test_a_q_former_finds_pictures_and_matches_the_best_anew(pairs, monkeypatch):
     recipe = config.load_recipe("blip2", tiny=True)
     recipe = replace(recipe, stages=tuple(stage for stage in recipe.stages if stage.objective != "lm"))
     assert records.compares(recipe)
@@ -239,6 +251,9 @@ def test_a_q_former_finds_pictures_and_matches_the_best_anew(pairs):
     want = counted(cosines, "") | counted(cosines + matched, "reranked_")
     assert measured == pytest.approx(want)
     assert counted(cosines, "") != counted(cosines + matched, ""), "or it would not show that anything was ranked anew"
+    piecemeal(monkeypatch, session)
+    measured, _ = records.measure(session, recipe, runs.to_measure(recipe, str(folder / "captions.jsonl"), None))
+    assert measured == pytest.approx(want)
     (folder / "one.jsonl").write_text(json.dumps({"image": "0.png", "caption": "a red circle ."}))
     with pytest.raises(RunError, match=r"one.jsonl: pictures are compared with captions, and there are not two records of one picture"):
         records.source_of(session, recipe, runs.to_measure(recipe, str(folder / "one.jsonl"), None))

@@ -51,8 +51,9 @@ RECIPE = System(
     connector=Mlp(2),
     language=LanguageModel(weights="{folder}/lm"),
     stages=(
-        Stage("align", train=("connector",), data=Data("mine", path="{folder}/data.jsonl"), template="bare", optim=Optim(lr=1e-2, steps=4, batch=6)),
-        Stage("answers", train=("connector",), data=Data("mine", path="{folder}/data.jsonl"), template="bare",
+        Stage("align", train=("connector",), data=Data("mine", path="{folder}/data.jsonl"), template="bare", max_length=64,
+              optim=Optim(lr=1e-2, steps=4, batch=6)),
+        Stage("answers", train=("connector",), data=Data("mine", path="{folder}/data.jsonl"), template="bare", max_length=64,
               lora=Lora(rank=4, alpha=8, dropout=0.1, targets=("q_proj", "v_proj", "down_proj")),
               optim=Optim(lr=1e-2, steps=12, batch=6, accumulate=2, lr_of={{"connector": 5e-3}})),
     ),
@@ -187,7 +188,7 @@ def test_aligning_a_run_with_adapters(folder, trained, tmp_path, capsys, referen
     argv = [
         "train", "dpo", "--policy.weights", trained, "--data", folder / "pairs.jsonl", "--out", tmp_path / "a", "--quiet", "--reference", reference,
         "--train", "[]", "--lora", '{"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["v_proj", "down_proj"]}', "--optim.lr", "3e-2", "--steps", "8",
-        "--optim.batch", "6", "--template", "bare", "--device", "cpu",
+        "--optim.batch", "6", "--template", "bare", "--max_length", "64", "--device", "cpu",
     ]  # fmt: skip
     code, _, err = call(capsys, *argv)
     assert code == 0, err
@@ -551,8 +552,14 @@ def aligned(folder, run, *more):
     return [
         "train", "dpo", "--policy.weights", run, "--data", folder / "pairs.jsonl", "--quiet", "--reference", "adapter_off", "--train", "[]",
         "--lora", '{"rank": 4, "alpha": 8, "dropout": 0.0, "targets": ["v_proj"]}', "--steps", "2", "--optim.batch", "6", "--template", "bare",
-        "--device", "cpu", *more,
+        "--max_length", "64", "--device", "cpu", *more,
     ]  # fmt: skip
+
+
+def test_rows_beyond_the_context_that_weights_have_are_refused(folder, trained, tmp_path, capsys):
+    code, _, err = call(capsys, *aligned(folder, trained, "--out", tmp_path / "a", "--max_length", "65"))
+    assert (code, err.splitlines()[-1]) == (2, "mmfast: dpo: max_length: 65 is more than the language model's context of 64; at most 64")
+    assert not (tmp_path / "a").exists()
 
 
 def test_preview_and_plan_of_a_run_as_the_start_of_another(folder, trained, tmp_path, capsys):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 import typing
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -284,6 +285,43 @@ def test_three_references_are_one(base, tmp_path):
     torch.testing.assert_close(torch.tensor(curves["cached"]), torch.tensor(curves["frozen"]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["cached", "frozen", "adapter_off"])
+def test_policy_and_reference_see_the_same_pictures(base, tmp_path, kind):
+    """Also those of a policy whose own training saw them augmented: before the first step they do not differ."""
+    session, weights = base
+    session = supervised.Session(replace(session.system, image=replace(session.system.image, augment=True)), seed=0)
+    session.model.load_state_dict(weights)
+    lora = spec.Lora(rank=2, alpha=2, dropout=0.0) if kind == "adapter_off" else None
+    train = () if lora else ALIGN.train
+    optim = replace(ALIGN.optim, steps=1)
+    preference.train_alignment(
+        replace(ALIGN, reference=kind, lora=lora, train=train, optim=optim), session, Run(tmp_path), quiet=True
+    )  # fmt: skip
+    ((margin, loss),) = rows(tmp_path, "rewards/margins", "loss")
+    assert (margin, loss) == (pytest.approx(0, abs=1e-6), pytest.approx(math.log(2), abs=1e-6))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "bloom", "qwen3_next"])
+def test_rows_that_are_not_kept_apart_are_not_packed(tmp_path, monkeypatch, family):
+    monkeypatch.setattr(preference, "own_pairs", few_pairs)
+    system = replace(SMALL, language=replace(SMALL.language, family=family, tied=False), stages=SMALL.stages[-1:])
+    stage = replace(system.stages[0], optim=replace(system.stages[0].optim, steps=1, batch=4))
+    alignment = replace(ALIGN, policy=system, optim=replace(ALIGN.optim, steps=1))
+    session, options = supervised.Session(system, seed=0), Options(quiet=True, compute=spec.Compute(packing=True))
+    torch.manual_seed(5)
+    before, training = torch.get_rng_state(), session.model.training
+    if leaks := family in ("bloom", "qwen3_next"):
+        told = pytest.raises(RunError, match=f"^compute.packing: the decoder of {family} cannot keep packed rows apart; leave packing off$")
+    with told if leaks else nullcontext():
+        session.check_packing()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert session.model.training == training
+    with told if leaks else nullcontext():
+        supervised.run_stage(session, Run(tmp_path / "a"), stage, first_step=0, options=options)
+    with told if leaks else nullcontext():
+        preference.train_alignment(alignment, session, Run(tmp_path / "b"), options=options)
+
+
 def test_losses_without_a_reference_compute_none(base, tmp_path, monkeypatch):
     session, weights = base
     session.model.load_state_dict(weights)
@@ -323,6 +361,13 @@ def test_bases_are_cached_by_world_recipe_and_seed(tmp_path):
     others = {supervised.base_name(small, 0), supervised.base_name(small, 1), supervised.base_name(steps(small, 2, 2, 3), 0)}
     assert len(others) == 3
     assert supervised.base_name(replace(small, paper="elsewhere"), 0) == supervised.base_name(small, 0)
+    half = Options(quiet=True, compute=spec.Compute(precision="bf16"))  # an alignment's; the policy's own is fp32
+    trained, other = supervised.base_model(small, options=half, cache=tmp_path)
+    assert other != folder
+    assert not all(torch.equal(a, b) for a, b in zip(session.model.parameters(), trained.model.parameters(), strict=True))
+    again, same = supervised.base_model(small, options=half, cache=tmp_path)
+    assert (same, again.dtype) == (other, trained.dtype)
+    assert all(torch.equal(a, b) for a, b in zip(trained.model.parameters(), again.model.parameters(), strict=True))
 
 
 def test_exam(base):
