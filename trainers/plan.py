@@ -741,7 +741,7 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
     lines = [f"{recipe.name}: {compute.precision}, {shared}, checkpointing {'on' if compute.checkpointing else 'off'}"]
     lines += [*at_hand(system)[1], ""]
 
-    trains = {part: [job.name for job in jobs(recipe) if _trains(job, part)] for part in GROUPS}
+    trains = {part: [where for job in jobs(recipe) if (where := _where(job, part))] for part in GROUPS}
     adapters = [job.name for job in jobs(recipe) if job.lora is not None]
     whole = count(system, Setting()).parts
     rows = [("part", "parameters", "trains in")]
@@ -771,6 +771,11 @@ def page(recipe: System | Alignment, *, gpu_memory: float | None = None, process
         table.append(row(f"fits {gpu_memory:g} GiB", lambda p: "yes" if p.total <= _USABLE * gpu_memory * GIB else "NO"))
     end = columns(table, right=range(1, 99))
     lines += [f"memory of a process{quantized}", *end, ""]
+    if any("new_tokens" in job.train for job in told):
+        lines += [
+            "trained parameters hold the whole table of embeddings: its new rows alone learn, and gradients and optimiser have all",
+            "",
+        ]
     other = "without" if compute.checkpointing else "with"
     aside = [row(f"activations {other} checkpointing", lambda p: gib(p.activations[not compute.checkpointing]))]
     aside.append(row("full logits in fp32 (not made)", lambda p: gib(p.full_logits) if p.full_logits else "-"))
@@ -792,6 +797,13 @@ def _advice_lines(recipe, plan: Plan, gpu_memory: float, processes: int, length:
         rows.append((f"  {move}", f"saves {gib(saved)}", "" if move.same else "changes what is learnt"))
     verdict = f"fits, with {gib(end.total)}" if end.total <= limit else f"still takes {gib(end.total)}: more devices, or a smaller model"
     return [f"{plan.stage}: with all of these it {verdict}", *columns(rows, right=(1,))]
+
+
+def _where(job: Stage | Alignment, part: str) -> str:
+    """A job's name if the part trains in it, with what of it does where that is not all; else nothing."""
+    inner = {"encoder": ("last_block", "last block"), "embeddings": ("new_tokens", "new rows")}
+    name, words = inner.get(part, ("", ""))
+    return job.name if _trains(job, part) else f"{job.name} ({words})" if name in job.train else ""
 
 
 def _trains(job: Stage | Alignment, part: str) -> bool:

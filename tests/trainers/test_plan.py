@@ -661,3 +661,17 @@ def test_clip_reads_any_layer():
         saved = plan.trace(recipe, recipe.stages[0], pictures=2, length=40)
         assert len(saved.blocks["encoder"]) == blocks
         assert isinstance(recipe.encoder, Clip)
+
+
+def test_parts_that_learn_in_part_are_named():
+    def rows(name):
+        return {
+            line.split()[0]: line.split(maxsplit=2)[2]
+            for line in plan.page(config.load_recipe(name, tiny=True)).split("\n\n")[1].splitlines()[1:-1]
+        }
+
+    assert "pretrain (last block)" in rows("kosmos_1")["encoder"]
+    told = rows("flamingo")["embeddings"]
+    assert told.endswith("interleaved (new rows)")
+    assert "its new rows alone learn" in plan.page(config.load_recipe("flamingo", tiny=True))
+    assert "(" not in "".join(rows("llava").values())
