@@ -228,7 +228,7 @@ def chat_template(name: str, join: str, *, begin: bool = True) -> str:
         "{%- elif message.role == 'assistant' and ns.open is not none -%}"
         "{%- set piece = asked(ns.open + " + q(between) + ") -%}{{- border(piece, ns.text) -}}{{- piece -}}"
         "{%- set ns.text = piece and not piece.endswith('<image>') or not piece and ns.text -%}"
-        "{%- set piece = ns.said + " + q(form.after) + " + (" + q(form.mark) + " if loop.last else '') -%}{{- border(piece, ns.text) -}}{{- piece -}}"
+        "{%- set piece = ns.said" + (".strip()" if form.chunk else "") + " + " + q(form.after) + " + (" + q(form.mark) + " if loop.last else '') -%}{{- border(piece, ns.text) -}}{{- piece -}}"
         "{%- set ns.text = piece and true or ns.text -%}{%- set ns.open = none -%}"
         "{%- if " + end_each + " or loop.last and " + ("false" if form.after else "true") + " -%}{{- eos_token -}}{%- set ns.text = false -%}{%- endif -%}"
         "{%- else -%}{{- raise_exception('messages must alternate user, assistant; the system text is the template\\'s own') -}}{%- endif -%}"
