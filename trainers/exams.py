@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from mmfast.data import supervised
+from mmfast.data.chat import behind_a_word
 from mmfast.data.episodes import ATTRIBUTES, Episode, Plan, Pool, Prompts, mixed, most_similar, orderings, prompts_of
 from mmfast.data.synthetic import COLOURS, SHAPES, Draws
 from mmfast.models.generate import option_logps
-from mmfast.models.tokenizer import behind_a_word, plain_text
+from mmfast.models.tokenizer import plain_text
 from mmfast.spec import System
 
 from .captions import captions_exam

@@ -30,7 +30,7 @@ from .checkpoint import Run, RunError, write_atomically
 from .evaluate import caption_all, make_probe
 from .loop import Objective, Options, train
 from .place import autocast
-from .session import Session
+from .session import Session, absent
 from .supervised import cached_states, hidden_states, restore, token_logps
 
 PAIR_SPLIT, OWN_PAIRS = "pairs", "shapes_own"
@@ -68,7 +68,7 @@ def make_source(session: Session, alignment: Alignment) -> PairSource | Preferen
     elif data.name == OWN_PAIRS:
         source = _own_source(session, alignment, encode)
     else:
-        raise RunError(f"pairs {data.name!r} are not built in; give records with --data FILE (images, prompt, chosen, rejected)")
+        raise RunError(absent(data.name, "pairs"))
     source.asked = session.questions
     if len(source) < 2:
         raise RunError(f"only {len(source)} preference pairs" + (": the policy made too few false claims" if data.path is None else ""))

@@ -223,13 +223,10 @@ def data_of(recipe: System | Alignment) -> list:
 def not_at_hand(recipe: System | Alignment) -> str:
     """A sentence about the first data set that is neither built in nor given, or nothing."""
     from .preference import OWN_PAIRS
+    from .session import absent
 
     name = next((d.name for d in data_of(recipe) if d.path is None and d.name not in (*BUILT_IN, OWN_PAIRS)), None)
-    if name is None:
-        return ""
-    if isinstance(recipe, Alignment):
-        return f"pairs {name!r} are not built in; give records with --data FILE (images, prompt, chosen, rejected)"
-    return f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)"
+    return "" if name is None else absent(name, "pairs" if isinstance(recipe, Alignment) else "data")
 
 
 def with_data(recipe: System | Alignment, **given: Any) -> System | Alignment:

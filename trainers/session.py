@@ -36,6 +36,13 @@ def parts_of(data: Data | Mixture) -> tuple[Data, ...]:
     return data.parts if isinstance(data, Mixture) else (data,)
 
 
+def absent(name: str, what: str = "data") -> str:
+    """The sentence about data, or ``pairs``, that are neither built in nor given."""
+    if what == "pairs":
+        return f"pairs {name!r} are not built in; give records with --data FILE (images, prompt, chosen, rejected)"
+    return f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)"
+
+
 class Session:
     """A system made concrete: its model, tokenizer and, for built-in data, its world."""
 
@@ -226,7 +233,7 @@ class Session:
             made = [self.source(part, template, max_length, compared=compared) for part in parts]  # which other mixtures may have, too
             return made[0] if len(made) == 1 else supervised.mixture(made, [p.weight for p in parts], self.seed, by_tokens=by_tokens)
         name = next(part.name for part in parts if part.path is None)
-        raise RunError(f"data {name!r} is not built in; give its records with --data FILE and --images FOLDER (docs/data.md)")
+        raise RunError(absent(name))
 
     def exam_pictures(self, scenes: Sequence[Scene]) -> Tensor:
         """Pictures of scenes, uint8 ``[M, H, W, 3]``, as this model is examined on them: black where its last stage was blind."""

@@ -255,8 +255,13 @@ def encode(
 def _going_on(tokenizer: Any, text: str) -> str:
     """A text that is tokenised by itself so that it gives the tokens which it would have behind another word: with a space in front, unless the
     tokenizer begins every text as it begins a word (SentencePiece's; those of words)."""
-    alone, behind = (tokenizer(words, add_special_tokens=False)["input_ids"] for words in ("a", "a a"))
-    return text if behind[len(alone) :] == alone else " " + text
+    return text if behind_a_word(tokenizer, " a") == tokenizer("a", add_special_tokens=False)["input_ids"] else " " + text
+
+
+def behind_a_word(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that stands right behind a word: a tokenizer of LLaMA's first kind puts a space before what stands alone."""
+    word, both = (tokenizer(told, add_special_tokens=False)["input_ids"] for told in ("a", f"a{text}"))
+    return both[len(word) :]
 
 
 def encode_document(

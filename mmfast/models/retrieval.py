@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfast.data.chat import behind_a_word
 from mmfast.models.build import MultimodalModel
 from mmfast.models.generate import Reading
 from mmfast.models.generate import generate as say
 from mmfast.models.interleaved import Part, encode
-from mmfast.models.tokenizer import behind_a_word, plain_text
+from mmfast.models.tokenizer import plain_text
 
 __all__ = ["Index", "answer_losses", "encode", "generate", "log_likelihood"]
 

@@ -23,12 +23,6 @@ def word_tokenizer(words: Sequence[str], added: Sequence[str] = ()):
     )  # fmt: skip
 
 
-def behind_a_word(tokenizer, text: str) -> list[int]:
-    """The tokens of a text that stands right behind a word: a tokenizer of LLaMA's first kind puts a space before what stands alone."""
-    word, both = (tokenizer(told, add_special_tokens=False)["input_ids"] for told in ("a", f"a{text}"))
-    return both[len(word) :]
-
-
 def tagged_text(tokenizer, ids: Sequence[int]) -> str:
     """Decoded text up to the end token with the tokens that are tags, blanks before them left out, as Kosmos-2 shows it."""
     ids = list(ids)

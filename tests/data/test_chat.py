@@ -8,7 +8,6 @@ import torch
 
 from mmfast.data import chat
 from mmfast.data.formats import Record
-from mmfast.models.tokenizer import behind_a_word
 
 BOS, EOS, IMAGE = 1, 2, 3
 
@@ -230,10 +229,10 @@ def test_mpt_token_for_token(turns):
 def test_a_text_behind_a_word():
     """LLaMA's first tokenizer puts a space before what stands alone: that would be the first token of any text."""
     tokenizer = legacy_llama()
-    alone, behind = tokenizer("!", add_special_tokens=False)["input_ids"], behind_a_word(tokenizer, "!")
+    alone, behind = tokenizer("!", add_special_tokens=False)["input_ids"], chat.behind_a_word(tokenizer, "!")
     assert tokenizer.convert_ids_to_tokens(behind) == ["!"]
     assert alone != behind
-    assert behind_a_word(tokenizer, "") == []
+    assert chat.behind_a_word(tokenizer, "") == []
 
 
 def test_alpaca_token_for_token():
