@@ -152,7 +152,6 @@ class Session:
         training, table = model.training, model.language.get_input_embeddings()
         at, cut = torch.arange(12, device=self.place.device), 7
         ids, places = at[None] * table.num_embeddings // 12, at.where(at < cut, at - cut)[None]
-        ids = ids.where(ids != model.image_token, ids + 1)
         model.eval()
         alone = model.hidden(ids[:, cut:], position_ids=places[:, cut:]).float()
         packed = model.hidden(ids, position_ids=places)[:, cut:].float()

@@ -322,15 +322,6 @@ def test_rows_that_are_not_kept_apart_are_not_packed(tmp_path, monkeypatch, fami
         preference.train_alignment(alignment, session, Run(tmp_path / "b"), options=options)
 
 
-def test_packing_is_tried_on_words_alone():
-    """Whatever place in the vocabulary stands for a picture, none is shown."""
-    session = supervised.Session(replace(SMALL, stages=SMALL.stages[-1:]), seed=0)
-    count = session.model.language.get_input_embeddings().num_embeddings
-    for place in range(12):
-        session.model.image_token = place * count // 12
-        session.check_packing()
-
-
 def test_losses_without_a_reference_compute_none(base, tmp_path, monkeypatch):
     session, weights = base
     session.model.load_state_dict(weights)
