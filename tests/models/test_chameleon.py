@@ -81,6 +81,17 @@ def test_logits_and_loss_equal_the_stock_class(kwargs, pad, tmp_path):
     assert torch.equal(ours.encode(inputs["pixel_values"]), theirs.model.get_image_tokens(inputs["pixel_values"]).long())
 
 
+def test_what_is_built_to_learn_has_codes_in_reach(tmp_path):
+    """The same weights by ``build``, for a stage that learns to draw."""
+    stock().save_pretrained(tmp_path)
+    ours, inputs = from_pretrained(tmp_path), batch()
+    learns = build(replace(ours.system, weights=str(tmp_path))).eval()
+    with torch.no_grad():
+        shut, open_ = (model(**inputs).logits[..., 10 : 10 + CODES] for model in (ours, learns))
+    assert (shut == torch.finfo(torch.float32).min).all()
+    assert open_.abs().max() < 1e3
+
+
 def test_labels_of_pictures(tmp_path):
     """A label that is the placeholder is the picture's own token: the loss is plain cross-entropy of ids with the codes in them."""
     theirs = stock()
